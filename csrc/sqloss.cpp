@@ -1,0 +1,55 @@
+// The front door: every operator's schema, its kernels by device, and its pybind11 binding.
+// Autograd and autocast are registered by each operation's autograd.cpp, fake tensors, vmap and
+// the reference for other devices in sqloss/_ops.py.
+#include <ATen/ATen.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+
+#include "superquantile/superquantile.h"
+
+namespace sqloss {
+namespace {
+
+TORCH_LIBRARY(sqloss, m) {
+  m.set_python_module("sqloss._ops");
+  m.def(
+      "superquantile(Tensor losses, Tensor tail_fraction, Tensor? weight, Tensor? mask, "
+      "int[] dim, bool keepdim) -> (Tensor value, Tensor threshold, Tensor counts)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "superquantile_backward(Tensor? grad_value, Tensor? grad_threshold, Tensor losses, "
+      "Tensor? weight, Tensor? mask, Tensor threshold, Tensor counts, int[] dim, bool keepdim) "
+      "-> Tensor",
+      {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(sqloss, CPU, m) {
+  m.impl("superquantile", superquantile::forward_cpu);
+  m.impl("superquantile_backward", superquantile::backward_cpu);
+}
+
+#ifdef SQLOSS_WITH_CUDA
+TORCH_LIBRARY_IMPL(sqloss, CUDA, m) {
+  m.impl("superquantile_backward", superquantile::backward_cuda);
+}
+#endif
+
+// Eager calls: through the dispatcher, past the slower parsing of torch.ops.
+superquantile::Outputs superquantile_eager(const at::Tensor& losses, double tail_fraction,
+                                           const std::optional<at::Tensor>& weight,
+                                           const std::optional<at::Tensor>& mask,
+                                           const std::vector<int64_t>& dim, bool keepdim) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("sqloss::superquantile", "")
+                             .typed<decltype(superquantile::forward_cpu)>();
+  return op.call(losses, at::scalar_tensor(tail_fraction, at::kDouble), weight, mask, dim, keepdim);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("superquantile", torch::wrap_pybind_function_no_gil(superquantile_eager));
+}
+
+}  // namespace sqloss

@@ -1,0 +1,127 @@
+// The superquantile of rows of losses: what its kernels take and promise.
+//
+// For losses l with weights w (1 if there are none, 0 where masked) and W = sum w, the tail is the
+// worst share `tail_fraction` = 1 - alpha of the weight, k = tail_fraction * W:
+//
+//   threshold  the largest t such that the losses >= t weigh at least k (the value-at-risk)
+//   value      (sum of w * l above t  +  (k - weight above t) * t) / k
+//   counts     {weight above t, weight at t, k}
+//
+// The subgradient in l_i is w_i / k above t, w_i * (k - above) / (k * at) at t, and 0 below.
+// Losses rank in the total order of core/total_order.h. k is never rounded; only where it lies
+// within the rounding of alpha itself (2^-52 W) above a step does the step count as reached, so
+// that alpha = 0.7 of ten losses is three of them. Sums are in double and in an order that depends
+// on the data alone: the same bits for any number of threads, capability and repetition.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/macros/Macros.h>
+#include <c10/util/irange.h>
+
+#include <optional>
+#include <tuple>
+
+namespace sqloss::superquantile {
+
+// How far alpha in [0, 1) and 1 - alpha can be from the decimal that was meant, as a share of W.
+constexpr double kAlphaRounding = 0x1p-52;
+
+// A matrix [rows, n] anywhere in memory, strides in elements (0 where expanded).
+struct Matrix {
+  void* data = nullptr;  // null: absent
+  at::ScalarType dtype = at::kFloat;
+  int64_t row_stride = 0;
+  int64_t stride = 0;
+};
+
+struct Losses {
+  int64_t rows;
+  int64_t n;  // at least 1
+  Matrix losses;
+  Matrix weight;  // float or double, or absent
+  Matrix mask;    // bool, true: the loss counts; or absent
+};
+
+// {weight above the threshold, weight at it, weight of the tail}
+struct Counts {
+  double above;
+  double at;
+  double tail;
+};
+
+// One per row. value and threshold have the dtype of the losses.
+struct Tails {
+  void* value;
+  void* threshold;
+  Counts* counts;
+};
+
+// What a loss gets per unit of its weight.
+struct Density {
+  double above;
+  double at;
+};
+
+C10_HOST_DEVICE inline double tail_weight_at_threshold(const Counts& c) {
+  const double rest = c.tail - c.above;
+  return rest < c.at ? rest : c.at;
+}
+
+// The gradient of grad_value * value + grad_threshold * threshold in the losses, per unit of
+// weight. The threshold moves with the losses at it, in equal shares.
+C10_HOST_DEVICE inline Density gradient_density(double grad_value, double grad_threshold,
+                                                const Counts& c) {
+  return {grad_value / c.tail,
+          grad_value * (tail_weight_at_threshold(c) / (c.tail * c.at)) + grad_threshold / c.at};
+}
+
+// Gradients of the outputs, one per row, null where there is none; dtype of the losses.
+struct Gradients {
+  const void* value;
+  const void* threshold;
+};
+
+// The kernels of one CPU capability. Raise ValueError for weights that are no weights.
+struct CpuKernels {
+  void (*forward)(const Losses&, double tail_fraction, const Tails&);
+  // Writes every element of grad_losses [rows, n], zeros outside the tail.
+  void (*backward)(const Losses&, const Tails&, const Gradients&, const Matrix& grad_losses);
+};
+
+namespace DEFAULT {
+extern const CpuKernels kernels;
+}
+#if defined(__x86_64__)
+namespace AVX2 {
+extern const CpuKernels kernels;
+}
+namespace AVX512 {
+extern const CpuKernels kernels;
+}
+#endif
+
+// The same promise as CpuKernels::backward, on the current CUDA stream.
+void cuda_backward(const Losses&, const Tails&, const Gradients&, const Matrix& grad_losses);
+
+// From tensors to kernels. `dim` lists the reduced dimensions (non-negative, none twice; empty:
+// all); weight and mask have the shape of losses; tail_fraction is a 0-dim float64 tensor.
+// Returns value and threshold [kept dims] in the dtype of losses and counts [kept dims, 3] in
+// float64.
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+Outputs forward_cpu(const at::Tensor& losses, const at::Tensor& tail_fraction,
+                    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& mask,
+                    at::IntArrayRef dim, bool keepdim);
+
+// The gradient of losses from those of value and threshold (either may be absent, not both).
+at::Tensor backward_cpu(const std::optional<at::Tensor>& grad_value,
+                        const std::optional<at::Tensor>& grad_threshold, const at::Tensor& losses,
+                        const std::optional<at::Tensor>& weight,
+                        const std::optional<at::Tensor>& mask, const at::Tensor& threshold,
+                        const at::Tensor& counts, at::IntArrayRef dim, bool keepdim);
+at::Tensor backward_cuda(const std::optional<at::Tensor>& grad_value,
+                         const std::optional<at::Tensor>& grad_threshold, const at::Tensor& losses,
+                         const std::optional<at::Tensor>& weight,
+                         const std::optional<at::Tensor>& mask, const at::Tensor& threshold,
+                         const at::Tensor& counts, at::IntArrayRef dim, bool keepdim);
+
+}  // namespace sqloss::superquantile

@@ -1,0 +1,266 @@
+"""Compiles csrc/ into sqloss._C with torch's BuildExtension.
+
+Environment: SQLOSS_CUDA=0 builds for the CPU only, SQLOSS_CUDA=1 fails where CUDA can't be built,
+unset builds CUDA where it can; CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS as for any extension.
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from glob import glob
+from pathlib import Path
+from sysconfig import get_config_var
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CUDA_WISH = os.environ.get("SQLOSS_CUDA", "")
+if CUDA_WISH not in ("", "0", "1"):
+    raise SystemExit(f"SQLOSS_CUDA: expected 0, 1 or nothing, got {CUDA_WISH!r}")
+
+# csrc/*/cpu.cpp is compiled once for each of these and picked at run time (core/cpu_capability.h).
+# No contraction into fused multiply-adds: every capability rounds alike, bit for bit.
+# gcc 12 calls its own AVX-512 intrinsics maybe-uninitialized.
+KERNEL_FLAGS = ["-ffp-contract=off", "-Wno-maybe-uninitialized"]
+CPU_CAPABILITIES = {"DEFAULT": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    CPU_CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
+    CPU_CAPABILITIES["AVX512"] = [
+        *CPU_CAPABILITIES["AVX2"],
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    ]
+
+
+class NoCuda(Exception):
+    """Why the CUDA sources are not compiled."""
+
+
+def cuda_home_candidates():
+    """Where a CUDA toolkit may be, the user's own words first."""
+    yield from (os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name))
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        yield Path(nvcc).parent.parent
+        yield Path(nvcc).resolve().parent.parent
+        # nvcc on PATH may be a wrapper script: the compiler itself says where its toolkit is
+        dry_run = subprocess.run(
+            [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True
+        )
+        yield from re.findall(r"^#\$ TOP=(.+)$", dry_run.stderr, re.MULTILINE)
+    if os.environ.get("CONDA_PREFIX"):
+        yield os.environ["CONDA_PREFIX"]
+    yield from pip_cuda_folders()
+    yield "/usr/local/cuda"
+
+
+def pip_cuda_folders():
+    """Folders like site-packages/nvidia/cu13, which pip's nvidia packages share."""
+    for entry in sys.path:
+        yield from (folder for folder in glob(f"{entry}/nvidia/cu[0-9]*") if os.path.isdir(folder))
+
+
+def cuda_include_folders(home):
+    """The toolkit's headers: in include/, or in targets/*/include as conda lays them out."""
+    folders = [f"{home}/include", *glob(f"{home}/targets/*/include")]
+    return [folder for folder in folders if os.path.isfile(f"{folder}/cuda_runtime.h")]
+
+
+def find_cuda_home():
+    tried = []
+    for home in dict.fromkeys(os.path.realpath(home) for home in cuda_home_candidates()):
+        if os.access(f"{home}/bin/nvcc", os.X_OK) and cuda_include_folders(home):
+            return home
+        tried.append(home)
+    raise NoCuda(f"no CUDA toolkit (bin/nvcc with cuda_runtime.h) in {', '.join(tried)}")
+
+
+def nvcc_version(home):
+    said = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
+    return re.search(r"release (\d+)\.(\d+)", said).groups()
+
+
+def cuda_settings():
+    """The CUDA toolkit to compile with, as keyword arguments of CUDAExtension; raises NoCuda."""
+    import torch
+
+    if CUDA_WISH == "0":
+        raise NoCuda("SQLOSS_CUDA=0")
+    if torch.version.cuda is None:
+        raise NoCuda(f"torch {torch.__version__} was built without CUDA")
+    home = find_cuda_home()
+    major, minor = nvcc_version(home)
+    if major != torch.version.cuda.split(".")[0]:
+        raise NoCuda(
+            f"torch {torch.__version__} needs CUDA {torch.version.cuda}; {home} is {major}.{minor}"
+        )
+    os.environ["CUDA_HOME"] = home  # read when torch.utils.cpp_extension is imported
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
+        os.environ["TORCH_CUDA_ARCH_LIST"] = torch_cuda_arch_list(home)
+    # pip's headers go last: they only fill in what the toolkit lacks
+    headers = [f"{folder}/include" for folder in pip_cuda_folders()]
+    return {
+        "include_dirs": [*cuda_include_folders(home)[1:], *headers],
+        "library_dirs": cudart_folders(home),
+    }
+
+
+def torch_cuda_arch_list(home):
+    """The architectures that torch itself was built for and this nvcc knows, with PTX of the last."""
+    import torch
+
+    known = subprocess.run([f"{home}/bin/nvcc", "--list-gpu-code"], capture_output=True, text=True)
+    built = re.findall(r"sm_(\d+)(\d)\b", torch._C._cuda_getArchFlags() or "")
+    archs = [f"{m}.{n}" for m, n in built if f"sm_{m}{n}" in known.stdout.split()]
+    if not archs:
+        raise NoCuda(f"{home}/bin/nvcc knows none of torch's architectures: {built}")
+    return ";".join(archs) + "+PTX"
+
+
+def cudart_folders(home):
+    """Where the linker finds libcudart.so; pip's package has no such name, so it gets a link."""
+    folders = [f"{home}/lib64", f"{home}/lib", *glob(f"{home}/targets/*/lib")]
+    found = [folder for folder in folders if os.path.exists(f"{folder}/libcudart.so")]
+    if not found:
+        versioned = [lib for folder in folders for lib in glob(f"{folder}/libcudart.so.*")]
+        if not versioned:
+            raise NoCuda(f"no libcudart.so in {', '.join(folders)}")
+        links = Path("build/cudart").absolute()
+        links.mkdir(parents=True, exist_ok=True)
+        link = links / "libcudart.so"
+        link.unlink(missing_ok=True)
+        link.symlink_to(versioned[0])
+        found = [str(links)]
+    return found
+
+
+def limit_jobs():
+    """Parallel compilers, at most one for each 2 GiB of free memory (nvcc on torch's headers)."""
+    if "MAX_JOBS" not in os.environ:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (2 << 30)
+        os.environ["MAX_JOBS"] = str(max(1, min(os.cpu_count() or 1, free)))
+
+
+def extension_and_command():
+    """The extension, and the build_ext command that compiles it."""
+    import torch
+
+    try:
+        cuda, why_no_cuda = cuda_settings(), ""
+    except NoCuda as reason:
+        if CUDA_WISH == "1":
+            raise SystemExit(f"SQLOSS_CUDA=1, but CUDA cannot be built: {reason}") from None
+        cuda, why_no_cuda = None, str(reason)
+        print(f"sqloss: building for the CPU only: {reason}", file=sys.stderr)
+    limit_jobs()
+
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    kernels = sorted(glob("csrc/*/cpu.cpp"))
+    sources = sorted({*glob("csrc/*.cpp"), *glob("csrc/*/*.cpp")} - set(kernels))
+    # -fopenmp: at::parallel_for is a header that runs serially without it
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    common = ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden", *openmp]
+    flags = {"cxx": common, "nvcc": ["-O3", "--expt-relaxed-constexpr"]}
+    settings = {
+        "include_dirs": [os.path.abspath("csrc")],
+        "extra_compile_args": flags,
+        "extra_link_args": openmp,
+    }
+    if cuda is None:
+        extension = CppExtension("sqloss._C", sources, **settings)
+    else:
+        settings["include_dirs"] += cuda["include_dirs"]
+        sources += sorted(glob("csrc/*/cuda.cu"))
+        flags["cxx"].append("-DSQLOSS_WITH_CUDA")
+        extension = CUDAExtension(
+            "sqloss._C", sources, library_dirs=cuda["library_dirs"], **settings
+        )
+
+    build_info = {
+        "version": None,
+        "torch_version": str(torch.__version__),
+        "torch_cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "compiler": compiler_version(),
+        "cpu_capabilities": tuple(CPU_CAPABILITIES),
+        "cuda_toolkit": ".".join(nvcc_version(os.environ["CUDA_HOME"])) if cuda else None,
+        "cuda_archs": os.environ.get("TORCH_CUDA_ARCH_LIST", "visible GPUs") if cuda else None,
+        "why_no_cuda": why_no_cuda,
+    }
+
+    class BuildSqloss(BuildExtension):
+        def build_extension(self, ext):
+            # After the other objects, narrowest first: where two objects hold the same inline
+            # function the linker keeps the first, so code for a newer CPU is never called on an
+            # older one.
+            for capability, machine_flags in CPU_CAPABILITIES.items():
+                macros = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+                ext.extra_objects += self.compiler.compile(
+                    kernels,
+                    output_dir=os.path.join(self.build_temp, capability),
+                    include_dirs=ext.include_dirs,
+                    extra_postargs={
+                        "cxx": [
+                            *ext.extra_compile_args["cxx"],
+                            *KERNEL_FLAGS,
+                            *machine_flags,
+                            *macros,
+                        ],
+                        "nvcc": [],
+                    },
+                    depends=glob("csrc/*/*.h"),
+                )
+            super().build_extension(ext)
+            build_info["version"] = self.distribution.get_version()
+            self.write_build_info(Path(self.get_ext_fullpath(ext.name)).parent)
+
+        def write_build_info(self, folder):
+            lines = ['"""What sqloss._C beside this file was built for: written by setup.py."""', ""]
+            lines += [f"{name} = {value!r}" for name, value in build_info.items()]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "_build_info.py").write_text("\n".join(lines) + "\n")
+
+        def copy_extensions_to_source(self):
+            super().copy_extensions_to_source()
+            self.write_build_info(Path("sqloss"))
+
+    return extension, BuildSqloss
+
+
+class NoTorch(build_ext):
+    def run(self):
+        raise SystemExit(
+            "sqloss is compiled against torch, and there is none here. With --no-build-isolation "
+            "install torch, setuptools and ninja first."
+        )
+
+
+def compiler_version():
+    compiler = os.environ.get("CXX") or get_config_var("CXX") or "c++"
+    said = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True)
+    return said.stdout.splitlines()[0]
+
+
+def main():
+    try:
+        import torch
+    except ImportError:  # enough for an sdist or its metadata
+        setup(
+            install_requires=["torch>=2.11"],
+            ext_modules=[Extension("sqloss._C", [])],
+            cmdclass={"build_ext": NoTorch},
+        )
+        return
+    extension, command = extension_and_command()
+    setup(
+        # the built extension works with this torch alone (any +local part of the same version)
+        install_requires=[f"torch=={torch.__version__.split('+')[0]}"],
+        ext_modules=[extension],
+        cmdclass={"build_ext": command},
+    )
+
+
+main()
