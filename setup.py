@@ -65,6 +65,7 @@ def pip_cuda_folders():
 def cuda_include_folders(home):
     """The toolkit's headers: in include/, or in targets/*/include as conda lays them out."""
     folders = [f"{home}/include", *glob(f"{home}/targets/*/include")]
+    folders = dict.fromkeys(os.path.realpath(folder) for folder in folders)
     return [folder for folder in folders if os.path.isfile(f"{folder}/cuda_runtime.h")]
 
 
@@ -102,7 +103,7 @@ def cuda_settings():
     # pip's headers go last: they only fill in what the toolkit lacks
     headers = [f"{folder}/include" for folder in pip_cuda_folders()]
     return {
-        "include_dirs": [*cuda_include_folders(home)[1:], *headers],
+        "include_dirs": [*cuda_include_folders(home), *headers],
         "library_dirs": cudart_folders(home),
     }
 
@@ -162,7 +163,7 @@ def extension_and_command():
     sources = sorted({*glob("csrc/*.cpp"), *glob("csrc/*/*.cpp")} - set(kernels))
     # -fopenmp: at::parallel_for is a header that runs serially without it
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    common = ["-O3", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden", *openmp]
+    common = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden", *openmp]
     flags = {"cxx": common, "nvcc": ["-O3", "--expt-relaxed-constexpr"]}
     settings = {
         "include_dirs": [os.path.abspath("csrc")],

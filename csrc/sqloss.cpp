@@ -2,17 +2,20 @@
 // Autograd and autocast are registered by each operation's autograd.cpp, fake tensors, vmap and
 // the reference for other devices in sqloss/_ops.py.
 #include <ATen/ATen.h>
+#include <ATen/ScalarOps.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include "core/cpu_capability.h"
 #include "superquantile/superquantile.h"
 
 namespace sqloss {
 namespace {
 
 TORCH_LIBRARY(sqloss, m) {
-  m.set_python_module("sqloss._ops");
+  m.set_python_module("sqloss._ops.superquantile");
   m.def(
       "superquantile(Tensor losses, Tensor tail_fraction, Tensor? weight, Tensor? mask, "
       "int[] dim, bool keepdim) -> (Tensor value, Tensor threshold, Tensor counts)",
@@ -35,21 +38,32 @@ TORCH_LIBRARY_IMPL(sqloss, CUDA, m) {
 }
 #endif
 
-// Eager calls: through the dispatcher, past the slower parsing of torch.ops.
-superquantile::Outputs superquantile_eager(const at::Tensor& losses, double tail_fraction,
-                                           const std::optional<at::Tensor>& weight,
-                                           const std::optional<at::Tensor>& mask,
-                                           const std::vector<int64_t>& dim, bool keepdim) {
+// A 0-dim float64 on the CPU, made without the dispatcher unless a mode (of fake tensors, say) has
+// to see it.
+at::Tensor scalar(double number) {
+  return c10::impl::TorchDispatchModeTLS::any_modes_set() ? at::scalar_tensor(number, at::kDouble)
+                                                          : c10::scalar_to_tensor(number);
+}
+
+// Eager calls: through the dispatcher, past the slower parsing of torch.ops, and returning one
+// output, because every tensor that reaches Python costs as much as the selection from 128 losses.
+template <size_t output>
+at::Tensor superquantile_eager(const at::Tensor& losses, double tail_fraction,
+                               const std::optional<at::Tensor>& weight,
+                               const std::optional<at::Tensor>& mask,
+                               const std::vector<int64_t>& dim, bool keepdim) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("sqloss::superquantile", "")
                              .typed<decltype(superquantile::forward_cpu)>();
-  return op.call(losses, at::scalar_tensor(tail_fraction, at::kDouble), weight, mask, dim, keepdim);
+  return std::get<output>(op.call(losses, scalar(tail_fraction), weight, mask, dim, keepdim));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("superquantile", torch::wrap_pybind_function_no_gil(superquantile_eager));
+  m.def("cpu_capability", core::cpu_capability);
+  m.def("cvar", torch::wrap_pybind_function_no_gil(superquantile_eager<0>));
+  m.def("value_at_risk", torch::wrap_pybind_function_no_gil(superquantile_eager<1>));
 }
 
 }  // namespace sqloss

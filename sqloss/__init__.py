@@ -1,1 +1,29 @@
-import sqloss._C
+"""sqloss: train PyTorch models on the worst tail of the loss instead of its mean.
+
+    sqloss.cvar(losses, alpha=0.8)    # the mean of the worst 20 % of the losses
+"""
+
+from pkgutil import extend_path
+
+# The compiled sqloss._C lies where sqloss was installed; from a source tree that comes first on
+# sys.path it is found there too.
+__path__ = extend_path(__path__, __name__)
+
+from sqloss import nn as nn
+from sqloss import reference as reference
+from sqloss._ops import __version__ as __version__
+from sqloss._ops import show_config as show_config
+from sqloss.superquantile import cvar as cvar
+from sqloss.superquantile import superquantile as superquantile
+from sqloss.superquantile import tail_weights as tail_weights
+from sqloss.superquantile import value_at_risk as value_at_risk
+
+__all__ = [
+    "cvar",
+    "nn",
+    "reference",
+    "show_config",
+    "superquantile",
+    "tail_weights",
+    "value_at_risk",
+]

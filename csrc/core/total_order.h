@@ -3,6 +3,11 @@
 
 #include <c10/macros/Macros.h>
 
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
 namespace sqloss::core {
 
 template <typename T>
@@ -20,6 +25,33 @@ C10_HOST_DEVICE inline int compare(T x, T threshold) {
 template <typename T>
 C10_HOST_DEVICE inline bool above(T x, T threshold) {
   return !(x <= threshold) && !is_nan(threshold);
+}
+
+// Unsigned integers in the same order: all bits of a negative number flipped, the sign bit of a
+// positive one; NaN is the largest. Expects no -0 (add 0 to a number first).
+template <typename T>
+using ordered_key_t = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+
+template <typename T>
+inline ordered_key_t<T> to_ordered_key(T x) {
+  using Key = ordered_key_t<T>;
+  static_assert(sizeof(Key) == sizeof(T));
+  constexpr Key sign = Key(1) << (8 * sizeof(Key) - 1);
+  Key bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const Key key = (bits & sign) ? ~bits : bits | sign;
+  return is_nan(x) ? ~Key(0) : key;
+}
+
+template <typename T>
+inline T from_ordered_key(ordered_key_t<T> key) {
+  using Key = ordered_key_t<T>;
+  constexpr Key sign = Key(1) << (8 * sizeof(Key) - 1);
+  if (key == ~Key(0)) return std::numeric_limits<T>::quiet_NaN();
+  const Key bits = (key & sign) ? key & ~sign : ~key;
+  T x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
 }
 
 }  // namespace sqloss::core

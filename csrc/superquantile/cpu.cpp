@@ -1,8 +1,9 @@
 // CPU kernels of the superquantile, one thread per row; compiled once per CPU capability.
 //
-// forward   gathers the losses that count into scratch (one read), selects the threshold there
-//           (std::nth_element, or a sort by loss where weights decide the rank), then sums and
-//           counts against it (one pass over the scratch).
+// forward   gathers the losses that count into scratch (one read), selects the threshold there,
+//           then sums and counts against it (one pass over the scratch). Selection is by bisection
+//           of the ordered keys for short rows, std::nth_element for long ones, and a sort by loss
+//           where weights decide the rank.
 // backward  one read of the losses, one write of the gradient.
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -105,16 +106,44 @@ Tail tail_at(const Item* items, int64_t count, T threshold, double k) {
   return {value, static_cast<double>(threshold), counts};
 }
 
+// The largest key that at least `rank` keys reach: settles one bit of it in a pass, from the top.
+// A pass is a vectorised count without branches, so that no order of the losses can be slow, where
+// nth_element mispredicts on every fresh sample.
+template <typename Key>
+Key bisect(const Key* keys, int64_t count, int64_t rank) {
+  Key found = 0;
+  for (Key bit = Key(1) << (8 * sizeof(Key) - 1); bit != 0; bit >>= 1) {
+    const Key trial = found | bit;
+    Key reached = 0;  // of the width of the keys, for full vectors; count fits
+    for (int64_t i = 0; i < count; ++i) reached += keys[i] >= trial;
+    if (static_cast<int64_t>(reached) >= rank) found = trial;
+  }
+  return found;
+}
+
+// The loss of a rank, 1 the largest. May reorder the losses.
+template <typename T>
+T loss_of_rank(T* losses, int64_t count, int64_t rank) {
+  constexpr int64_t kBisected = 4096;  // 16 KiB of float keys stay in the first-level cache
+  if (count > kBisected) {
+    std::nth_element(losses, losses + rank - 1, losses + count,
+                     [](T a, T b) { return core::above(a, b); });
+    return losses[rank - 1];
+  }
+  core::ordered_key_t<T> keys[kBisected];
+  for (int64_t i = 0; i < count; ++i) keys[i] = core::to_ordered_key(losses[i]);
+  return core::from_ordered_key<T>(bisect(keys, count, rank));
+}
+
 // Every loss weighs 1: the threshold has rank ceil(k).
 template <typename T>
 Tail select(T* losses, int64_t count, double tail_fraction) {
   const double total = static_cast<double>(count);
   const double k = tail_fraction * total;
   const double rank = std::ceil(k - total * kAlphaRounding);
-  const int64_t index = std::clamp<int64_t>(static_cast<int64_t>(rank), 1, count) - 1;
-  std::nth_element(losses, losses + index, losses + count,
-                   [](T a, T b) { return core::above(a, b); });
-  return tail_at(losses, count, losses[index], k);
+  const T threshold =
+      loss_of_rank(losses, count, std::clamp<int64_t>(static_cast<int64_t>(rank), 1, count));
+  return tail_at(losses, count, threshold, k);
 }
 
 // From the top, the threshold is the first loss at which the weight reaches k.
@@ -155,8 +184,8 @@ void forward_unweighted(const Losses& in, double tail_fraction, const Tails& tai
         count += !mask || mask[i];
       }
       TORCH_CHECK_VALUE(count > 0,
-                        "superquantile: mask: expected at least one loss that counts in every "
-                        "reduction, got none");
+                        "superquantile: weight, mask: expected a positive sum of weights in every "
+                        "reduction, got 0");
       put<scalar_t>(select(scratch.get(), count, tail_fraction), tails, r);
     }
   });
@@ -180,7 +209,8 @@ void forward_weighted(const Losses& in, double tail_fraction, const Tails& tails
         count += w > 0 && (!mask || mask[i]);
       }
       TORCH_CHECK_VALUE(count > 0,
-                        "superquantile: weight: expected a positive sum in every reduction, got 0");
+                        "superquantile: weight, mask: expected a positive sum of weights in every "
+                        "reduction, got 0");
       put<scalar_t>(select(scratch.get(), count, tail_fraction), tails, r);
     }
   });
@@ -197,6 +227,23 @@ void forward(const Losses& in, double tail_fraction, const Tails& tails) {
           forward_weighted<scalar_t, double>(in, tail_fraction, tails);
         }
       });
+}
+
+// Every loss of the row counts and weighs 1. kStride 1 is a constant, so that the loop vectorises.
+template <typename scalar_t, int64_t kStride>
+void backward_row(const Losses& in, int64_t r, loss_t<scalar_t> threshold, Density density,
+                  const Row<scalar_t>& grad) {
+  using T = loss_t<scalar_t>;
+  const Row<const scalar_t> losses(in.losses, r);
+  const int64_t stride = kStride == 1 ? 1 : losses.stride;
+  const int64_t grad_stride = kStride == 1 ? 1 : grad.stride;
+  const scalar_t above = static_cast<scalar_t>(density.above);
+  const scalar_t at = static_cast<scalar_t>(density.at);
+  for (int64_t i = 0; i < in.n; ++i) {
+    const T loss = static_cast<T>(losses.data[i * stride]);
+    const scalar_t below = core::compare(loss, threshold) == 0 ? at : scalar_t(0);
+    grad.data[i * grad_stride] = core::above(loss, threshold) ? above : below;
+  }
 }
 
 // weight_at(i): the weight of loss i
@@ -230,7 +277,13 @@ void backward_typed(const Losses& in, const Tails& tails, const Gradients& gradi
           gradient_density(read<scalar_t>(gradients.value, r),
                            read<scalar_t>(gradients.threshold, r), tails.counts[r]);
       const Row<scalar_t> grad(grad_losses, r);
-      if (in.weight.data == nullptr) {
+      if (in.weight.data == nullptr && in.mask.data == nullptr) {
+        if (in.losses.stride == 1 && grad.stride == 1) {
+          backward_row<scalar_t, 1>(in, r, threshold, density, grad);
+        } else {
+          backward_row<scalar_t, 0>(in, r, threshold, density, grad);
+        }
+      } else if (in.weight.data == nullptr) {
         backward_row<scalar_t>(in, r, threshold, density, grad, [](int64_t) { return 1.0; });
       } else if (in.weight.dtype == at::kFloat) {
         const Row<const float> weight(in.weight, r);

@@ -3,6 +3,7 @@
 #include "superquantile/superquantile.h"
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/TensorUtils.h>
 #include <ATen/WrapDimUtilsMulti.h>
 
@@ -23,72 +24,85 @@ const CpuKernels& cpu_kernels() {
   return chosen;
 }
 
-// How a reduction over `dim` sees a tensor: kept dimensions, then reduced ones.
+// How a reduction over `dim` sees tensors of the losses' shape: kept dimensions, then reduced ones.
 struct Reduction {
-  at::DimVector order;       // kept, then reduced
-  at::DimVector kept_sizes;  // of the outputs
+  at::DimVector order;         // kept, then reduced
+  at::DimVector sizes;         // in that order
+  at::DimVector output_sizes;  // of value and threshold
   int64_t rows = 1;
   int64_t n = 1;
 
   Reduction(const at::Tensor& losses, at::IntArrayRef dim, bool keepdim) {
-    const auto reduced = at::dim_list_to_bitset(dim, losses.dim());
+    const auto listed = at::dim_list_to_bitset(dim, losses.dim());
+    const auto reduced = [&](int64_t d) { return dim.empty() || listed[d]; };
     for (const int64_t d : c10::irange(losses.dim())) {
-      const bool kept = !dim.empty() && !reduced[d];
-      if (kept) {
-        order.push_back(d);
-        rows *= losses.size(d);
-      }
-      if (kept || keepdim) kept_sizes.push_back(kept ? losses.size(d) : 1);
+      if (!reduced(d)) add(d, losses.size(d), rows);
+      if (!reduced(d) || keepdim) output_sizes.push_back(reduced(d) ? 1 : losses.size(d));
     }
     for (const int64_t d : c10::irange(losses.dim())) {
-      if (dim.empty() || reduced[d]) {
-        order.push_back(d);
-        n *= losses.size(d);
-      }
+      if (reduced(d)) add(d, losses.size(d), n);
     }
   }
 
-  // A view where the strides allow it, else a copy.
-  at::Tensor as_matrix(const at::Tensor& tensor) const {
-    return tensor.permute(order).reshape({rows, n});
+  // The strides of a view [rows, n] of a tensor, if there is one.
+  std::optional<at::DimVector> matrix_strides(const at::Tensor& tensor) const {
+    at::DimVector strides;
+    for (const int64_t d : order) strides.push_back(tensor.stride(d));
+    return at::detail::computeStride(sizes, strides, at::DimVector{rows, n});
   }
 
-  // An empty tensor like `losses` of which as_matrix is a view.
+  // A tensor with the sizes of `losses`, and its strides if those make a matrix.
   at::Tensor empty_like(const at::Tensor& losses) const {
-    at::Tensor like = at::empty_like(losses);
-    const at::Tensor permuted = like.permute(order);
-    const at::DimVector matrix{rows, n};
-    if (at::detail::computeStride(permuted.sizes(), permuted.strides(), at::IntArrayRef(matrix))) {
-      return like;
-    }
+    const bool usual = losses.is_cpu() && losses.is_contiguous();  // can do without the dispatcher
+    at::Tensor like = usual ? at::detail::empty_cpu(losses.sizes(), losses.scalar_type())
+                            : at::empty_like(losses);
+    if (matrix_strides(like)) return like;
     at::DimVector inverse(order.size());
     for (const auto i : c10::irange(order.size())) inverse[order[i]] = static_cast<int64_t>(i);
-    return at::empty(permuted.sizes(), losses.options()).permute(inverse);
+    return at::empty(sizes, losses.options()).permute(inverse);
+  }
+
+ private:
+  void add(int64_t d, int64_t size, int64_t& extent) {
+    order.push_back(d);
+    sizes.push_back(size);
+    extent *= size;
   }
 };
 
-Matrix matrix_of(const at::Tensor& tensor) {
-  if (!tensor.defined()) return {};
-  return {tensor.data_ptr(), tensor.scalar_type(), tensor.stride(0), tensor.stride(1)};
-}
+// A tensor seen as [rows, n], and what owns that memory: the tensor, or a copy where its strides
+// make no matrix.
+struct MatrixView {
+  at::Tensor owner;
+  Matrix matrix;
 
-// The matrices of a reduction, and the tensors that own their memory.
+  MatrixView() = default;
+  MatrixView(const Reduction& reduction, const at::Tensor& tensor) : owner(tensor) {
+    auto strides = reduction.matrix_strides(tensor);
+    if (!strides) {
+      owner = tensor.permute(reduction.order).contiguous();
+      strides = at::DimVector{reduction.n, 1};
+    }
+    matrix = {owner.data_ptr(), owner.scalar_type(), (*strides)[0], (*strides)[1]};
+  }
+};
+
 struct Inputs {
-  at::Tensor losses, weight, mask;
+  MatrixView losses, weight, mask;
 
   Inputs(const Reduction& reduction, const at::Tensor& losses_, const OptionalTensor& weight_,
          const OptionalTensor& mask_)
-      : losses(reduction.as_matrix(losses_)) {
+      : losses(reduction, losses_) {
     if (weight_) {
       const auto dtype = weight_->scalar_type();
       const bool exact_in_float = at::isReducedFloatingType(dtype) || dtype == at::kFloat;
-      weight = reduction.as_matrix(weight_->to(exact_in_float ? at::kFloat : at::kDouble));
+      weight = MatrixView(reduction, weight_->to(exact_in_float ? at::kFloat : at::kDouble));
     }
-    if (mask_) mask = reduction.as_matrix(*mask_);
+    if (mask_) mask = MatrixView(reduction, *mask_);
   }
 
   Losses view(const Reduction& reduction) const {
-    return {reduction.rows, reduction.n, matrix_of(losses), matrix_of(weight), matrix_of(mask)};
+    return {reduction.rows, reduction.n, losses.matrix, weight.matrix, mask.matrix};
   }
 };
 
@@ -145,7 +159,7 @@ at::Tensor backward_with(BackwardKernel kernel, const OptionalTensor& grad_value
          {nullptr, thresholds.data_ptr(), static_cast<Counts*>(counts3.data_ptr())},
          {of_value.defined() ? of_value.data_ptr() : nullptr,
           of_threshold.defined() ? of_threshold.data_ptr() : nullptr},
-         matrix_of(reduction.as_matrix(grad_losses)));
+         MatrixView(reduction, grad_losses).matrix);
   return grad_losses;
 }
 
@@ -159,15 +173,21 @@ Outputs forward_cpu(const at::Tensor& losses, const at::Tensor& tail_fraction,
   TORCH_CHECK_VALUE(reduction.n > 0,
                     "superquantile: losses: expected at least one loss in every reduction, got ",
                     "shape ", losses.sizes());
-  const double fraction = tail_fraction.item<double>();
+  TORCH_CHECK_TYPE(tail_fraction.scalar_type() == at::kDouble && tail_fraction.is_cpu() &&
+                       tail_fraction.numel() == 1,
+                   "superquantile: tail_fraction: expected one float64 on the CPU, got ",
+                   tail_fraction.numel(), " ", tail_fraction.scalar_type(), " on ",
+                   tail_fraction.device());
+  const double fraction = *tail_fraction.const_data_ptr<double>();
   TORCH_CHECK_VALUE(fraction > 0 && fraction <= 1,
                     "superquantile: tail_fraction: expected a number in (0, 1], got ", fraction);
 
-  at::DimVector counts_sizes = reduction.kept_sizes;
+  at::DimVector counts_sizes = reduction.output_sizes;
   counts_sizes.push_back(3);
-  Outputs outputs{at::empty(reduction.kept_sizes, losses.options()),
-                  at::empty(reduction.kept_sizes, losses.options()),
-                  at::empty(counts_sizes, losses.options().dtype(at::kDouble))};
+  const auto dtype = losses.scalar_type();
+  Outputs outputs{at::detail::empty_cpu(reduction.output_sizes, dtype),
+                  at::detail::empty_cpu(reduction.output_sizes, dtype),
+                  at::detail::empty_cpu(counts_sizes, at::kDouble)};
   if (reduction.rows == 0) return outputs;
 
   const Inputs inputs(reduction, losses, weight, mask);
