@@ -122,8 +122,15 @@ def _change(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor]:
 
 class _Superquantile(torch.autograd.Function):
     @staticmethod
-    def forward(*inputs: Any) -> Outputs:
-        return torch.ops.sqloss.superquantile(*inputs)
+    def forward(  # type: ignore[override]
+        losses: Tensor,
+        tail_fraction: Tensor,
+        weight: Tensor | None,
+        mask: Tensor | None,
+        dim: Sequence[int],
+        keepdim: bool,
+    ) -> Outputs:
+        return torch.ops.sqloss.superquantile(losses, tail_fraction, weight, mask, dim, keepdim)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Outputs) -> None:
@@ -152,8 +159,20 @@ class _SuperquantileBackward(torch.autograd.Function):
     """Linear in the two gradients, constant in the losses."""
 
     @staticmethod
-    def forward(*inputs: Any) -> Tensor:
-        return torch.ops.sqloss.superquantile_backward(*inputs)
+    def forward(  # type: ignore[override]
+        grad_value: Tensor | None,
+        grad_threshold: Tensor | None,
+        losses: Tensor,
+        weight: Tensor | None,
+        mask: Tensor | None,
+        threshold: Tensor,
+        counts: Tensor,
+        dim: Sequence[int],
+        keepdim: bool,
+    ) -> Tensor:
+        return torch.ops.sqloss.superquantile_backward(
+            grad_value, grad_threshold, losses, weight, mask, threshold, counts, dim, keepdim
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:

@@ -1,0 +1,7 @@
+"""``python -m sqloss``."""
+
+import sys
+
+from sqloss.cli import main
+
+sys.exit(main())

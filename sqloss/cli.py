@@ -1,0 +1,167 @@
+"""The command line: one subcommand is one function."""
+
+import argparse
+import dataclasses
+import math
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sqloss
+from sqloss.models import VAE
+from sqloss.models.seeding import initialisation
+from sqloss.training.config import Config, as_flag
+from sqloss.training.data import Dataset, load_dataset
+from sqloss.training.errors import UserError, require
+from sqloss.training.evaluation import evaluate
+from sqloss.training.loop import Training, begin, fit
+from sqloss.training.plots import draw_pictures
+from sqloss.training.progress import Progress
+from sqloss.training.report import make_report, tables, write_report
+from sqloss.training.run import Run
+
+USER_ERROR = 2
+SINGLE_THREADED_PIXELS = 16 * 16  # the digits, at 8 x 8, are no slower with one thread
+INTERRUPTED = 130  # what a shell returns for it: 128 + SIGINT
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command ``sqloss``."""
+    flags = vars(parser().parse_args(arguments))
+    command, subcommand = flags.pop("command"), flags.pop("subcommand")
+    try:
+        return int(subcommand(**flags))
+    except UserError as error:
+        print(f"sqloss {command}: error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"\nsqloss {command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def vae() -> int:
+    """The command ``vae``, which is ``sqloss vae``."""
+    return main(["vae", *sys.argv[1:]])
+
+
+def train_vae(output_dir: Path | None = None, resume: Path | None = None, **given: Any) -> int:
+    """Train VAEs on the mean and on the tail of the loss, side by side, and report on them."""
+    run = Run.resumed(resume, given) if resume else Run.new(output_dir, Config(**given))
+    config, device = run.config, run.config.torch_device
+    require_what_the_report_needs()
+
+    balanced = load_dataset(config.dataset, config.source)
+    data = balanced.imbalanced(config.imbalance, config.seed).to(device)
+    set_threads(config, data)
+    with initialisation(config.seed, "model"):
+        model = VAE(data.shape, config.hidden, config.latent)
+    training = begin(model.to(device), config)
+    recorder = run.start(training, data)
+    announce(run, data, device)
+
+    with Progress(*steps(training, data, config), config.epochs) as progress:
+        finished = fit(training, data, config, recorder.save, progress)
+    if not finished:
+        say(
+            f"stopped and saved after {training.epoch} epochs and {training.step} steps; "
+            f"continue with: sqloss vae --resume {shlex.quote(str(run.directory))}"
+        )
+        return INTERRUPTED
+
+    models = training.models
+    losses = {name: evaluate(model, data, config.seed) for name, model in models.items()}
+    report = make_report(models, losses, balanced, data, config)
+    write_report(run.directory, report)
+    draw_pictures(run.directory, models, losses, training.history, data, config)
+    print(tables(report))
+    say(f"the classifier gets {report['classifier_test_accuracy']:.1%} of the test images right")
+    say(f"how to read this, and the pictures: {run.directory / 'report.md'}")
+    return 0
+
+
+def show_config() -> int:
+    """Show how sqloss was built and what it runs on."""
+    sqloss.show_config()
+    return 0
+
+
+def require_what_the_report_needs() -> None:
+    """Fail before the training where the report would fail after it."""
+    require("matplotlib.figure")
+    require("scipy.stats")
+
+
+def set_threads(config: Config, data: Dataset) -> None:
+    """Threads share the work of large images; on small ones they only wait for one another.
+
+    Where other processes want the same cores that waiting has cost five times the whole training.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    elif math.prod(data.shape) <= SINGLE_THREADED_PIXELS:
+        torch.set_num_threads(1)
+
+
+def announce(run: Run, data: Dataset, device: torch.device) -> None:
+    say(f"run: {run.directory} on {device}")
+    say(
+        f"data: {data.name}, {len(data.train_images)} training images of "
+        f"{' x '.join(map(str, data.shape))}, per class {data.class_counts()}, "
+        f"{len(data.test_images)} test images"
+    )
+
+
+def steps(training: Training, data: Dataset, config: Config) -> tuple[int, int]:
+    """The steps of the whole training, and those of them done already."""
+    per_epoch = math.ceil(len(data.train_images) / config.batch_size)
+    return per_epoch * config.epochs, per_epoch * training.epoch + training.step
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(
+        "sqloss", description="Train on the worst tail of the loss instead of its mean."
+    )
+    whole.add_argument("--version", action="version", version=f"sqloss {sqloss.__version__}")
+    subcommands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, subcommand in {"vae": train_vae, "config": show_config}.items():
+        description = subcommand.__doc__
+        part = subcommands.add_parser(name, help=description, description=description)
+        part.set_defaults(subcommand=subcommand)
+        if name == "vae":
+            add_vae_flags(part)
+    return whole
+
+
+def add_vae_flags(vae: argparse.ArgumentParser) -> None:
+    """A flag per field of ``Config``; those not given stay absent, so that --resume can tell."""
+    for field in dataclasses.fields(Config):
+        kind: dict[str, Any] = (
+            {"action": "store_true"} if field.type is bool else {"type": field.type}
+        )
+        options = dict(field.metadata) | {
+            "help": f"{field.metadata['help']} (default: {field.default})"
+        }
+        vae.add_argument(as_flag(field.name), default=argparse.SUPPRESS, **kind, **options)
+    place = vae.add_mutually_exclusive_group()
+    place.add_argument(
+        "--output-dir",
+        type=Path,
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="where the run goes (default: runs/vae-DATASET-TIME)",
+    )
+    place.add_argument(
+        "--resume",
+        type=Path,
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="continue the run in DIR with its own settings; --epochs raises its total",
+    )

@@ -1,0 +1,5 @@
+"""Models whose losses are per sample, so that any risk can be taken of them."""
+
+from sqloss.models.vae import VAE
+
+__all__ = ["VAE"]

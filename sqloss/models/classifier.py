@@ -1,0 +1,68 @@
+"""A small convolutional classifier: the instrument that sees which class a generated image shows.
+
+Train it on the full, balanced training set, before any imbalance is applied: an instrument that
+had itself hardly seen a class would overlook that class in the generated images.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sqloss.models.pixels import pixels
+from sqloss.models.seeding import generator, initialisation
+
+# A fixed number of steps rather than of epochs: the time is the same for 1,000 images as for
+# 100,000, and enough for 98-99 % accuracy on handwritten digits of either size.
+STEPS = 1000
+BATCH_SIZE = 128
+PEAK_LR = 5e-3
+PREDICTION_BATCH_SIZE = 1000
+
+
+class Classifier(nn.Module):
+    """Two convolutions and a linear layer: pixels [B, C, H, W] to logits [B, classes]."""
+
+    def __init__(self, data_shape: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+        self.layers = nn.Sequential(
+            nn.Conv2d(data_shape[0], 16, kernel_size=3, padding=1),
+            nn.MaxPool2d(2),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveMaxPool2d(4),  # any image size ends as 4 x 4
+            nn.Flatten(),
+            nn.Linear(32 * 4 * 4, classes),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.layers(x)
+        return logits
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """The most likely class of each image of pixels, [B]."""
+        return torch.cat([self(batch).argmax(1) for batch in x.split(PREDICTION_BATCH_SIZE)])
+
+
+def train_classifier(images: Tensor, labels: Tensor, classes: int, seed: int) -> Classifier:
+    """Fit a classifier to uint8 images [N, C, H, W], on the device where they are."""
+    with initialisation(seed, "classifier"):
+        classifier = Classifier(tuple(images.shape[1:]), classes).to(images.device)
+    optimiser = torch.optim.Adam(classifier.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, PEAK_LR, total_steps=STEPS)
+    draws = generator(seed, "classifier", "batches")
+    for _ in range(STEPS):
+        batch = torch.randint(len(images), (BATCH_SIZE,), generator=draws).to(images.device)
+        loss = F.cross_entropy(classifier(pixels(images[batch])), labels[batch])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    return classifier
+
+
+def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
+    """The share of uint8 images whose class the classifier gets right."""
+    return (classifier.predict(pixels(images)) == labels).double().mean().item()

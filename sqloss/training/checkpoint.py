@@ -1,0 +1,84 @@
+"""Checkpoints: written whole or not at all, the newest two kept, read without running code."""
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sqloss.training.errors import UserError
+from sqloss.training.files import write_atomically
+
+KEPT = 2  # should the newest prove unreadable, the one before it is still there
+
+
+def save(folder: Path, state: dict[str, Any]) -> None:
+    """Write a state that knows its ``epoch`` and ``step`` as the newest checkpoint of a folder."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    older = saved(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / name_of(state["epoch"], state["step"]), content.getbuffer())
+    except (UserError, OSError) as error:
+        kept = f"{older[-1]} is intact" if older else "there is none before it"
+        raise UserError(f"cannot save the checkpoint: {error}; {kept}") from error
+    for path in saved(folder)[:-KEPT]:
+        path.unlink()
+
+
+def load(folder: Path) -> dict[str, Any] | None:
+    """The newest state of a folder; None where there is none yet."""
+    paths = saved(folder)
+    if not paths:
+        return None
+    try:
+        return read(paths[-1])
+    except UnreadableError as error:
+        older = next((path for path in reversed(paths[:-1]) if is_readable(path)), None)
+        way_out = (
+            f"delete it and resume again to continue from {older}, which is intact"
+            if older
+            else "there is no intact one before it; delete it to resume from the start"
+        )
+        raise UserError(f"{error}; {way_out}") from error
+
+
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first."""
+    found = [(match, path) for path in folder.glob("*.pt") if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted((position(match), path) for match, path in found)]
+
+
+NAME = re.compile(r"epoch-(\d+)(?:-step-(\d+))?\.pt")
+
+
+def name_of(epoch: int, step: int) -> str:
+    """After so many whole epochs, and so many steps of the next one."""
+    return f"epoch-{epoch:04d}" + (f"-step-{step:06d}" if step else "") + ".pt"
+
+
+def position(match: re.Match[str]) -> tuple[int, int]:
+    return int(match[1]), int(match[2] or 0)
+
+
+class UnreadableError(Exception):
+    """A checkpoint that is damaged or not one."""
+
+
+def is_readable(path: Path) -> bool:
+    try:
+        read(path)
+    except UnreadableError:
+        return False
+    return True
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in as many ways as there are bytes
+        reason = str(error).partition("\n")[0]
+        raise UnreadableError(f"cannot read the checkpoint {path} ({reason})") from error
+    return state

@@ -1,0 +1,337 @@
+"""Data sets as uint8 tensors in memory, read once; and how a class is made rare in training."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sqloss.models.seeding import generator
+from sqloss.training.errors import UserError, require
+
+DEFAULT_SIZE = 32  # of faces, and of folders whose images differ in size
+TEST_SHARE = 0.2  # where a data set brings no split of its own
+GREY_MODES = {"1", "L", "LA"}  # as Pillow calls them
+SPLIT_SEED = 0  # not the run's: runs with different seeds are tested on the same images
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set in memory."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train_images: Tensor  # uint8 [N, C, H, W]
+    train_labels: Tensor  # int64 [N]
+    test_images: Tensor
+    test_labels: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Channels, height and width."""
+        return tuple(self.train_images.shape[1:])
+
+    def class_counts(self) -> list[int]:
+        """How many training images each class has."""
+        return torch.bincount(self.train_labels, minlength=len(self.class_names)).tolist()
+
+    def to(self, device: torch.device) -> "Dataset":
+        return dataclasses.replace(
+            self,
+            train_images=self.train_images.to(device),
+            train_labels=self.train_labels.to(device),
+            test_images=self.test_images.to(device),
+            test_labels=self.test_labels.to(device),
+        )
+
+    def imbalanced(self, imbalance: str, seed: int) -> "Dataset":
+        """Keep a random share of some classes' training images; the test images stay as they are.
+
+        ``imbalance`` is "none" or like "0:0.1,3:0.5": a tenth of class 0 and half of class 3.
+        """
+        kept = torch.ones(len(self.train_labels), dtype=torch.bool)
+        for label, share in parse_imbalance(imbalance).items():
+            if label >= len(self.class_names):
+                raise UserError(
+                    f"--imbalance: expected classes 0 to {len(self.class_names) - 1}, as "
+                    f"{self.name} has them, got class {label}"
+                )
+            members = (self.train_labels == label).nonzero()[:, 0]
+            shuffled = torch.randperm(len(members), generator=generator(seed, "imbalance", label))
+            kept[members[shuffled[round(share * len(members)) :]]] = False
+        if not kept.any():
+            raise UserError(f"--imbalance: {imbalance!r} leaves no training image")
+        return dataclasses.replace(
+            self, train_images=self.train_images[kept], train_labels=self.train_labels[kept]
+        )
+
+    def fingerprint(self) -> str:
+        """Equal for equal training and test images only."""
+        digest = hashlib.sha256(str((self.train_images.shape, self.test_images.shape)).encode())
+        for images in (self.train_images, self.test_images):
+            digest.update(images.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+def parse_imbalance(text: str) -> dict[int, float]:
+    """The share to keep of each class named: "0:0.1,3:0.5" is {0: 0.1, 3: 0.5}, "none" is {}."""
+    if text == "none":
+        return {}
+    shares: dict[int, float] = {}
+    for part in text.split(","):
+        try:
+            label, share = int(part.partition(":")[0]), float(part.partition(":")[2])
+        except ValueError:
+            label, share = -1, -1.0
+        if label < 0 or label in shares or not 0 <= share <= 1:
+            raise UserError(
+                "--imbalance: expected 'none' or CLASS:SHARE,... with each class once and shares "
+                f"from 0 to 1, such as 0:0.1 or 0:0.1,3:0.5, got {text!r}"
+            )
+        shares[label] = share
+    return shares
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from and in which form; a reader turns it into a ``Dataset``."""
+
+    data_dir: Path = Path("data")
+    download: bool = False
+    image_size: int = 0  # side in pixels, 0 = as they are
+    limit: int = 0  # training images, 0 = all
+    celeba_attribute: str = "Smiling"
+
+    @property
+    def first(self) -> slice:
+        """The part of the training images to use."""
+        return slice(self.limit or None)
+
+
+def load_dataset(name: str, source: Source) -> Dataset:
+    return READERS[name](source)
+
+
+def digits(source: Source) -> Dataset:
+    """The 1,797 8 x 8 handwritten digits that scikit-learn brings along: nothing to download."""
+    bundled = require("sklearn.datasets").load_digits()
+    images = (torch.from_numpy(bundled.images) * (255 / 16)).round().to(torch.uint8)[:, None]
+    labels = torch.from_numpy(bundled.target).long()
+    train, test = stratified_split(labels)
+    return Dataset(
+        name="digits",
+        class_names=tuple(map(str, bundled.target_names)),
+        train_images=square(images[train][source.first], source.image_size),
+        train_labels=labels[train][source.first],
+        test_images=square(images[test], source.image_size),
+        test_labels=labels[test],
+    )
+
+
+def mnist(source: Source) -> Dataset:
+    return torchvision_arrays("MNIST", "mnist", source, "MNIST/raw/train-images-idx3-ubyte etc.")
+
+
+def fashion(source: Source) -> Dataset:
+    return torchvision_arrays(
+        "FashionMNIST", "fashion", source, "FashionMNIST/raw/train-images-idx3-ubyte etc."
+    )
+
+
+def cifar10(source: Source) -> Dataset:
+    return torchvision_arrays("CIFAR10", "cifar10", source, "cifar-10-batches-py/data_batch_1 etc.")
+
+
+def torchvision_arrays(reader: str, name: str, source: Source, layout: str) -> Dataset:
+    """A data set that torchvision holds as one array: MNIST and its like."""
+    read = getattr(require("torchvision.datasets"), reader)
+    with explained(name, source, layout):
+        train = read(source.data_dir, train=True, download=source.download)
+        test = read(source.data_dir, train=False, download=source.download)
+    return Dataset(
+        name=name,
+        class_names=tuple(train.classes),
+        train_images=square(channels_first(train.data)[source.first], source.image_size),
+        train_labels=torch.as_tensor(train.targets)[source.first],
+        test_images=square(channels_first(test.data), source.image_size),
+        test_labels=torch.as_tensor(test.targets),
+    )
+
+
+def celeba(source: Source) -> Dataset:
+    """Aligned faces; the two classes are without and with one of the 40 attributes."""
+    read = require("torchvision.datasets").CelebA
+    layout = (
+        "celeba/ with the folder img_align_celeba/ and the files list_attr_celeba.txt, "
+        "list_eval_partition.txt, identity_CelebA.txt, list_bbox_celeba.txt and "
+        "list_landmarks_align_celeba.txt"
+    )
+    with explained("celeba", source, layout):
+        train = read(source.data_dir, "train", download=source.download)
+        test = read(source.data_dir, "test", download=source.download)
+    attribute = source.celeba_attribute
+    if attribute not in train.attr_names:
+        known = ", ".join(filter(None, train.attr_names))
+        raise UserError(f"--celeba-attribute: expected one of {known}, got {attribute!r}")
+    column = train.attr_names.index(attribute)
+    folder = source.data_dir / "celeba" / "img_align_celeba"
+    size = source.image_size or DEFAULT_SIZE
+    return Dataset(
+        name="celeba",
+        class_names=(f"not {attribute}", attribute),
+        train_images=decode([folder / f for f in train.filename[source.first]], "RGB", size),
+        train_labels=train.attr[source.first, column],
+        test_images=decode([folder / f for f in test.filename], "RGB", size),
+        test_labels=test.attr[:, column],
+    )
+
+
+def folder(source: Source) -> Dataset:
+    """Images in one folder per class, with or without a split into train/ and test/."""
+    (train_files, train_labels), (test_files, test_labels), class_names = folder_split(source)
+    modes, sizes = zip(*map(mode_and_size, train_files + test_files), strict=True)
+    mode = "L" if set(modes) <= GREY_MODES else "RGB"
+    size = source.image_size or (0 if len(set(sizes)) == 1 else DEFAULT_SIZE)
+    return Dataset(
+        name="folder",
+        class_names=class_names,
+        train_images=decode(train_files[source.first], mode, size),
+        train_labels=train_labels[source.first],
+        test_images=decode(test_files, mode, size),
+        test_labels=test_labels,
+    )
+
+
+Files = tuple[list[Path], Tensor]
+
+
+def folder_split(source: Source) -> tuple[Files, Files, tuple[str, ...]]:
+    """The files and labels of the training and of the test images, and the classes' names."""
+    root = source.data_dir
+    if (root / "train").is_dir() != (root / "test").is_dir():
+        raise UserError(f"--dataset folder: expected train/ and test/ in {root}, got only one")
+    if (root / "train").is_dir():
+        train_files, train_labels, classes = image_folder(root / "train")
+        test_files, test_labels, test_classes = image_folder(root / "test")
+        if classes != test_classes:
+            raise UserError(
+                f"--dataset folder: expected the same classes in {root / 'train'} and "
+                f"{root / 'test'}, got {', '.join(sorted(set(classes) ^ set(test_classes)))} "
+                "in one of them only"
+            )
+        # By class as the folders are, the first --limit images would all be of one class.
+        order = torch.randperm(len(train_files), generator=generator(SPLIT_SEED, "folder"))
+        train = [train_files[i] for i in order], train_labels[order]
+        return train, (test_files, test_labels), classes
+    files, labels, classes = image_folder(root)
+    parts = [([files[i] for i in part], labels[part]) for part in stratified_split(labels)]
+    return parts[0], parts[1], classes
+
+
+def image_folder(root: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
+    """The image files below ``root``, their labels, and the names of the classes."""
+    try:
+        found = require("torchvision.datasets").ImageFolder(root)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"--dataset folder: expected one folder of images per class, as in {root}/cat/1.png "
+            f"and {root}/dog/1.png (choose the place with --data-dir), got: {error}"
+        ) from error
+    return (
+        [Path(file) for file, _ in found.samples],
+        torch.tensor(found.targets),
+        tuple(found.classes),
+    )
+
+
+def stratified_split(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Shuffled indices of the training and of the test images, with the same shares of classes."""
+    try:
+        train, test = require("sklearn.model_selection").train_test_split(
+            range(len(labels)), test_size=TEST_SHARE, stratify=labels, random_state=SPLIT_SEED
+        )
+    except ValueError as error:
+        raise UserError(
+            f"--dataset folder: expected enough images for a test set of {TEST_SHARE:.0%} with "
+            f"every class, got {torch.bincount(labels).tolist()} per class: {error}"
+        ) from error
+    return torch.tensor(train), torch.tensor(test)
+
+
+@contextmanager
+def explained(name: str, source: Source, layout: str) -> Iterator[None]:
+    """A reader's failure, whatever its exception, as where to put what or how to fetch it."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"--dataset {name}: expected {source.data_dir}/{layout}, as torchvision stores it "
+            "(--data-dir chooses the folder; --download fetches what is missing and unpacks "
+            f"archives that are there), got {type(error).__name__}: {error}"
+        ) from error
+
+
+def channels_first(images: object) -> Tensor:
+    """torchvision's [N, H, W] or [N, H, W, 3] as [N, C, H, W]."""
+    tensor = torch.as_tensor(images)
+    return tensor[:, None] if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2).contiguous()
+
+
+def square(images: Tensor, size: int) -> Tensor:
+    """The central squares of [N, C, H, W], resized to ``size`` pixels; as they are for size 0.
+
+    Of CelebA's 178 x 218 pixels the central square is the usual 178 crop.
+    """
+    if size == 0:
+        return images
+    height, width = images.shape[2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    centre = images[:, :, top : top + side, left : left + side]
+    return F.interpolate(centre, (size, size), mode="bilinear", antialias=True)
+
+
+def decode(files: Sequence[Path], mode: str, size: int) -> Tensor:
+    """Image files as one uint8 tensor; threads suffice, as decoding releases the lock."""
+    to_tensor = require("torchvision.transforms.functional").pil_to_tensor
+    tqdm = require("tqdm").tqdm
+
+    def read(file: Path) -> Tensor:
+        with image_file(file) as image:
+            return square(to_tensor(image.convert(mode))[None], size)[0]
+
+    with ThreadPoolExecutor() as threads:
+        images = threads.map(read, files)
+        return torch.stack(list(tqdm(images, "images", len(files), leave=False, disable=None)))
+
+
+def mode_and_size(file: Path) -> tuple[str, tuple[int, int]]:
+    """What the head of an image file tells without decoding it."""
+    with image_file(file) as image:
+        return image.mode, image.size
+
+
+@contextmanager
+def image_file(file: Path) -> Iterator[Any]:
+    try:
+        with require("PIL.Image").open(file) as image:
+            yield image
+    except OSError as error:
+        raise UserError(f"cannot read the image {file}: {error}") from error
+
+
+READERS: dict[str, Callable[[Source], Dataset]] = {
+    "digits": digits,
+    "mnist": mnist,
+    "fashion": fashion,
+    "cifar10": cifar10,
+    "celeba": celeba,
+    "folder": folder,
+}

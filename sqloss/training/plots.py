@@ -1,0 +1,157 @@
+"""The pictures of a run. Figures are made without pyplot: no global state, no display needed."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import sqloss
+from sqloss.models import VAE
+from sqloss.models.pixels import pixels
+from sqloss.models.seeding import generator
+from sqloss.training.config import Config
+from sqloss.training.data import Dataset
+from sqloss.training.errors import require
+from sqloss.training.files import write_atomically
+from sqloss.training.loop import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 150
+# Of Okabe and Ito's palette, told apart with any colour vision; the line styles differ too.
+STYLES: dict[str, dict[str, Any]] = {
+    "standard": {"color": "#0072B2", "linestyle": "-"},
+    "cvar": {"color": "#D55E00", "linestyle": "--"},
+}
+SAMPLES_PER_SIDE = 8
+RECONSTRUCTIONS = 8  # of the first test images, and as many of the worst
+BINS = 40
+
+
+def draw_pictures(
+    directory: Path,
+    models: Mapping[str, VAE],
+    losses: Mapping[str, Mapping[str, Tensor]],
+    history: Sequence[Row],
+    data: Dataset,
+    config: Config,
+) -> None:
+    """Write every picture of a run into its directory."""
+    figures = {
+        "vae_loss_curves.png": loss_curves(history, config.metric_alpha),
+        "vae_loss_distribution.png": loss_distribution(losses, config.metric_alpha),
+        "vae_samples.png": samples(models, config.seed),
+        "vae_reconstructions.png": reconstructions(models, losses, data),
+    }
+    for name, figure in figures.items():
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=DPI, bbox_inches="tight")
+        write_atomically(directory / name, picture.getbuffer())
+
+
+def loss_curves(history: Sequence[Row], alpha: float) -> "Figure":
+    """One panel per objective, in which every model is measured by it."""
+    figure = new_figure(9, 3.6)
+    panels = {
+        "test_negative_elbo": "Mean of the test $-$ELBO",
+        "test_negative_elbo_cvar": f"CVaR of the test $-$ELBO, $\\alpha$ = {alpha:g}",
+    }
+    for axes, (metric, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for name in dict.fromkeys(row["model"] for row in history):
+            rows = [row for row in history if row["model"] == name]
+            curve = [row["epoch"] for row in rows], [row[metric] for row in rows]
+            axes.plot(*curve, label=name, **STYLES[name])
+        axes.set(title=title, xlabel="epoch", ylabel="nats per image")
+        axes.locator_params("x", integer=True)
+        # The fall of the first epochs would press all the rest flat.
+        settled = [row[metric] for row in history if row["epoch"] > history[-1]["epoch"] // 10]
+        margin = 0.05 * (max(settled) - min(settled)) or 1
+        axes.set_ylim(min(settled) - margin, max(settled) + margin)
+        axes.legend()
+    return figure
+
+
+def loss_distribution(losses: Mapping[str, Mapping[str, Tensor]], alpha: float) -> "Figure":
+    """The -ELBO of all test images under each model, on common bins."""
+    figure = new_figure(9, 3.6)
+    axes = figure.subplots()
+    bounds = {name: of_model["negative_elbo"] for name, of_model in losses.items()}
+    together = torch.cat(list(bounds.values()))
+    bins = torch.linspace(together.min().item(), together.max().item(), BINS + 1).tolist()
+    for name, bound in bounds.items():
+        color = STYLES[name]["color"]
+        axes.hist(bound.tolist(), bins, color=color, alpha=0.2)
+        axes.hist(bound.tolist(), bins, histtype="step", label=name, **STYLES[name])
+        mean, cvar = bound.mean().item(), sqloss.cvar(bound, alpha).item()
+        axes.axvline(mean, color=color, linestyle=":", label=f"{name}: mean {mean:.1f}")
+        axes.axvline(cvar, color=color, linestyle="-.", label=f"{name}: CVaR {cvar:.1f}")
+    axes.set(
+        title=f"Test $-$ELBO per image, with its mean and its CVaR at $\\alpha$ = {alpha:g}",
+        xlabel="$-$ELBO (nats)",
+        ylabel="test images",
+    )
+    axes.legend()
+    return figure
+
+
+@torch.no_grad()
+def samples(models: Mapping[str, VAE], seed: int) -> "Figure":
+    """Images that each model generates from the same latent noise."""
+    figure = new_figure(4.2 * len(models), 4.6)
+    panels = figure.subplots(1, len(models), squeeze=False)[0]
+    for axes, (name, model) in zip(panels, models.items(), strict=True):
+        draws = generator(seed, "samples")
+        noise = torch.randn(SAMPLES_PER_SIDE**2, model.latent, generator=draws)
+        images = model.sample(noise.to(next(model.parameters()).device))
+        show(axes, mosaic(images, columns=SAMPLES_PER_SIDE))
+        axes.set_title(name)
+    figure.suptitle("Generated from the same latent noise")
+    return figure
+
+
+@torch.no_grad()
+def reconstructions(
+    models: Mapping[str, VAE], losses: Mapping[str, Mapping[str, Tensor]], data: Dataset
+) -> "Figure":
+    """Originals above each model's reconstructions: the first test images, and the worst."""
+    average = torch.stack([of_model["reconstruction"] for of_model in losses.values()]).mean(0)
+    count = min(RECONSTRUCTIONS, len(average))
+    blocks = {
+        "First test images": torch.arange(count),
+        "Worst reconstructed on average of the models": average.topk(count).indices,
+    }
+    labels = ["original", *models]
+    figure = new_figure(11, 1 + 0.65 * len(labels))
+    for axes, (title, chosen) in zip(figure.subplots(1, 2), blocks.items(), strict=True):
+        originals = pixels(data.test_images[chosen.to(data.test_images.device)])
+        rows = [originals, *(model.reconstruct(originals) for model in models.values())]
+        show(axes, mosaic(torch.cat(rows), columns=count))
+        axes.set_title(title)
+        height = data.shape[1]
+        axes.set_yticks([(height + 1) * i + (height - 1) / 2 for i in range(len(labels))], labels)
+    return figure
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    figure: Figure = require("matplotlib.figure").Figure((width, height))
+    figure.set_layout_engine("constrained", wspace=0.06)
+    return figure
+
+
+def mosaic(images: Tensor, columns: int) -> Tensor:
+    """Images [N, C, H, W] row by row, a white line between them: [rows, columns, C]."""
+    bordered = torch.nn.functional.pad(images, (0, 1, 0, 1), value=1.0)
+    channels, height, width = bordered.shape[1:]
+    grid = bordered.reshape(-1, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    return grid.reshape(-1, columns * width, channels)[:-1, :-1]
+
+
+def show(axes: "Axes", image: Tensor) -> None:
+    axes.imshow(image.cpu().numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.tick_params(length=0)
+    axes.set(xticks=[], yticks=[], frame_on=False)

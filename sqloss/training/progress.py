@@ -1,0 +1,39 @@
+"""How far training is, on stderr: a bar on a terminal, a line per epoch elsewhere."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from sqloss.training.errors import require
+
+
+class Progress:
+    """Counts steps; ``done`` of ``steps`` were done before."""
+
+    def __init__(self, steps: int, done: int, epochs: int) -> None:
+        self._epochs = epochs
+        self._bar = require("tqdm").tqdm(
+            total=steps, initial=done, unit="step", disable=None, dynamic_ncols=True
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def step(self) -> None:
+        self._bar.update()
+
+    def epoch(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Tell the metrics of an epoch, one row per model."""
+        models = "; ".join(
+            f"{row['model']} -ELBO {row['test_negative_elbo']:.2f}, "
+            f"CVaR {row['test_negative_elbo_cvar']:.2f}"
+            for row in rows
+        )
+        line = f"epoch {rows[0]['epoch']}/{self._epochs}: {models}"
+        if self._bar.disable:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            self._bar.set_description_str(line)

@@ -1,0 +1,215 @@
+"""What a run has come to: how well each class is modelled, and how often it is generated."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sqloss.models import VAE
+from sqloss.models.classifier import Classifier, accuracy, train_classifier
+from sqloss.models.seeding import generator
+from sqloss.training.config import Config
+from sqloss.training.data import Dataset
+from sqloss.training.errors import require
+from sqloss.training.evaluation import summary
+from sqloss.training.files import write_atomically, write_json
+
+GENERATED_BATCH_SIZE = 1000
+CONFIDENCE = 0.95
+PER_CLASS = {"reconstruction": "recon.", "negative_elbo": "-ELBO", "negative_elbo_cvar": "CVaR"}
+
+Report = dict[str, Any]
+Losses = Mapping[str, Tensor]  # one value per test image, by the name of the loss
+
+
+def make_report(
+    models: Mapping[str, VAE],
+    losses: Mapping[str, Losses],
+    balanced: Dataset,
+    data: Dataset,
+    config: Config,
+) -> Report:
+    """The report on models with these test losses, trained on ``data``.
+
+    ``balanced`` is the data before the imbalance: from it the classifier learns every class.
+    """
+    classifier = train_classifier(
+        balanced.train_images.to(data.train_images.device),
+        balanced.train_labels.to(data.train_labels.device),
+        len(balanced.class_names),
+        config.seed,
+    )
+    return {
+        "config": dataclasses.asdict(config),
+        "alpha_of_cvar": config.metric_alpha,
+        "class_names": list(data.class_names),
+        "train_images": data.class_counts(),
+        "train_images_before_imbalance": balanced.class_counts(),
+        "classifier_test_accuracy": accuracy(classifier, data.test_images, data.test_labels),
+        "models": {
+            name: {
+                "test": overall(losses[name], config.metric_alpha),
+                "test_by_class": by_class(losses[name], data, config.metric_alpha),
+                "generated": class_shares(classifier, model, config),
+            }
+            for name, model in models.items()
+        },
+    }
+
+
+def overall(losses: Losses, alpha: float) -> dict[str, Any]:
+    """The summary over all test images, with a standard error over them."""
+    bound = losses["negative_elbo"]
+    error = (bound.std() / len(bound) ** 0.5).item() if len(bound) > 1 else None
+    return {"images": len(bound), "negative_elbo_standard_error": error} | summary(losses, alpha)
+
+
+def by_class(losses: Losses, data: Dataset, alpha: float) -> list[dict[str, Any]]:
+    """The summary over the test images of each class that has any."""
+    labels = data.test_labels.cpu()
+    return [
+        {"class": data.class_names[label], "images": int((labels == label).sum())}
+        | summary({name: values[labels == label] for name, values in losses.items()}, alpha)
+        for label in labels.unique().tolist()
+    ]
+
+
+def worst_class(classes: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """The class, of those of ``by_class``, in which a metric is worst."""
+    return max(classes, key=itemgetter(metric))
+
+
+@torch.no_grad()
+def class_shares(classifier: Classifier, model: VAE, config: Config) -> list[dict[str, Any]]:
+    """The share of each class in generated images; every model gets the same noise."""
+    draws = generator(config.seed, "samples")
+    noise = torch.randn(config.num_samples, model.latent, generator=draws)
+    device = next(model.parameters()).device
+    batches = noise.to(device).split(GENERATED_BATCH_SIZE)
+    seen = torch.cat([classifier.predict(model.sample(z)) for z in batches])
+    counts = torch.bincount(seen, minlength=classifier.classes).tolist()
+    return [share(count, config.num_samples) for count in counts]
+
+
+def share(count: int, total: int) -> dict[str, Any]:
+    """A share with its Wilson interval."""
+    interval = require("scipy.stats").binomtest(count, total).proportion_ci(CONFIDENCE, "wilson")
+    low, high = float(interval.low), float(interval.high)
+    return {"count": count, "share": count / total, "low": low, "high": high}
+
+
+def write_report(directory: Path, report: Report) -> None:
+    write_json(directory / "report.json", report)
+    write_atomically(directory / "report.md", as_markdown(report).encode())
+
+
+def as_markdown(report: Report) -> str:
+    config = report["config"]
+    alpha = f"{report['alpha_of_cvar']:g}"
+    metric_note = "" if config["alpha"] else " (--alpha is 0, so the usual 0.8 is used)"
+    trained = {
+        "standard": "`standard` is trained on the mean of each batch's losses",
+        "cvar": f"`cvar` on the mean of the worst {1 - config['alpha']:.4g} share of them "
+        f"(--alpha {config['alpha']:g}, --tail {config['tail']})",
+    }
+    return f"""\
+# VAE on {config["dataset"]}
+
+{", ".join(trained[name] for name in report["models"])};
+for {config["epochs"]} epochs, from the same initial weights, on the same batches and noise.
+Every setting is in `config.json`.
+
+{tables(report)}
+
+## How to read this
+
+- Losses are in nats per image, on test images that keep every class. -ELBO = reconstruction + KL,
+  with weight 1 whatever --beta is. CVaR is the mean of the worst {1 - report["alpha_of_cvar"]:.4g}
+  share of the -ELBO, at alpha = {alpha}{metric_note}.
+- This is one run with one seed. A difference between the models on one seed is not evidence for
+  one of them: repeat it with several seeds. The standard error of the mean -ELBO covers the choice
+  of test images only, not the seed.
+- Generated images are counted by a small classifier that was trained on the training images
+  before the imbalance, and gets {report["classifier_test_accuracy"]:.1%} of the test images right.
+  The intervals are Wilson's at {CONFIDENCE:.0%}; they cover the number of generated images, not
+  the classifier's errors.
+
+![Losses over the epochs](vae_loss_curves.png)
+![Distribution of the test losses](vae_loss_distribution.png)
+![Generated images](vae_samples.png)
+![Reconstructions](vae_reconstructions.png)
+"""
+
+
+def tables(report: Report) -> str:
+    """The numbers of a report, as Markdown that a terminal shows well too."""
+    parts = (overall_table(report), class_table(report), share_table(report))
+    return "\n\n".join("\n".join(aligned(list(part))) for part in parts)
+
+
+def overall_table(report: Report) -> Iterator[list[str]]:
+    models = report["models"].values()
+    cvar = f"CVaR {report['alpha_of_cvar']:g} of -ELBO"
+    images = next(iter(models))["test"]["images"]
+    yield [f"{images} test images", *report["models"]]
+    for label, metric in (
+        ("mean -ELBO", "negative_elbo"),
+        ("its standard error", "negative_elbo_standard_error"),
+        (cvar, "negative_elbo_cvar"),
+        ("mean reconstruction", "reconstruction"),
+        ("mean KL", "kl"),
+    ):
+        yield [label, *(nats(model["test"][metric]) for model in models)]
+    for label, metric in (
+        ("mean -ELBO", "negative_elbo"),
+        (cvar, "negative_elbo_cvar"),
+        ("mean reconstruction", "reconstruction"),
+    ):
+        worst = [worst_class(model["test_by_class"], metric) for model in models]
+        yield [f"worst class: {label}", *(f"{nats(w[metric])} ({w['class']})" for w in worst)]
+
+
+def class_table(report: Report) -> Iterator[list[str]]:
+    models = report["models"]
+    yield ["class", "train", *(f"{label} {m}" for label in PER_CLASS.values() for m in models)]
+    train_images = dict(zip(report["class_names"], report["train_images"], strict=True))
+    for rows in zip(*(model["test_by_class"] for model in models.values()), strict=True):
+        name = rows[0]["class"]
+        numbers = [nats(row[metric]) for metric in PER_CLASS for row in rows]
+        yield [name, str(train_images[name]), *numbers]
+
+
+def share_table(report: Report) -> Iterator[list[str]]:
+    models = report["models"]
+    yield ["share of class", "in training", *(f"generated by {name}" for name in models)]
+    total = sum(report["train_images"])
+    generated = zip(*(model["generated"] for model in models.values()), strict=True)
+    for name, count, shares in zip(
+        report["class_names"], report["train_images"], generated, strict=True
+    ):
+        intervals = [f"{s['share']:.1%} [{s['low']:.1%}, {s['high']:.1%}]" for s in shares]
+        yield [name, f"{count / total:.1%}", *intervals]
+
+
+def nats(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Rows of cells as a Markdown table: the first column to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    header, *body = rows
+    yield line(header, widths)
+    yield "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
+    for row in body:
+        yield line(row, widths)
+
+
+def line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first = cells[0].ljust(widths[0])
+    rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+    return "| " + " | ".join([first, *rest]) + " |"

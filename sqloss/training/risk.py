@@ -1,0 +1,39 @@
+"""A *risk* turns a vector of losses into the scalar to train on: their mean, or their tail.
+
+An *objective* says of which losses the risk is taken. Any model whose losses are per sample can
+be trained on any risk: the model never averages, and the risk never knows the model.
+"""
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from sqloss.nn import CVaR
+
+Risk = Callable[[Tensor], Tensor]
+Objective = Callable[[Mapping[str, Tensor]], Tensor]
+
+TAILS = ("elbo", "reconstruction")
+
+
+def risk(alpha: float) -> Risk:
+    """The mean of the worst 1 - alpha share of the losses."""
+    return mean if alpha == 0 else CVaR(alpha)
+
+
+def mean(losses: Tensor) -> Tensor:
+    """The literal mean, so that alpha = 0 is bit for bit the plain training."""
+    return losses.mean()
+
+
+def vae_objective(alpha: float, tail: str, beta: float) -> Objective:
+    """The objective of a VAE, whose tail is that of the whole bound or of one of its terms."""
+    risk_of = risk(alpha)
+
+    def elbo(losses: Mapping[str, Tensor]) -> Tensor:
+        return risk_of(losses["reconstruction"] + beta * losses["kl"])
+
+    def reconstruction(losses: Mapping[str, Tensor]) -> Tensor:
+        return risk_of(losses["reconstruction"]) + beta * losses["kl"].mean()
+
+    return {"elbo": elbo, "reconstruction": reconstruction}[tail]

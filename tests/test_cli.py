@@ -1,0 +1,241 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sqloss
+from sqloss import cli
+from sqloss.models import classifier
+from sqloss.training import files
+from sqloss.training.config import Config
+from sqloss.training.data import Dataset
+
+for needed in ("matplotlib", "scipy", "sklearn", "tqdm"):
+    pytest.importorskip(needed)
+
+
+@pytest.fixture(autouse=True)
+def same_threads_afterwards():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+TINY = ["--limit", "300", "--hidden", "16", "--latent", "4", "--num-samples", "50"]
+PRODUCTS = {
+    "config.json",
+    "metrics.csv",
+    "report.json",
+    "report.md",
+    "vae_loss_curves.png",
+    "vae_loss_distribution.png",
+    "vae_reconstructions.png",
+    "vae_samples.png",
+}
+
+
+def sqloss_command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "sqloss", *map(str, arguments)]
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    """One thread, and the package found from any folder."""
+    root = Path(sqloss.__file__).parents[1]
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def test_the_whole_command(tmp_path, environment):
+    run = tmp_path / "run"
+    done = subprocess.run(
+        sqloss_command("vae", *TINY, "--epochs", 2, "--output-dir", run),
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert {path.name for path in run.iterdir()} >= PRODUCTS
+    assert len((run / "metrics.csv").read_text().splitlines()) == 1 + 2 * 2
+    assert "epoch 1/2: standard -ELBO" in done.stderr
+    report = json.loads((run / "report.json").read_text())
+    assert f"{report['models']['cvar']['test']['negative_elbo_cvar']:.2f}" in done.stdout
+    assert report["classifier_test_accuracy"] > 0.8
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path, environment):
+    run = tmp_path / "a run"
+    process = subprocess.Popen(
+        sqloss_command("vae", *TINY, "--epochs", 100_000, "--output-dir", run),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    for line in process.stderr:
+        if line.startswith("epoch 2/"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped and saved after" in told
+    assert f"sqloss vae --resume '{run}'" in told
+    assert "Traceback" not in told
+    assert (run / "checkpoints").is_dir()
+    assert not (run / "report.md").exists()
+
+
+def test_the_command_line_is_light(environment):
+    code = (
+        "import sys, sqloss.cli; "
+        "heavy = {'torchvision', 'sklearn', 'scipy', 'matplotlib', 'tensorboard'}; "
+        "print(sorted(heavy & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout == "[]\n"
+
+
+# within this process
+
+
+def test_a_run_is_resumed_or_only_reported_again(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "STEPS", 5)
+    assert cli.main(["vae", *TINY, "--epochs", "2", "--output-dir", str(tmp_path)]) == 0
+    first = capsys.readouterr()
+
+    assert cli.main(["vae", "--resume", str(tmp_path)]) == 0
+    again = capsys.readouterr()
+    assert again.out == first.out
+    assert "epoch 1/2" not in again.err
+
+    assert cli.main(["vae", "--resume", str(tmp_path), "--epochs", "3"]) == 0
+    more = capsys.readouterr()
+    assert "epoch 3/3" in more.err
+    assert "epoch 2/3" not in more.err
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 1 + 3 * 2
+
+
+def test_version_and_config(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out == f"sqloss {sqloss.__version__}\n"
+    sqloss.show_config()
+    shown = capsys.readouterr().out
+    assert cli.main(["config"]) == 0
+    assert capsys.readouterr().out == shown != ""
+
+
+def test_help_tells_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["vae", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    flags = ["dataset", "data-dir", "download", "image-size", "limit", "celeba-attribute"]
+    flags += ["imbalance", "alpha", "tail", "epochs", "batch-size", "lr", "hidden", "latent"]
+    flags += ["beta", "seed", "device", "threads", "num-samples", "checkpoint-every"]
+    assert [flag for flag in [*flags, "output-dir", "resume"] if f"--{flag}" not in text] == []
+    assert text.count("(default: ") == len(flags) + 1
+
+
+def test_vae_is_a_command_of_its_own(monkeypatch):
+    called = []
+    monkeypatch.setattr(cli, "main", lambda arguments: called.append(arguments) or 0)
+    line = ["--dataset", "mnist", "--alpha", "0.8", "--epochs", "400"]
+    monkeypatch.setattr(sys, "argv", ["vae", *line])
+    assert cli.vae() == 0
+    assert called == [["vae", *line]]
+
+
+def test_what_is_given_is_what_is_trained(monkeypatch):
+    given = {}
+    monkeypatch.setattr(cli, "train_vae", lambda **flags: given.update(flags) or 0)
+    assert cli.main(["vae", "--alpha", "0.5", "--batch-size", "7", "--download"]) == 0
+    assert given == {"alpha": 0.5, "batch_size": 7, "download": True}
+
+
+def told(capsys, *arguments: object) -> str:
+    """The message of a user error."""
+    assert cli.main(["vae", *map(str, arguments)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1].startswith("sqloss vae: error: ")
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def test_bad_values(capsys, tmp_path):
+    run = ["--output-dir", tmp_path / "run"]
+    assert "--alpha: expected a number in [0, 1), got 1.0" in told(capsys, "--alpha", 1, *run)
+    assert "--epochs: expected a whole number from 1 up" in told(capsys, "--epochs", 0, *run)
+    assert "--imbalance: expected classes 0 to 9" in told(capsys, "--imbalance", "11:0", *run)
+    assert "--device: expected auto or" in told(capsys, "--device", "abacus", *run)
+    assert not (tmp_path / "run").exists(), "nothing is left of a run that never began"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--alpha", "high"], "sqloss vae: error: argument --alpha: invalid float value: 'high'"),
+        (["--dataset", "x"], "sqloss vae: error: argument --dataset: invalid choice: 'x'"),
+        (["--resume", "a", "--output-dir", "b"], "not allowed with argument"),
+    ],
+)
+def test_what_argparse_refuses(capsys, arguments, message):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["vae", *arguments])
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_directories(capsys, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert "which holds one" in told(capsys, "--output-dir", tmp_path)
+    assert "cannot use" in told(capsys, "--resume", tmp_path)
+    assert "expected the directory of a run" in told(capsys, "--resume", tmp_path / "nothing")
+
+
+def test_a_full_disk(capsys, tmp_path, monkeypatch):
+    def no_space(descriptor: int) -> None:
+        if (tmp_path / "run" / "checkpoints").exists():
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", no_space)
+    message = told(capsys, *TINY, "--epochs", 1, "--output-dir", tmp_path / "run")
+    assert "cannot save the checkpoint" in message
+    assert "No space left on device" in message
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_missing_package_is_told_before_the_training(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    message = told(capsys, *TINY, "--output-dir", tmp_path / "run")
+    assert "matplotlib is needed here" in message
+    assert "pip install 'sqloss[train]'" in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("threads", "side", "expected"), [(3, 8, 3), (3, 28, 3), (0, 8, 1), (0, 16, 1), (0, 28, 2)]
+)
+def test_threads(threads, side, expected):
+    torch.set_num_threads(2)
+    images = torch.zeros(1, 1, side, side, dtype=torch.uint8)
+    labels = torch.zeros(1, dtype=torch.int64)
+    cli.set_threads(Config(threads=threads), Dataset("d", ("a",), images, labels, images, labels))
+    assert torch.get_num_threads() == expected
+
+
+def test_ctrl_c_outside_the_training(capsys, monkeypatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load_dataset", interrupted)
+    assert cli.main(["vae"]) == 130
+    assert "sqloss vae: interrupted" in capsys.readouterr().err

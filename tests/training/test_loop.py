@@ -1,0 +1,241 @@
+import dataclasses
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sqloss.models import VAE
+from sqloss.models.seeding import generator, initialisation
+from sqloss.training import checkpoint
+from sqloss.training.errors import UserError
+from sqloss.training.evaluation import evaluate
+from sqloss.training.progress import Progress
+from sqloss.training.run import Run
+from sqloss.training.stop import StopSignal
+
+STEPS_PER_EPOCH = 3
+
+
+def assert_same(first, second):
+    """Bit for bit, at any depth."""
+    assert type(first) is type(second)
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same(first[key], second[key])
+    elif isinstance(first, list):
+        assert len(first) == len(second)
+        for a, b in zip(first, second, strict=True):
+            assert_same(a, b)
+    else:
+        assert first == second
+
+
+def assert_same_run(first: Path, second: Path):
+    assert_same(checkpoint.load(first / "checkpoints"), checkpoint.load(second / "checkpoints"))
+    assert (first / "metrics.csv").read_bytes() == (second / "metrics.csv").read_bytes()
+
+
+class Signalling(Progress):
+    """Sends this process a signal after so many steps."""
+
+    def __init__(self, after: int, number: int = signal.SIGINT) -> None:
+        super().__init__(0, 0, 4)
+        self.after = after
+        self.number = number
+
+    def step(self) -> None:
+        self.after -= 1
+        if self.after == 0:
+            signal.raise_signal(self.number)
+
+
+@pytest.fixture
+def whole(trainer, tmp_path) -> Path:
+    """Four epochs without a break."""
+    trainer.train(trainer.run(tmp_path / "whole"))
+    return tmp_path / "whole"
+
+
+def test_all_models_start_alike(trainer):
+    models = trainer.begin(trainer.config).models
+    assert list(models) == ["standard", "cvar"]
+    assert_same(models["standard"].state_dict(), models["cvar"].state_dict())
+    standard, cvar = (next(model.parameters()) for model in models.values())
+    assert standard.data_ptr() != cvar.data_ptr()
+
+
+def test_at_alpha_0_there_is_only_the_standard_model(trainer):
+    assert list(trainer.begin(dataclasses.replace(trainer.config, alpha=0.0)).models) == [
+        "standard"
+    ]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.8])
+def test_the_standard_model_is_bit_for_bit_a_plain_training(trainer, tmp_path, alpha):
+    config = dataclasses.replace(trainer.config, alpha=alpha)
+    training, _ = trainer.train(Run.new(tmp_path, config))
+
+    with initialisation(config.seed, "model"):
+        vae = VAE((1, 4, 3), config.hidden, config.latent)
+    adam = torch.optim.Adam(vae.parameters(), lr=config.lr, fused=True)
+    noise = generator(config.seed, "noise")
+    for epoch in range(config.epochs):
+        order = torch.randperm(50, generator=generator(config.seed, "order", epoch))
+        for start in range(0, 50, 20):
+            x = trainer.data.train_images[order[start : start + 20]].float() / 255
+            mean, log_variance = vae.encoder(x.flatten(1)).chunk(2, dim=1)
+            z = mean + (0.5 * log_variance).exp() * torch.randn(len(x), 3, generator=noise)
+            logits = vae.decoder(z).unflatten(1, (1, 4, 3))
+            cross_entropy = F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+            kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
+            loss = (cross_entropy.flatten(1).sum(1) + kl).mean()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+
+    assert_same(training.models["standard"].state_dict(), vae.state_dict())
+
+
+def test_the_models_of_another_alpha_differ(trainer, tmp_path):
+    training, _ = trainer.train(trainer.run(tmp_path))
+    standard, cvar = (next(m.parameters()) for m in training.models.values())
+    assert not torch.equal(standard, cvar)
+
+
+def test_two_and_two_epochs_are_four(trainer, tmp_path, whole):
+    short = dataclasses.replace(trainer.config, epochs=2)
+    trainer.train(Run.new(tmp_path / "parts", short))
+    trainer.train(Run.resumed(tmp_path / "parts", {"epochs": 4}))
+    assert_same_run(tmp_path / "parts", whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("after", [1, 4, 5, 2 * STEPS_PER_EPOCH, 4 * STEPS_PER_EPOCH])
+def test_an_interrupted_run_goes_on_where_it_was(trainer, tmp_path, whole, after, number):
+    parts = tmp_path / "parts"
+    training, finished = trainer.train(trainer.run(parts), Signalling(after, number))
+    epoch, step = training.epoch, training.step
+    assert epoch * STEPS_PER_EPOCH + step == after
+    newest = checkpoint.load(parts / "checkpoints")
+    assert (newest["epoch"], newest["step"]) == (epoch, step)
+
+    trainer.train(Run.resumed(parts, {}))
+    assert not finished
+    assert_same_run(parts, whole)
+
+
+def test_a_run_interrupted_again_and_again_is_the_same(trainer, tmp_path, whole):
+    parts = tmp_path / "parts"
+    trainer.train(trainer.run(parts), Signalling(1))
+    for _ in range(3):
+        trainer.train(Run.resumed(parts, {}), Signalling(3))
+    trainer.train(Run.resumed(parts, {}))
+    assert_same_run(parts, whole)
+
+
+def test_a_run_without_a_checkpoint_yet_starts_from_the_beginning(trainer, tmp_path, whole):
+    parts = tmp_path / "parts"
+    trainer.run(parts).start(trainer.begin(trainer.config), trainer.data)
+    trainer.train(Run.resumed(parts, {}))
+    assert_same_run(parts, whole)
+
+
+def test_checkpoints_are_saved_as_often_as_asked_and_at_the_end(trainer, tmp_path):
+    config = dataclasses.replace(trainer.config, epochs=5, checkpoint_every=2)
+    trainer.train(Run.new(tmp_path, config))
+    names = [path.name for path in checkpoint.saved(tmp_path / "checkpoints")]
+    assert names == ["epoch-0004.pt", "epoch-0005.pt"]
+
+
+def test_the_handlers_are_put_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with StopSignal():
+        assert signal.getsignal(signal.SIGINT) is not before[0]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_second_ctrl_c_acts_at_once():
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_training_works_outside_the_main_thread(trainer, tmp_path, whole):
+    thread = threading.Thread(target=trainer.train, args=[trainer.run(tmp_path / "thread")])
+    thread.start()
+    thread.join()
+    assert_same_run(tmp_path / "thread", whole)
+
+
+@pytest.mark.parametrize("broken", ["weights", "loss"])
+def test_a_loss_that_is_not_finite_stops_without_saving(trainer, tmp_path, broken):
+    short = dataclasses.replace(trainer.config, epochs=1)
+    trainer.train(Run.new(tmp_path, short))
+    good = checkpoint.load(tmp_path / "checkpoints")
+
+    class Breaking(Signalling):
+        def step(self) -> None:
+            super().step()
+            if broken == "weights":
+                next(self.training.models["cvar"].parameters()).data.fill_(float("nan"))
+            else:
+                self.training.objective_sums["cvar"] += float("inf")
+
+    run = Run.resumed(tmp_path, {"epochs": 2})
+    training = trainer.begin(run.config)
+    trainer.begin = lambda _: training
+    for after in (1, 100):  # mid-epoch, on an interruption; and at the epoch's end
+        breaking = Breaking(after)
+        breaking.training = training
+        with pytest.raises(UserError, match=r"the cvar model is no longer finite.*smaller --lr"):
+            trainer.train(run, breaking)
+        assert_same(checkpoint.load(tmp_path / "checkpoints"), good)
+
+
+def test_the_objective_of_an_epoch_is_averaged_over_its_samples(trainer, tmp_path):
+    config = dataclasses.replace(trainer.config, epochs=1, lr=1e-30, alpha=0.0, beta=0.5)
+    training, _ = trainer.train(Run.new(tmp_path, config))
+
+    model = trainer.begin(config).models["standard"]
+    noise = generator(config.seed, "noise")
+    order = torch.randperm(50, generator=generator(config.seed, "order", 0))
+    total = 0.0
+    for batch in order.split(20):
+        x = trainer.data.train_images[batch] / 255
+        losses = model.losses(x, torch.randn(len(x), 3, generator=noise))
+        total += (losses["reconstruction"] + 0.5 * losses["kl"]).sum().item()
+    assert training.history[0]["train_objective"] == pytest.approx(total / 50, rel=1e-6)
+
+
+def test_the_evaluation_repeats_itself_and_is_the_bound(trainer, monkeypatch):
+    model = trainer.begin(trainer.config).models["standard"]
+    first = evaluate(model, trainer.data, seed=0)
+    noise = torch.randn(20, 3, generator=generator(0, "evaluation"))
+    direct = model.losses(trainer.data.test_images / 255, noise)
+    torch.testing.assert_close(first["kl"], direct["kl"].double())
+    torch.testing.assert_close(
+        first["negative_elbo"], (direct["reconstruction"] + direct["kl"]).double()
+    )
+    monkeypatch.setattr("sqloss.training.evaluation.BATCH_SIZE", 7)
+    again = evaluate(model, trainer.data, seed=0)
+    torch.testing.assert_close(first, again)
+
+
+def test_the_history_has_a_row_per_epoch_and_model(trainer, tmp_path):
+    training, finished = trainer.train(trainer.run(tmp_path))
+    assert finished
+    rows = [(row["epoch"], row["model"]) for row in training.history]
+    assert rows == [(epoch, name) for epoch in (1, 2, 3, 4) for name in ("standard", "cvar")]
+    last = training.history[-1]
+    assert last["test_negative_elbo"] == pytest.approx(
+        last["test_reconstruction"] + last["test_kl"]
+    )
+    assert last["test_negative_elbo_cvar"] > last["test_negative_elbo"]

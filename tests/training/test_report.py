@@ -1,0 +1,166 @@
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+import sqloss
+from sqloss.models import classifier as classifier_module
+from sqloss.models.seeding import generator
+from sqloss.training.data import Dataset
+from sqloss.training.evaluation import evaluate
+from sqloss.training.report import (
+    by_class,
+    class_shares,
+    make_report,
+    share,
+    tables,
+    worst_class,
+    write_report,
+)
+
+pytest.importorskip("scipy")
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    monkeypatch.setattr(classifier_module, "STEPS", 5)
+
+
+@pytest.fixture
+def losses(trainer) -> dict[str, dict[str, torch.Tensor]]:
+    models = trainer.begin(trainer.config).models
+    return {name: evaluate(model, trainer.data, 0) for name, model in models.items()}
+
+
+@pytest.fixture
+def report(trainer, losses, few_steps) -> dict:
+    models = trainer.begin(trainer.config).models
+    rare = trainer.data.imbalanced("1:0.5", seed=0)
+    return make_report(models, losses, trainer.data, rare, trainer.config)
+
+
+def test_the_overall_numbers(report, losses):
+    for name, of_model in losses.items():
+        bound = of_model["reconstruction"] + of_model["kl"]
+        test = report["models"][name]["test"]
+        assert test["images"] == 20
+        assert test["negative_elbo"] == pytest.approx(bound.mean().item())
+        assert test["reconstruction"] == pytest.approx(of_model["reconstruction"].mean().item())
+        assert test["kl"] == pytest.approx(of_model["kl"].mean().item())
+        assert test["negative_elbo_cvar"] == pytest.approx(bound.topk(4).values.mean().item())
+        deviation = math.sqrt(((bound - bound.mean()) ** 2).sum().item() / 19)
+        assert test["negative_elbo_standard_error"] == pytest.approx(deviation / math.sqrt(20))
+
+
+def test_the_numbers_of_each_class(report, losses, trainer):
+    labels = trainer.data.test_labels
+    for name, of_model in losses.items():
+        rows = report["models"][name]["test_by_class"]
+        assert [(row["class"], row["images"]) for row in rows] == [("a", 7), ("b", 7), ("c", 6)]
+        for label, row in enumerate(rows):
+            bound = of_model["negative_elbo"][labels == label]
+            assert row["negative_elbo"] == pytest.approx(bound.mean().item())
+            assert row["negative_elbo_cvar"] == pytest.approx(sqloss.cvar(bound, 0.8).item())
+
+
+def test_a_class_without_test_images_is_left_out(losses, trainer):
+    data = dataclasses.replace(trainer.data, test_labels=torch.arange(20) % 2 * 2)
+    assert [row["class"] for row in by_class(losses["cvar"], data, 0.8)] == ["a", "c"]
+
+
+def test_the_worst_class_is_worst_by_its_metric():
+    rows = [
+        {"class": "a", "negative_elbo": 3.0, "reconstruction": 1.0},
+        {"class": "b", "negative_elbo": 2.0, "reconstruction": 2.0},
+    ]
+    assert worst_class(rows, "negative_elbo")["class"] == "a"
+    assert worst_class(rows, "reconstruction")["class"] == "b"
+
+
+@pytest.mark.parametrize(("count", "total"), [(0, 50), (7, 50), (50, 50), (1234, 10_000)])
+def test_a_share_has_wilsons_interval(count, total):
+    z, p = 1.959963984540054, count / total
+    centre = (p + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + (z / (2 * total)) ** 2)
+    found = share(count, total)
+    assert (found["count"], found["share"]) == (count, p)
+    assert found["low"] == pytest.approx(centre - half, abs=1e-12)
+    assert found["high"] == pytest.approx(centre + half, abs=1e-12)
+
+
+def test_generated_images_are_counted_by_class_from_the_same_noise(trainer):
+    seen = []
+
+    class Counter:
+        classes = 3
+
+        def predict(self, x):
+            return (x > 0).long()
+
+    class Model(torch.nn.Linear):
+        latent = 3
+
+        def sample(self, noise):
+            seen.append(noise)
+            return noise[:, 0]
+
+    config = dataclasses.replace(trainer.config, num_samples=1500)
+    first, second = (class_shares(Counter(), Model(1, 1), config) for _ in range(2))
+    noise = torch.randn(1500, 3, generator=generator(0, "samples"))
+    positive = int((noise[:, 0] > 0).sum())
+    assert [row["count"] for row in first] == [1500 - positive, positive, 0]
+    assert first == second
+    assert torch.equal(torch.cat(seen[:2]), noise)
+
+
+def test_the_classifier_learns_from_the_data_before_the_imbalance(trainer, losses, monkeypatch):
+    learnt_from = []
+
+    def spy(images, labels, classes, seed):
+        learnt_from.append(labels)
+        return classifier_module.Classifier(tuple(images.shape[1:]), classes)
+
+    monkeypatch.setattr("sqloss.training.report.train_classifier", spy)
+    models = trainer.begin(trainer.config).models
+    rare = trainer.data.imbalanced("1:0", seed=0)
+    report = make_report(models, losses, trainer.data, rare, trainer.config)
+    assert torch.equal(learnt_from[0], trainer.data.train_labels)
+    assert report["train_images"][1] == 0
+    assert report["train_images_before_imbalance"] == trainer.data.class_counts()
+
+
+def test_the_files(report, tmp_path):
+    write_report(tmp_path, report)
+    assert json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail) == report
+    text = (tmp_path / "report.md").read_text()
+    assert tables(report) in text
+    assert "one run with one seed" in text
+    assert "not evidence" in text
+    assert f"{report['classifier_test_accuracy']:.1%} of the test images" in " ".join(text.split())
+
+
+def test_the_tables_tell_both_models_and_are_aligned(report):
+    text = tables(report)
+    for name, model in report["models"].items():
+        assert name in text
+        assert f"{model['test']['negative_elbo']:.2f}" in text
+    for table in text.split("\n\n"):
+        assert len({len(line) for line in table.splitlines()}) == 1
+
+
+def test_a_single_model_and_a_single_test_image(trainer, few_steps, tmp_path):
+    whole = trainer.data
+    data = Dataset(
+        "one", ("a",), whole.train_images, torch.zeros(50, dtype=torch.int64),
+        whole.test_images[:1], torch.zeros(1, dtype=torch.int64),
+    )  # fmt: skip
+    config = dataclasses.replace(trainer.config, alpha=0.0)
+    models = trainer.begin(config).models
+    losses = {name: evaluate(model, data, 0) for name, model in models.items()}
+    report = make_report(models, losses, data, data, config)
+    assert report["alpha_of_cvar"] == 0.8
+    assert report["models"]["standard"]["test"]["negative_elbo_standard_error"] is None
+    write_report(tmp_path, report)
+    assert "--alpha is 0, so the usual 0.8 is used" in (tmp_path / "report.md").read_text()

@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+import sqloss
+from sqloss.training.risk import mean, risk, vae_objective
+
+LOSSES = {
+    "reconstruction": torch.tensor([1.0, 2.0, 3.0, 40.0]),
+    "kl": torch.tensor([9.0, 1.0, 50.0, 1.0]),
+}
+
+
+def test_alpha_0_is_literally_the_mean():
+    losses = torch.rand(1001)
+    assert risk(0) is mean
+    assert torch.equal(risk(0.0)(losses), losses.mean())
+
+
+def test_other_alphas_are_the_superquantile():
+    losses = torch.arange(10.0) ** 2
+    torch.testing.assert_close(risk(0.75)(losses), torch.tensor(67.8))
+    torch.testing.assert_close(risk(0.75)(losses), sqloss.cvar(losses, 0.75))
+
+
+def test_the_tail_of_the_elbo_takes_the_worst_sums():
+    objective = vae_objective(alpha=0.5, tail="elbo", beta=2.0)
+    # The sums with beta 2 are 19, 4, 103 and 42; the worst half is 103 and 42.
+    assert objective(LOSSES).item() == pytest.approx(72.5)
+
+
+def test_the_tail_of_the_reconstruction_leaves_the_kl_its_mean():
+    objective = vae_objective(alpha=0.5, tail="reconstruction", beta=2.0)
+    assert objective(LOSSES).item() == pytest.approx((3 + 40) / 2 + 2 * 61 / 4)
+
+
+@pytest.mark.parametrize("tail", ["elbo", "reconstruction"])
+def test_both_tails_are_the_mean_at_alpha_0(tail):
+    objective = vae_objective(alpha=0, tail=tail, beta=0.5)
+    assert objective(LOSSES).item() == pytest.approx(46 / 4 + 0.5 * 61 / 4)
