@@ -1,4 +1,4 @@
-"""The PEP 517 backend: setuptools', plus the torch of the environment that sqloss is installed into.
+"""The PEP 517 backend: setuptools', plus the torch of the environment it installs into.
 
 A C++ extension of torch works only with the torch it was built for, and a build runs in an
 isolated environment that has none. So every hook first puts the packages of the outer environment
@@ -27,7 +27,9 @@ def _see_the_environments_torch() -> bool:
     the same interpreter without PYTHONPATH reports what the outer environment would import.
     """
     if find_spec("torch") is None:
-        environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+        environment = {
+            k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")
+        }
         outer = subprocess.run(
             [sys.executable, "-c", "import sys; print(*sys.path[1:], sep='\\n')"],
             env=environment,

@@ -109,7 +109,7 @@ def cuda_settings():
 
 
 def torch_cuda_arch_list(home):
-    """The architectures that torch itself was built for and this nvcc knows, with PTX of the last."""
+    """The architectures that torch was built for and this nvcc knows, with PTX of the last."""
     import torch
 
     known = subprocess.run([f"{home}/bin/nvcc", "--list-gpu-code"], capture_output=True, text=True)
@@ -163,7 +163,15 @@ def extension_and_command():
     sources = sorted({*glob("csrc/*.cpp"), *glob("csrc/*/*.cpp")} - set(kernels))
     # -fopenmp: at::parallel_for is a header that runs serially without it
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
-    common = ["-O3", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden", *openmp]
+    common = [
+        "-O3",
+        "-g0",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-parameter",
+        "-fvisibility=hidden",
+        *openmp,
+    ]
     flags = {"cxx": common, "nvcc": ["-O3", "--expt-relaxed-constexpr"]}
     settings = {
         "include_dirs": [os.path.abspath("csrc")],
@@ -219,7 +227,10 @@ def extension_and_command():
             self.write_build_info(Path(self.get_ext_fullpath(ext.name)).parent)
 
         def write_build_info(self, folder):
-            lines = ['"""What sqloss._C beside this file was built for: written by setup.py."""', ""]
+            lines = [
+                '"""What sqloss._C beside this file was built for: written by setup.py."""',
+                "",
+            ]
             lines += [f"{name} = {value!r}" for name, value in build_info.items()]
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "_build_info.py").write_text("\n".join(lines) + "\n")

@@ -1,6 +1,6 @@
 """sqloss: train PyTorch models on the worst tail of the loss instead of its mean.
 
-    sqloss.cvar(losses, alpha=0.8)    # the mean of the worst 20 % of the losses
+sqloss.cvar(losses, alpha=0.8)    # the mean of the worst 20 % of the losses
 """
 
 from pkgutil import extend_path

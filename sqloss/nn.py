@@ -56,6 +56,8 @@ class CVaR(nn.Module):
 
     def extra_repr(self) -> str:
         given = (
-            f"alpha={self.alpha}" if self.alpha is not None else f"tail_fraction={self.tail_fraction}"
+            f"alpha={self.alpha}"
+            if self.alpha is not None
+            else f"tail_fraction={self.tail_fraction}"
         )
         return given if self.dim is None else f"{given}, dim={self.dim}, keepdim={self.keepdim}"

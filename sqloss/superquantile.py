@@ -98,7 +98,7 @@ def value_at_risk(
     mask: Tensor | None = None,
     keepdim: bool = False,
 ) -> Tensor:
-    r"""The loss at which the tail begins: :math:`l_{(\lceil k \rceil)}` with :math:`k = (1-\alpha) n`.
+    r"""The loss at which the tail begins, :math:`l_{(\lceil (1 - \alpha) n \rceil)}`.
 
     Always one of the losses, never interpolated: the largest ``t`` such that the losses ``>= t``
     are at least ``1 - alpha`` of all. This is the threshold of :func:`cvar`, whose arguments,
@@ -191,9 +191,7 @@ def _check_not_empty(function: str, losses: Tensor, dims: tuple[int, ...]) -> No
         )
 
 
-def resolve_tail_fraction(
-    function: str, alpha: float | None, tail_fraction: float | None
-) -> float:
+def resolve_tail_fraction(function: str, alpha: float | None, tail_fraction: float | None) -> float:
     """The size of the tail that one of alpha and tail_fraction gives."""
     if (alpha is None) == (tail_fraction is None):
         got = "neither" if alpha is None else "both"
@@ -217,9 +215,7 @@ def _number(function: str, argument: str, number: object) -> float:
     if isinstance(number, (float, int)):
         return float(number)
     if isinstance(number, Tensor) or not hasattr(number, "__float__"):
-        raise TypeError(
-            f"{function}: {argument}: expected a number, got {type(number).__name__}"
-        )
+        raise TypeError(f"{function}: {argument}: expected a number, got {type(number).__name__}")
     return float(number)
 
 

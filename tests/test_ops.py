@@ -75,7 +75,9 @@ def test_another_torch_is_refused_with_the_command_that_mends_it(
         raise ImportError(error)
     assert torch.__version__ in error
     command = error.split("Rebuild it: ")[1]
-    assert command.startswith(sys.executable) and "pip install --force-reinstall --no-deps" in command
+    assert (
+        command.startswith(sys.executable) and "pip install --force-reinstall --no-deps" in command
+    )
 
 
 def test_a_source_tree_without_a_build_says_how_to_build(copy_of_the_package):

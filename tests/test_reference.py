@@ -8,7 +8,7 @@ from sqloss import reference
 
 
 def by_sorting(losses, alpha):
-    """cvar of a 1-D array in numpy, from the closed form: (sum of the k worst) / k, k fractional."""
+    """cvar of a 1-D array in numpy: (sum of the k worst) / k, with a fraction of the last."""
     worst = np.sort(losses)[::-1]
     k = (1 - alpha) * len(worst)
     if k <= 1:

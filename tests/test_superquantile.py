@@ -55,9 +55,7 @@ def twin_gradient(losses, alpha, weight=None, mask=None, dim=(), keepdim=False, 
     grad = torch.full_like(value, of_value)
     w = None if weight is None else weight.detach().double()
     x = losses.detach().double()
-    return reference.superquantile_backward(
-        grad, None, x, w, mask, threshold, counts, dim, keepdim
-    )
+    return reference.superquantile_backward(grad, None, x, w, mask, threshold, counts, dim, keepdim)
 
 
 def assert_matches_twin(losses, alpha, weight=None, mask=None, dim=None, keepdim=False):
@@ -406,7 +404,9 @@ def test_law_weights_are_a_bounded_distribution_that_attains_the_value(losses, a
     q = sqloss.tail_weights(x, alpha)
     k = (1 - alpha) * len(losses)
     assert close(q.sum(), 1)
-    assert (q >= 0).all() and (q <= (1 + 1e-12) / min(k, 1) if k < 1 else q <= (1 + 1e-12) / k).all()
+    assert (q >= 0).all() and (
+        q <= (1 + 1e-12) / min(k, 1) if k < 1 else q <= (1 + 1e-12) / k
+    ).all()
     assert close((q * x).sum(), sqloss.cvar(x, alpha), float(x.abs().max()))
     # no weights of that kind do better: here, the even ones
     even = torch.full_like(x, 1 / len(losses))
@@ -436,8 +436,9 @@ def test_law_weights_are_repetitions(pairs, percent):
     assert close(sqloss.cvar(x, alpha, weight=w), sqloss.cvar(tensor(repeated), alpha))
     at_risk = sqloss.value_at_risk(x, alpha, weight=w)
     assert at_risk == sqloss.value_at_risk(tensor(repeated), alpha)
-    q, q_repeated = sqloss.tail_weights(x, alpha, weight=w), sqloss.tail_weights(
-        tensor(repeated), alpha
+    q, q_repeated = (
+        sqloss.tail_weights(x, alpha, weight=w),
+        sqloss.tail_weights(tensor(repeated), alpha),
     )
     for value in set(repeated):
         assert close(q[x == value].sum(), q_repeated[tensor(repeated) == value].sum())
@@ -791,7 +792,9 @@ def test_vmap_with_weights_masks_dims_and_scalars():
     assert torch.equal(
         vmap(f, (None, 0, None))(x[0], w, m), torch.stack([f(x[0], b, m) for b in w])
     )
-    weights = torch.stack([sqloss.tail_weights(a, 0.6, weight=b) for a, b in zip(x, w, strict=True)])
+    weights = torch.stack(
+        [sqloss.tail_weights(a, 0.6, weight=b) for a, b in zip(x, w, strict=True)]
+    )
     mapped = vmap(lambda a, b: sqloss.tail_weights(a, 0.6, weight=b))(x, w)
     assert torch.equal(mapped, weights)
     scalars = torch.randn(7)
@@ -904,7 +907,9 @@ def test_errors_that_need_the_weights_values(weight, message):
         with pytest.raises(ValueError, match=f"^superquantile: {message}"):
             sqloss.cvar(X, 0.5, weight=weight, dim=dim)
         with pytest.raises(ValueError, match=f"^superquantile: {message}"):
-            reference.superquantile(X, 0.5, weight.expand(2, 3), None, dim=() if dim is None else (1,))
+            reference.superquantile(
+                X, 0.5, weight.expand(2, 3), None, dim=() if dim is None else (1,)
+            )
     # in a thread of the pool, too
     many = torch.ones(70_000, 3)
     many[-1] = weight
@@ -915,8 +920,11 @@ def test_errors_that_need_the_weights_values(weight, message):
 def test_error_for_a_row_that_is_masked_away():
     mask = torch.tensor([[True, True, False], [False, False, False]])
     assert sqloss.cvar(X, 0.5, mask=mask) == 1
-    for function in (sqloss.cvar, lambda *a, **k: reference.superquantile(a[0], 0.5, None, mask, (1,))):
-        with pytest.raises(ValueError, match="expected a positive sum of weights .*, got 0"):
+    for function in (
+        sqloss.cvar,
+        lambda *a, **k: reference.superquantile(a[0], 0.5, None, mask, (1,)),
+    ):
+        with pytest.raises(ValueError, match=r"expected a positive sum of weights .*, got 0"):
             function(X, 0.5, mask=mask, dim=1)
 
 
@@ -937,7 +945,7 @@ def test_the_operators_guard_their_memory():
             forward(*arguments)
     value, threshold, counts = forward(X, half, None, None, [1], False)
     for gradient, t, c in [(value[:1], threshold, counts), (value, threshold[:1], counts)]:
-        with pytest.raises(ValueError, match="superquantile_backward: .*expected 2 Float"):
+        with pytest.raises(ValueError, match=r"superquantile_backward: .*expected 2 Float"):
             backward(gradient, None, X, None, None, t, c, [1], False)
     with pytest.raises(ValueError, match="counts: expected 6 Double"):
         backward(value, None, X, None, None, threshold, counts[:1], [1], False)

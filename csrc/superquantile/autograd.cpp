@@ -48,8 +48,8 @@ struct Saved {
   static void save(AutogradContext* ctx, const at::Tensor& losses, const OptionalTensor& weight,
                    const OptionalTensor& mask, const at::Tensor& threshold,
                    const at::Tensor& counts, at::IntArrayRef dim, bool keepdim) {
-    ctx->save_for_backward({losses, weight.value_or(at::Tensor()), mask.value_or(at::Tensor()),
-                            threshold, counts});
+    ctx->save_for_backward(
+        {losses, weight.value_or(at::Tensor()), mask.value_or(at::Tensor()), threshold, counts});
     if (!dim.empty() || keepdim) {  // usually neither, and an entry costs a part of a microsecond
       ctx->saved_data["dim"] = dim;
       ctx->saved_data["keepdim"] = keepdim;
@@ -172,9 +172,7 @@ TORCH_LIBRARY_IMPL(sqloss, Autograd, m) {
   m.impl("superquantile_backward", backward_autograd);
 }
 
-TORCH_LIBRARY_IMPL(sqloss, AutocastCPU, m) {
-  m.impl("superquantile", forward_autocast<at::kCPU>);
-}
+TORCH_LIBRARY_IMPL(sqloss, AutocastCPU, m) { m.impl("superquantile", forward_autocast<at::kCPU>); }
 
 TORCH_LIBRARY_IMPL(sqloss, AutocastCUDA, m) {
   m.impl("superquantile", forward_autocast<at::kCUDA>);

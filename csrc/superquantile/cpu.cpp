@@ -149,9 +149,8 @@ Tail select(T* losses, int64_t count, double tail_fraction) {
 // From the top, the threshold is the first loss at which the weight reaches k.
 template <typename T>
 Tail select(Weighted<T>* items, int64_t count, double tail_fraction) {
-  std::sort(items, items + count, [](const Weighted<T>& a, const Weighted<T>& b) {
-    return core::above(a.loss, b.loss);
-  });
+  std::sort(items, items + count,
+            [](const Weighted<T>& a, const Weighted<T>& b) { return core::above(a.loss, b.loss); });
   double total = 0;
   for (int64_t i = 0; i < count; ++i) total += items[i].weight;
   const double k = tail_fraction * total;
@@ -217,16 +216,15 @@ void forward_weighted(const Losses& in, double tail_fraction, const Tails& tails
 }
 
 void forward(const Losses& in, double tail_fraction, const Tails& tails) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, in.losses.dtype, "superquantile", [&] {
-        if (in.weight.data == nullptr) {
-          forward_unweighted<scalar_t>(in, tail_fraction, tails);
-        } else if (in.weight.dtype == at::kFloat) {
-          forward_weighted<scalar_t, float>(in, tail_fraction, tails);
-        } else {
-          forward_weighted<scalar_t, double>(in, tail_fraction, tails);
-        }
-      });
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, in.losses.dtype, "superquantile", [&] {
+    if (in.weight.data == nullptr) {
+      forward_unweighted<scalar_t>(in, tail_fraction, tails);
+    } else if (in.weight.dtype == at::kFloat) {
+      forward_weighted<scalar_t, float>(in, tail_fraction, tails);
+    } else {
+      forward_weighted<scalar_t, double>(in, tail_fraction, tails);
+    }
+  });
 }
 
 // Every loss of the row counts and weighs 1. kStride 1 is a constant, so that the loop vectorises.

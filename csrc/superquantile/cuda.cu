@@ -37,17 +37,17 @@ __device__ double read(const void* data, int64_t row) {
 __device__ double weight_at(const Matrix& weight, int64_t row, int64_t i) {
   if (weight.data == nullptr) return 1.0;
   const int64_t at = row * weight.row_stride + i * weight.stride;
-  return weight.dtype == at::kFloat ? static_cast<double>(static_cast<const float*>(weight.data)[at])
-                                    : static_cast<const double*>(weight.data)[at];
+  return weight.dtype == at::kFloat
+             ? static_cast<double>(static_cast<const float*>(weight.data)[at])
+             : static_cast<const double*>(weight.data)[at];
 }
 
 template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
-    backward_kernel(Losses in,            // [rows, n]
-                    Tails tails,          // [rows]
-                    Gradients gradients,  // [rows] or null
-                    Matrix grad_losses,   // [rows, n]
-                    Tile tile) {
+__global__ void __launch_bounds__(kThreads) backward_kernel(Losses in,            // [rows, n]
+                                                            Tails tails,          // [rows]
+                                                            Gradients gradients,  // [rows] or null
+                                                            Matrix grad_losses,   // [rows, n]
+                                                            Tile tile) {
   using T = at::opmath_type<scalar_t>;
   const int64_t row = (blockIdx.x / tile.chunks_per_row) * tile.y + threadIdx.y;
   if (row >= in.rows) return;
@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(kThreads)
   const Density density =
       gradient_density(read<scalar_t>(gradients.value, row),
                        read<scalar_t>(gradients.threshold, row), tails.counts[row]);
-  const scalar_t* losses = static_cast<const scalar_t*>(in.losses.data) + row * in.losses.row_stride;
+  const scalar_t* losses =
+      static_cast<const scalar_t*>(in.losses.data) + row * in.losses.row_stride;
   const bool* mask = static_cast<const bool*>(in.mask.data);
   if (mask != nullptr) mask += row * in.mask.row_stride;
   scalar_t* grad = static_cast<scalar_t*>(grad_losses.data) + row * grad_losses.row_stride;
@@ -90,7 +91,8 @@ void cuda_backward(const Losses& in, const Tails& tails, const Gradients& gradie
   if (in.rows == 0 || in.n == 0) return;
   const Tile tile = tile_for(in.n);
   const int64_t blocks = (in.rows + tile.y - 1) / tile.y * tile.chunks_per_row;
-  TORCH_CHECK(blocks <= INT32_MAX, "superquantile_backward: losses: expected at most 2^31 blocks of ",
+  TORCH_CHECK(blocks <= INT32_MAX,
+              "superquantile_backward: losses: expected at most 2^31 blocks of ",
               kThreads * kPerThread, " losses, got ", blocks);
   const dim3 threads(tile.x, tile.y);
   AT_DISPATCH_FLOATING_TYPES_AND2(

@@ -19,7 +19,8 @@ const CpuKernels& cpu_kernels() {
   static const CpuKernels& chosen =
       core::for_this_cpu(DEFAULT::kernels, &AVX2::kernels, &AVX512::kernels);
 #else
-  static const CpuKernels& chosen = core::for_this_cpu<CpuKernels>(DEFAULT::kernels, nullptr, nullptr);
+  static const CpuKernels& chosen =
+      core::for_this_cpu<CpuKernels>(DEFAULT::kernels, nullptr, nullptr);
 #endif
   return chosen;
 }
@@ -130,8 +131,8 @@ using BackwardKernel = void (*)(const Losses&, const Tails&, const Gradients&, c
 at::Tensor backward_with(BackwardKernel kernel, const OptionalTensor& grad_value,
                          const OptionalTensor& grad_threshold, const at::Tensor& losses,
                          const OptionalTensor& weight, const OptionalTensor& mask,
-                         const at::Tensor& threshold, const at::Tensor& counts,
-                         at::IntArrayRef dim, bool keepdim) {
+                         const at::Tensor& threshold, const at::Tensor& counts, at::IntArrayRef dim,
+                         bool keepdim) {
   check_inputs(losses, weight, mask);
   const Reduction reduction(losses, dim, keepdim);
   at::Tensor grad_losses = reduction.empty_like(losses);

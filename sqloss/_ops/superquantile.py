@@ -19,6 +19,7 @@ from sqloss._ops import cuda_build
 
 Outputs = tuple[Tensor, Tensor, Tensor]
 
+
 def cvar(
     losses: Tensor,
     tail_fraction: float,
@@ -89,12 +90,16 @@ def _autocast(losses: Tensor) -> Tensor:
 def _forward(*inputs: Any) -> Outputs:
     """The operator on a tensor tail_fraction, by the route that the transforms in force allow."""
     call = _Superquantile.apply if transformed() else torch.ops.sqloss.superquantile
-    return call(*inputs)
+    outputs: Outputs = call(*inputs)
+    return outputs
 
 
 def _backward(*inputs: Any) -> Tensor:
-    call = _SuperquantileBackward.apply if transformed() else torch.ops.sqloss.superquantile_backward
-    return call(*inputs)
+    call = (
+        _SuperquantileBackward.apply if transformed() else torch.ops.sqloss.superquantile_backward
+    )
+    grad_losses: Tensor = call(*inputs)
+    return grad_losses
 
 
 # --- torch.func -----------------------------------------------------------------------------------
@@ -122,7 +127,7 @@ def _change(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor]:
 
 class _Superquantile(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         losses: Tensor,
         tail_fraction: Tensor,
         weight: Tensor | None,
@@ -130,7 +135,10 @@ class _Superquantile(torch.autograd.Function):
         dim: Sequence[int],
         keepdim: bool,
     ) -> Outputs:
-        return torch.ops.sqloss.superquantile(losses, tail_fraction, weight, mask, dim, keepdim)
+        outputs: Outputs = torch.ops.sqloss.superquantile(
+            losses, tail_fraction, weight, mask, dim, keepdim
+        )
+        return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Outputs) -> None:
@@ -159,7 +167,7 @@ class _SuperquantileBackward(torch.autograd.Function):
     """Linear in the two gradients, constant in the losses."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         grad_value: Tensor | None,
         grad_threshold: Tensor | None,
         losses: Tensor,
@@ -170,9 +178,10 @@ class _SuperquantileBackward(torch.autograd.Function):
         dim: Sequence[int],
         keepdim: bool,
     ) -> Tensor:
-        return torch.ops.sqloss.superquantile_backward(
+        grad_losses: Tensor = torch.ops.sqloss.superquantile_backward(
             grad_value, grad_threshold, losses, weight, mask, threshold, counts, dim, keepdim
         )
+        return grad_losses
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -280,7 +289,6 @@ torch.library.register_vmap("sqloss::superquantile_backward", _superquantile_bac
 # --- fake tensors ---------------------------------------------------------------------------------
 
 
-@torch.library.register_fake("sqloss::superquantile")
 def _superquantile_fake(
     losses: Tensor,
     tail_fraction: Tensor,
@@ -302,7 +310,6 @@ def _superquantile_fake(
     )
 
 
-@torch.library.register_fake("sqloss::superquantile_backward")
 def _superquantile_backward_fake(
     grad_value: Tensor | None,
     grad_threshold: Tensor | None,
@@ -315,6 +322,10 @@ def _superquantile_backward_fake(
     keepdim: bool,
 ) -> Tensor:
     return torch.empty_like(losses)
+
+
+torch.library.register_fake("sqloss::superquantile", _superquantile_fake)
+torch.library.register_fake("sqloss::superquantile_backward", _superquantile_backward_fake)
 
 
 # --- devices without a kernel ---------------------------------------------------------------------

@@ -1,0 +1,124 @@
+"""Building: which torch it builds against, whether CUDA is compiled, and what an sdist holds."""
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import setuptools
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(python, program, *flags, **environment):
+    return subprocess.run(
+        [python, *flags, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def setup(*arguments, **environment):
+    """setup.py far enough to decide what it would compile; compiles nothing, writes nothing."""
+    program = "import sys; sys.argv = ['setup.py', '--version']; exec(open('setup.py').read())"
+    return run(sys.executable, program, **environment)
+
+
+@pytest.fixture
+def only_setuptools(tmp_path):
+    """A folder for sys.path with setuptools and no torch: what an isolated build starts from."""
+    site_packages = Path(setuptools.__file__).parents[1]
+    for package in ("setuptools", "_distutils_hack"):
+        (tmp_path / package).symlink_to(site_packages / package)
+    return tmp_path
+
+
+ASK = (
+    "import sys; sys.path[:0] = ['.', {setuptools!r}]; import build_backend as b; "
+    "print(b._see_the_environments_torch()); import importlib.util as u; "
+    "print(u.find_spec('torch') and u.find_spec('torch').origin)"
+)
+
+
+def test_an_isolated_build_sees_the_torch_of_the_environment(only_setuptools):
+    # -S: without site-packages, as pip's isolation leaves the interpreter
+    program = ASK.format(setuptools=str(only_setuptools))
+    said = run(sys.executable, program, "-S", PYTHONPATH=str(only_setuptools))
+    assert said.stdout.split() == ["True", torch.__file__], said.stderr
+
+
+def test_a_build_without_torch_asks_for_one(only_setuptools, tmp_path):
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
+    python = str(bare / "bin" / "python")
+    program = (
+        ASK.format(setuptools=str(only_setuptools))
+        + "; b.build_meta.get_requires_for_build_wheel = lambda *_: ['others']"
+        + "; print(b.get_requires_for_build_wheel())"
+    )
+    said = run(python, program)
+    assert said.stdout.splitlines() == ["False", "None", "['others', 'torch>=2.11']"], said.stderr
+    # and a compile there refuses, rather than make a package without its compiled part
+    program = (
+        f"import sys; sys.path[:0] = [{str(only_setuptools)!r}]; "
+        "sys.argv = ['setup.py', 'build_ext']; exec(open('setup.py').read())"
+    )
+    assert "sqloss is compiled against torch, and there is none here" in run(python, program).stderr
+
+
+def test_sqloss_cuda_takes_0_and_1():
+    assert "SQLOSS_CUDA: expected 0, 1 or nothing, got 'yes'" in setup(SQLOSS_CUDA="yes").stderr
+    said = setup(SQLOSS_CUDA="0")
+    assert said.returncode == 0 and "building for the CPU only: SQLOSS_CUDA=0" in said.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch was built with CUDA")
+def test_cuda_on_a_cpu_torch_fails_with_the_reason():
+    said = setup(SQLOSS_CUDA="1")
+    assert said.returncode != 0
+    assert (
+        f"SQLOSS_CUDA=1, but CUDA cannot be built: torch {torch.__version__} was built without CUDA"
+        in said.stderr
+    )
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch was built without CUDA")
+def test_cuda_of_another_major_version_fails_with_the_reason(tmp_path):
+    """A toolkit that CUDA_HOME names wins over any other, and must fit torch."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 9.2, V9.2.88'\n")
+    nvcc.chmod(0o755)
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "cuda_runtime.h").touch()
+    said = setup(SQLOSS_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert said.returncode != 0
+    assert "SQLOSS_CUDA=1, but CUDA cannot be built" in said.stderr
+    assert f"needs CUDA {torch.version.cuda}; {tmp_path} is 9.2" in said.stderr
+    said = setup(SQLOSS_CUDA="", CUDA_HOME=str(tmp_path))
+    assert said.returncode == 0 and "building for the CPU only: torch" in said.stderr
+
+
+def test_an_sdist_holds_what_building_and_testing_need(tmp_path):
+    program = "import sys; sys.path[:0] = ['.']; import build_backend as b; b.build_sdist({!r})"
+    said = run(sys.executable, program.format(str(tmp_path)))
+    (archive,) = tmp_path.glob("sqloss-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        held = {Path(*Path(name).parts[1:]) for name in tar.getnames()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout: no list of the sources to compare with")
+    folders = ("csrc/", "sqloss/", "tests/", "benchmarks/")
+    needed = [
+        name
+        for name in tracked.stdout.split()
+        if (name.startswith(folders) and not name.endswith(".md")) or "/" not in name
+    ]
+    needed = [name for name in needed if name not in (".gitignore", ".clang-format")]
+    missing = [name for name in needed if Path(name) not in held]
+    assert not missing, said.stderr
