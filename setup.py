@@ -201,6 +201,12 @@ def extension_and_command():
     }
 
     class BuildSqloss(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            # No object of one torch is taken for that of another, whatever the files' times say
+            self.build_temp = f"{self.build_temp}-torch-{torch.__version__}"
+            self.force = True
+
         def build_extension(self, ext):
             # After the other objects, narrowest first: where two objects hold the same inline
             # function the linker keeps the first, so code for a newer CPU is never called on an

@@ -629,6 +629,8 @@ def sample_inputs(device="cpu"):
     yield x.bfloat16(), fraction, None, m, [], False
     yield x[0, 0], fraction, None, None, [], True
     yield x[:1].expand(4, 5), fraction, None, None, [1], False
+    yield torch.randn(3, 4, 5, device=device), fraction, None, None, [1], False
+    yield torch.randn(3, 4, 5, device=device).permute(2, 0, 1), fraction, None, None, [0, 2], True
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

@@ -36,10 +36,10 @@ __device__ double read(const void* data, int64_t row) {
 // The weight of a loss: 1 if there are none.
 __device__ double weight_at(const Matrix& weight, int64_t row, int64_t i) {
   if (weight.data == nullptr) return 1.0;
-  const int64_t at = row * weight.row_stride + i * weight.stride;
+  const int64_t offset = row * weight.row_stride + i * weight.stride;
   return weight.dtype == at::kFloat
-             ? static_cast<double>(static_cast<const float*>(weight.data)[at])
-             : static_cast<const double*>(weight.data)[at];
+             ? static_cast<double>(static_cast<const float*>(weight.data)[offset])
+             : static_cast<const double*>(weight.data)[offset];
 }
 
 template <typename scalar_t>

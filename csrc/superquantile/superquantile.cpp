@@ -52,17 +52,6 @@ struct Reduction {
     return at::detail::computeStride(sizes, strides, at::DimVector{rows, n});
   }
 
-  // A tensor with the sizes of `losses`, and its strides if those make a matrix.
-  at::Tensor empty_like(const at::Tensor& losses) const {
-    const bool usual = losses.is_cpu() && losses.is_contiguous();  // can do without the dispatcher
-    at::Tensor like = usual ? at::detail::empty_cpu(losses.sizes(), losses.scalar_type())
-                            : at::empty_like(losses);
-    if (matrix_strides(like)) return like;
-    at::DimVector inverse(order.size());
-    for (const auto i : c10::irange(order.size())) inverse[order[i]] = static_cast<int64_t>(i);
-    return at::empty(sizes, losses.options()).permute(inverse);
-  }
-
  private:
   void add(int64_t d, int64_t size, int64_t& extent) {
     order.push_back(d);
@@ -135,7 +124,9 @@ at::Tensor backward_with(BackwardKernel kernel, const OptionalTensor& grad_value
                          bool keepdim) {
   check_inputs(losses, weight, mask);
   const Reduction reduction(losses, dim, keepdim);
-  at::Tensor grad_losses = reduction.empty_like(losses);
+  const bool usual = losses.is_cpu() && losses.is_contiguous();  // can do without the dispatcher
+  at::Tensor grad_losses = usual ? at::detail::empty_cpu(losses.sizes(), losses.scalar_type())
+                                 : at::empty_like(losses);
   if (grad_losses.numel() == 0) return grad_losses;
 
   const auto one_per_row = [&](const at::Tensor& tensor, const char* name, at::ScalarType dtype,
@@ -155,12 +146,23 @@ at::Tensor backward_with(BackwardKernel kernel, const OptionalTensor& grad_value
   const at::Tensor of_value = gradient_of(grad_value, "grad_value");
   const at::Tensor of_threshold = gradient_of(grad_threshold, "grad_threshold");
 
+  // Where the gradient's own strides make no matrix, the kernel writes to one that is copied.
+  at::Tensor rows;
+  if (!reduction.matrix_strides(grad_losses)) {
+    rows = at::empty({reduction.rows, reduction.n}, losses.options());
+  }
+  const Matrix grad = rows.defined()
+                          ? Matrix{rows.data_ptr(), rows.scalar_type(), reduction.n, 1}
+                          : MatrixView(reduction, grad_losses).matrix;
   const Inputs inputs(reduction, losses, weight, mask);
   kernel(inputs.view(reduction),
          {nullptr, thresholds.data_ptr(), static_cast<Counts*>(counts3.data_ptr())},
          {of_value.defined() ? of_value.data_ptr() : nullptr,
           of_threshold.defined() ? of_threshold.data_ptr() : nullptr},
-         MatrixView(reduction, grad_losses).matrix);
+         grad);
+  if (rows.defined()) {
+    grad_losses.permute(reduction.order).copy_(rows.view(reduction.sizes));
+  }
   return grad_losses;
 }
 
