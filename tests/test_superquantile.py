@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+import weakref
 from fractions import Fraction
 
 import pytest
@@ -541,8 +542,9 @@ def test_gradcheck_and_gradgradcheck(function, variant):
     def f(x):
         return function(x, 0.55, **VARIANTS[variant])
 
-    assert torch.autograd.gradcheck(f, losses)
-    assert torch.autograd.gradgradcheck(f, losses)
+    every_way = {"check_forward_ad": True, "check_batched_grad": True}
+    assert torch.autograd.gradcheck(f, losses, check_batched_forward_grad=True, **every_way)
+    assert torch.autograd.gradgradcheck(f, losses, check_fwd_over_rev=True)
     # curvature of what comes before and after: the second derivative of f itself is zero
     assert torch.autograd.gradgradcheck(lambda x: f(x**2).exp(), losses)
 
@@ -561,6 +563,52 @@ def test_value_at_risk_shares_its_gradient_over_ties():
     losses = torch.tensor([1.0, 2.0, 2.0, 3.0], requires_grad=True)
     sqloss.value_at_risk(losses, 0.5).backward()
     assert losses.grad.tolist() == [0, 0.5, 0.5, 0]
+
+
+def test_the_graph_is_freed_with_its_last_user():
+    """The saved threshold is an output of the node that saves it: no cycle may keep both alive."""
+    layer = torch.randn(9, requires_grad=True)
+    losses = layer * 2
+    memory = weakref.ref(losses)
+    value, threshold = sqloss.cvar(losses, 0.5), sqloss.value_at_risk(losses, 0.5)
+    del losses
+    assert memory() is not None  # saved for backward
+    del value, threshold
+    assert memory() is None
+
+
+def test_backward_twice_needs_retain_graph():
+    losses = torch.randn(9, requires_grad=True)
+    value = sqloss.cvar(losses, 0.5)
+    value.backward(retain_graph=True)
+    value.backward()
+    assert torch.equal(losses.grad, 2 * sqloss.tail_weights(losses, 0.5))
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        value.backward()
+
+
+def test_saved_tensor_hooks():
+    packed = []
+    losses = torch.randn(9, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: packed.append(t.shape) or t.clone(), lambda t: t
+    ):
+        value = sqloss.cvar(losses, 0.5)
+    value.backward()
+    assert packed == [(9,), (), (3,)]  # losses, threshold, counts: nothing else of size n
+    assert torch.equal(losses.grad, sqloss.tail_weights(losses, 0.5))
+
+
+def test_forward_mode():
+    from torch.autograd import forward_ad
+
+    losses, tangent = torch.randn(2, 9, dtype=torch.float64)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(losses, tangent)
+        value = forward_ad.unpack_dual(sqloss.cvar(dual, 0.5))
+        q = sqloss.tail_weights(losses, 0.5)
+        torch.testing.assert_close(value.tangent, (q * tangent).sum())
+        assert value.primal == sqloss.cvar(losses, 0.5)
 
 
 def test_no_graph_where_none_is_wanted():

@@ -1,8 +1,16 @@
 // Autograd and autocast of the superquantile operators. The only file that knows both directions.
+//
+// Written as torch's own generated derivatives are, a Node for reverse mode and tangents for
+// forward mode, and not as a torch::autograd::Function: that one torch.func transforms refuse.
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/edge.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
+
+#include <mutex>
 
 #include "superquantile/superquantile.h"
 
@@ -10,7 +18,8 @@ namespace sqloss::superquantile {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
-using torch::autograd::AutogradContext;
+using torch::autograd::Edge;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 Outputs call_forward(const at::Tensor& losses, const at::Tensor& tail_fraction,
@@ -29,9 +38,6 @@ at::Tensor call_backward(const OptionalTensor& grad_value, const OptionalTensor&
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("sqloss::superquantile_backward", "")
                              .typed<decltype(backward_cpu)>();
-  // Without a second derivative in sight autograd has nothing to record.
-  std::optional<at::AutoDispatchBelowADInplaceOrView> below;
-  if (!at::GradMode::is_enabled()) below.emplace();
   return op.call(grad_value, grad_threshold, losses, weight, mask, threshold, counts, dim, keepdim);
 }
 
@@ -39,119 +45,159 @@ OptionalTensor optional(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 
-// What both directions save: the losses, what ranks and weighs them, and where the tail begins.
-struct Saved {
-  at::Tensor losses, weight, mask, threshold, counts;
+// Where the tail of a reduction lies, which gives both of its derivatives.
+struct TailPosition {
+  at::Tensor losses;
+  OptionalTensor weight, mask;
+  at::Tensor threshold, counts;
   std::vector<int64_t> dim;
-  bool keepdim = false;
+  bool keepdim;
 
-  static void save(AutogradContext* ctx, const at::Tensor& losses, const OptionalTensor& weight,
-                   const OptionalTensor& mask, const at::Tensor& threshold,
-                   const at::Tensor& counts, at::IntArrayRef dim, bool keepdim) {
-    ctx->save_for_backward(
-        {losses, weight.value_or(at::Tensor()), mask.value_or(at::Tensor()), threshold, counts});
-    if (!dim.empty() || keepdim) {  // usually neither, and an entry costs a part of a microsecond
-      ctx->saved_data["dim"] = dim;
-      ctx->saved_data["keepdim"] = keepdim;
-    }
-    ctx->set_materialize_grads(false);
-  }
-
-  explicit Saved(AutogradContext* ctx) {
-    if (ctx->saved_data.find("dim") != ctx->saved_data.end()) {
-      dim = ctx->saved_data["dim"].toIntVector();
-      keepdim = ctx->saved_data["keepdim"].toBool();
-    }
-    const auto saved = ctx->get_saved_variables();
-    losses = saved[0], weight = saved[1], mask = saved[2], threshold = saved[3], counts = saved[4];
-  }
-
-  at::Tensor gradient(const at::Tensor& grad_value, const at::Tensor& grad_threshold) const {
-    return call_backward(optional(grad_value), optional(grad_threshold), losses, optional(weight),
-                         optional(mask), threshold, counts, dim, keepdim);
-  }
-};
-
-// Returns value and threshold; counts, which carry no gradient, come out through the last argument.
-class Superquantile : public torch::autograd::Function<Superquantile> {
- public:
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& losses,
-                               const at::Tensor& tail_fraction, const OptionalTensor& weight,
-                               const OptionalTensor& mask, at::IntArrayRef dim, bool keepdim,
-                               at::Tensor* counts_out) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    const auto [value, threshold, counts] =
-        call_forward(losses, tail_fraction, weight, mask, dim, keepdim);
-    Saved::save(ctx, losses, weight, mask, threshold, counts, dim, keepdim);
-    *counts_out = counts;
-    return {value, threshold};
-  }
-
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list gradients(7);
-    if (grads[0].defined() || grads[1].defined()) {
-      gradients[0] = Saved(ctx).gradient(grads[0], grads[1]);
-    }
-    return gradients;
-  }
-};
-
-// The backward operator is linear in the two gradients it takes and constant in the losses.
-class SuperquantileBackward : public torch::autograd::Function<SuperquantileBackward> {
- public:
-  static at::Tensor forward(AutogradContext* ctx, const OptionalTensor& grad_value,
-                            const OptionalTensor& grad_threshold, const at::Tensor& losses,
-                            const OptionalTensor& weight, const OptionalTensor& mask,
-                            const at::Tensor& threshold, const at::Tensor& counts,
-                            at::IntArrayRef dim, bool keepdim) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    Saved::save(ctx, losses, weight, mask, threshold, counts, dim, keepdim);
-    ctx->saved_data["has_value"] = grad_value.has_value();
-    ctx->saved_data["has_threshold"] = grad_threshold.has_value();
+  // Of the losses, from those of value and threshold.
+  at::Tensor gradient(const OptionalTensor& grad_value,
+                      const OptionalTensor& grad_threshold) const {
     return call_backward(grad_value, grad_threshold, losses, weight, mask, threshold, counts, dim,
                          keepdim);
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list gradients(9);
-    if (!grads[0].defined()) return gradients;
-    const Saved saved(ctx);
-    const at::Tensor ones = at::ones_like(saved.threshold);
-    const auto adjoint = [&](const at::Tensor& of_value, const at::Tensor& of_threshold) {
-      return (saved.gradient(of_value, of_threshold) * grads[0]).sum(saved.dim, saved.keepdim);
-    };
-    // autograd numbers the inputs that are there
-    const bool has_value = ctx->saved_data["has_value"].toBool();
-    const bool has_threshold = ctx->saved_data["has_threshold"].toBool();
-    if (has_value && ctx->needs_input_grad(0)) gradients[0] = adjoint(ones, {});
-    if (has_threshold && ctx->needs_input_grad(has_value)) gradients[1] = adjoint({}, ones);
-    return gradients;
+  // How value and threshold move with the losses: the adjoint of the gradient.
+  at::Tensor value_tangent(const at::Tensor& tangent) const {
+    return (gradient(at::ones_like(threshold), {}) * tangent).sum(dim, keepdim);
+  }
+  at::Tensor threshold_tangent(const at::Tensor& tangent) const {
+    return (gradient({}, at::ones_like(threshold)) * tangent).sum(dim, keepdim);
   }
 };
+
+// A node of the graph that saves a TailPosition.
+class TailNode : public torch::autograd::Node {
+ public:
+  void save(const TailPosition& tail) {
+    losses_ = SavedVariable(tail.losses, /*is_output=*/false);
+    weight_ = SavedVariable(tail.weight, /*is_output=*/false);
+    mask_ = SavedVariable(tail.mask, /*is_output=*/false);
+    // A detached alias: the output itself would own its node, and the node it
+    threshold_ = SavedVariable(tail.threshold.detach(), /*is_output=*/false);
+    counts_ = SavedVariable(tail.counts, /*is_output=*/false);
+    dim_ = tail.dim;
+    keepdim_ = tail.keepdim;
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (auto* saved : {&losses_, &weight_, &mask_, &threshold_, &counts_}) saved->reset_data();
+  }
+
+ protected:
+  TailPosition unpack() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return {losses_.unpack(),
+            optional(weight_.unpack()),
+            optional(mask_.unpack()),
+            threshold_.unpack(),
+            counts_.unpack(),
+            dim_,
+            keepdim_};
+  }
+
+ private:
+  SavedVariable losses_, weight_, mask_, threshold_, counts_;
+  std::vector<int64_t> dim_;
+  bool keepdim_ = false;
+};
+
+// Gradients of value and threshold to that of the losses.
+struct SuperquantileBackward final : TailNode {
+  variable_list apply(variable_list&& grads) override {
+    const bool wanted = task_should_compute_output(0) && (grads[0].defined() || grads[1].defined());
+    return {wanted ? unpack().gradient(optional(grads[0]), optional(grads[1])) : at::Tensor()};
+  }
+  std::string name() const override { return "SuperquantileBackward"; }
+};
+
+// The backward operator is linear in the two gradients it takes and constant in the losses.
+struct SuperquantileBackwardBackward final : TailNode {
+  variable_list apply(variable_list&& grads) override {
+    variable_list gradients(2);
+    if (!grads[0].defined()) return gradients;
+    const TailPosition tail = unpack();
+    if (task_should_compute_output(0)) gradients[0] = tail.value_tangent(grads[0]);
+    if (task_should_compute_output(1)) gradients[1] = tail.threshold_tangent(grads[0]);
+    return gradients;
+  }
+  std::string name() const override { return "SuperquantileBackwardBackward"; }
+};
+
+// In the pointer by which this version of torch holds nodes.
+template <typename T>
+auto make_node() {
+  if constexpr (std::is_same_v<decltype(Edge::function), std::shared_ptr<torch::autograd::Node>>) {
+    return std::make_shared<T>();
+  } else {
+    return c10::make_intrusive<T>();
+  }
+}
 
 Outputs forward_autograd(const at::Tensor& losses, const at::Tensor& tail_fraction,
                          const OptionalTensor& weight, const OptionalTensor& mask,
                          at::IntArrayRef dim, bool keepdim) {
-  if (!at::GradMode::is_enabled() || !losses.requires_grad()) {
+  const bool reverse = torch::autograd::compute_requires_grad(losses);
+  const bool forward = torch::autograd::isFwGradDefined(losses);
+  Outputs outputs = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
     return call_forward(losses, tail_fraction, weight, mask, dim, keepdim);
+  }();
+  if (!reverse && !forward) return outputs;
+
+  const auto& [value, threshold, counts] = outputs;
+  const TailPosition tail{losses, weight, mask, threshold, counts, dim.vec(), keepdim};
+  if (forward) {
+    const at::Tensor tangent = losses._fw_grad(/*level=*/0);
+    const at::Tensor value_tangent = tail.value_tangent(tangent);
+    const at::Tensor threshold_tangent = tail.threshold_tangent(tangent);
+    value._set_fw_grad(value_tangent, /*level=*/0, /*is_inplace_op=*/false);
+    threshold._set_fw_grad(threshold_tangent, /*level=*/0, /*is_inplace_op=*/false);
   }
-  at::Tensor counts;
-  const auto outputs =
-      Superquantile::apply(losses, tail_fraction, weight, mask, dim, keepdim, &counts);
-  return {outputs[0], outputs[1], counts};
+  if (reverse) {
+    const auto node = make_node<SuperquantileBackward>();
+    node->set_next_edges(torch::autograd::collect_next_edges(losses));
+    node->save(tail);
+    torch::autograd::set_history(value, node);
+    torch::autograd::set_history(threshold, node);
+  }
+  return outputs;
 }
 
 at::Tensor backward_autograd(const OptionalTensor& grad_value, const OptionalTensor& grad_threshold,
                              const at::Tensor& losses, const OptionalTensor& weight,
                              const OptionalTensor& mask, const at::Tensor& threshold,
                              const at::Tensor& counts, at::IntArrayRef dim, bool keepdim) {
-  if (!at::GradMode::is_enabled()) {
+  const bool reverse = torch::autograd::compute_requires_grad(grad_value, grad_threshold);
+  const auto tangent = [](const OptionalTensor& grad) {
+    return torch::autograd::isFwGradDefined(grad) ? OptionalTensor(grad->_fw_grad(/*level=*/0))
+                                                  : std::nullopt;
+  };
+  const OptionalTensor value_tangent = tangent(grad_value);
+  const OptionalTensor threshold_tangent = tangent(grad_threshold);
+  const at::Tensor grad_losses = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below;
     return call_backward(grad_value, grad_threshold, losses, weight, mask, threshold, counts, dim,
                          keepdim);
+  }();
+  if (!reverse && !value_tangent && !threshold_tangent) return grad_losses;
+
+  const TailPosition tail{losses, weight, mask, threshold, counts, dim.vec(), keepdim};
+  if (value_tangent || threshold_tangent) {
+    grad_losses._set_fw_grad(tail.gradient(value_tangent, threshold_tangent), /*level=*/0,
+                             /*is_inplace_op=*/false);
   }
-  return SuperquantileBackward::apply(grad_value, grad_threshold, losses, weight, mask, threshold,
-                                      counts, dim, keepdim);
+  if (reverse) {
+    const auto node = make_node<SuperquantileBackwardBackward>();
+    node->set_next_edges(torch::autograd::collect_next_edges(grad_value, grad_threshold));
+    node->save(tail);
+    torch::autograd::set_history(grad_losses, node);
+  }
+  return grad_losses;
 }
 
 // Under autocast losses are reduced in float32, as torch's own losses are.

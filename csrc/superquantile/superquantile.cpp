@@ -125,8 +125,8 @@ at::Tensor backward_with(BackwardKernel kernel, const OptionalTensor& grad_value
   check_inputs(losses, weight, mask);
   const Reduction reduction(losses, dim, keepdim);
   const bool usual = losses.is_cpu() && losses.is_contiguous();  // can do without the dispatcher
-  at::Tensor grad_losses = usual ? at::detail::empty_cpu(losses.sizes(), losses.scalar_type())
-                                 : at::empty_like(losses);
+  at::Tensor grad_losses =
+      usual ? at::detail::empty_cpu(losses.sizes(), losses.scalar_type()) : at::empty_like(losses);
   if (grad_losses.numel() == 0) return grad_losses;
 
   const auto one_per_row = [&](const at::Tensor& tensor, const char* name, at::ScalarType dtype,
@@ -151,9 +151,8 @@ at::Tensor backward_with(BackwardKernel kernel, const OptionalTensor& grad_value
   if (!reduction.matrix_strides(grad_losses)) {
     rows = at::empty({reduction.rows, reduction.n}, losses.options());
   }
-  const Matrix grad = rows.defined()
-                          ? Matrix{rows.data_ptr(), rows.scalar_type(), reduction.n, 1}
-                          : MatrixView(reduction, grad_losses).matrix;
+  const Matrix grad = rows.defined() ? Matrix{rows.data_ptr(), rows.scalar_type(), reduction.n, 1}
+                                     : MatrixView(reduction, grad_losses).matrix;
   const Inputs inputs(reduction, losses, weight, mask);
   kernel(inputs.view(reduction),
          {nullptr, thresholds.data_ptr(), static_cast<Counts*>(counts3.data_ptr())},

@@ -1,8 +1,8 @@
 """The operators of csrc/superquantile for every way torch calls them.
 
-Eager calls take the pybind11 binding. torch.compile and torch.export trace the same operator
-through torch.ops. torch.func transforms refuse C++ autograd Functions, so under one the call goes
-through the Python Functions below. Devices without a kernel get the reference.
+Eager calls take the pybind11 binding; torch.compile traces the same operator through torch.ops.
+Autograd is in csrc. Here is what the dispatcher takes from Python: the rules of vmap, the shapes of
+fake tensors, and the reference for devices without a kernel.
 """
 
 import warnings
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active as transformed
 from torch.compiler import is_compiling
 
 from sqloss import _C, reference
@@ -29,7 +28,7 @@ def cvar(
     keepdim: bool,
 ) -> Tensor:
     """The value of csrc/superquantile/superquantile.h."""
-    if is_compiling() or transformed():
+    if is_compiling():
         return superquantile(losses, tail_fraction, weight, mask, dim, keepdim)[0]
     return _C.cvar(losses, tail_fraction, weight, mask, dim, keepdim)
 
@@ -43,27 +42,9 @@ def value_at_risk(
     keepdim: bool,
 ) -> Tensor:
     """The threshold of csrc/superquantile/superquantile.h."""
-    if is_compiling() or transformed():
+    if is_compiling():
         return superquantile(losses, tail_fraction, weight, mask, dim, keepdim)[1]
     return _C.value_at_risk(losses, tail_fraction, weight, mask, dim, keepdim)
-
-
-def superquantile(
-    losses: Tensor,
-    tail_fraction: float,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    dim: Sequence[int],
-    keepdim: bool,
-) -> Outputs:
-    """(value, threshold, counts) of csrc/superquantile/superquantile.h."""
-    if is_compiling():
-        # A tensor made by arithmetic: a float argument would be a constant of the graph, compiled
-        # again for every new alpha. On the device, so that the graph stays on one.
-        fraction = torch.ones((), dtype=torch.float64, device=losses.device) * tail_fraction
-    else:
-        fraction = torch.tensor(tail_fraction, dtype=torch.float64)
-    return _forward(_autocast(losses), fraction, weight, mask, dim, keepdim)
 
 
 def tail_weights(
@@ -74,137 +55,36 @@ def tail_weights(
     dim: Sequence[int],
 ) -> Tensor:
     """The gradient of the value in the losses."""
-    losses = _autocast(losses)
-    outputs = superquantile(losses, tail_fraction, weight, mask, dim, False)
-    value, threshold, counts = outputs
-    one = torch.ones_like(value)
-    return _backward(one, None, losses, weight, mask, threshold, counts, dim, False)
-
-
-def _autocast(losses: Tensor) -> Tensor:
-    """What the operator's autocast kernel does, where more than that call needs its result."""
     half = losses.dtype in (torch.float16, torch.bfloat16)
-    return losses.float() if half and torch.is_autocast_enabled(losses.device.type) else losses
-
-
-def _forward(*inputs: Any) -> Outputs:
-    """The operator on a tensor tail_fraction, by the route that the transforms in force allow."""
-    call = _Superquantile.apply if transformed() else torch.ops.sqloss.superquantile
-    outputs: Outputs = call(*inputs)
-    return outputs
-
-
-def _backward(*inputs: Any) -> Tensor:
-    call = (
-        _SuperquantileBackward.apply if transformed() else torch.ops.sqloss.superquantile_backward
+    if half and torch.is_autocast_enabled(losses.device.type):
+        losses = losses.float()  # as the operator's autocast does, out of sight of the next one
+    value, threshold, counts = superquantile(losses, tail_fraction, weight, mask, dim, False)
+    grad_losses: Tensor = torch.ops.sqloss.superquantile_backward(
+        torch.ones_like(value), None, losses, weight, mask, threshold, counts, dim, False
     )
-    grad_losses: Tensor = call(*inputs)
     return grad_losses
 
 
-# --- torch.func -----------------------------------------------------------------------------------
+def superquantile(
+    losses: Tensor,
+    tail_fraction: float,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    dim: Sequence[int],
+    keepdim: bool,
+) -> Outputs:
+    """(value, threshold, counts) of csrc/superquantile/superquantile.h, through torch.ops."""
+    if is_compiling():
+        # A tensor made by arithmetic: a float argument would be a constant of the graph, compiled
+        # again for every new alpha. On the device, so that the graph stays on one.
+        fraction = torch.ones((), dtype=torch.float64, device=losses.device) * tail_fraction
+    else:
+        fraction = torch.tensor(tail_fraction, dtype=torch.float64)
+    outputs: Outputs = torch.ops.sqloss.superquantile(losses, fraction, weight, mask, dim, keepdim)
+    return outputs
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], threshold: Tensor, counts: Tensor) -> None:
-    losses, weight, mask, dim, keepdim = inputs
-    ctx.save_for_backward(losses, weight, mask, threshold, counts)
-    ctx.save_for_forward(losses, weight, mask, threshold, counts)
-    ctx.dim, ctx.keepdim = dim, keepdim
-    ctx.set_materialize_grads(False)
-
-
-def _gradient(ctx: Any, grad_value: Tensor | None, grad_threshold: Tensor | None) -> Tensor:
-    return _backward(grad_value, grad_threshold, *ctx.saved_tensors, ctx.dim, ctx.keepdim)
-
-
-def _change(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor]:
-    """How value and threshold move with the losses: the adjoint of the gradient."""
-    ones = torch.ones_like(ctx.saved_tensors[3])
-    value = (_gradient(ctx, ones, None) * tangent).sum(ctx.dim, ctx.keepdim)
-    threshold = (_gradient(ctx, None, ones) * tangent).sum(ctx.dim, ctx.keepdim)
-    return value, threshold
-
-
-class _Superquantile(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        losses: Tensor,
-        tail_fraction: Tensor,
-        weight: Tensor | None,
-        mask: Tensor | None,
-        dim: Sequence[int],
-        keepdim: bool,
-    ) -> Outputs:
-        outputs: Outputs = torch.ops.sqloss.superquantile(
-            losses, tail_fraction, weight, mask, dim, keepdim
-        )
-        return outputs
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Outputs) -> None:
-        losses, _tail_fraction, weight, mask, dim, keepdim = inputs
-        _, threshold, counts = output
-        ctx.mark_non_differentiable(counts)
-        _save(ctx, (losses, weight, mask, dim, keepdim), threshold, counts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        grad_value, grad_threshold, _ = grads
-        if grad_value is None and grad_threshold is None:
-            return (None,) * 6
-        return _gradient(ctx, grad_value, grad_threshold), *(None,) * 5
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return *_change(ctx, tangents[0]), None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        return _superquantile_vmap(info, in_dims, *inputs)
-
-
-class _SuperquantileBackward(torch.autograd.Function):
-    """Linear in the two gradients, constant in the losses."""
-
-    @staticmethod
-    def forward(
-        grad_value: Tensor | None,
-        grad_threshold: Tensor | None,
-        losses: Tensor,
-        weight: Tensor | None,
-        mask: Tensor | None,
-        threshold: Tensor,
-        counts: Tensor,
-        dim: Sequence[int],
-        keepdim: bool,
-    ) -> Tensor:
-        grad_losses: Tensor = torch.ops.sqloss.superquantile_backward(
-            grad_value, grad_threshold, losses, weight, mask, threshold, counts, dim, keepdim
-        )
-        return grad_losses
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        _, _, losses, weight, mask, threshold, counts, dim, keepdim = inputs
-        _save(ctx, (losses, weight, mask, dim, keepdim), threshold, counts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        (grad,) = grads
-        if grad is None:
-            return (None,) * 9
-        of_inputs = _change(ctx, grad)
-        needed = ctx.needs_input_grad[:2]
-        gradients = [of if need else None for of, need in zip(of_inputs, needed, strict=True)]
-        return *gradients, *(None,) * 7
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _gradient(ctx, tangents[0], tangents[1])
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
-        return _superquantile_backward_vmap(info, in_dims, *inputs)
+# --- torch.func.vmap ------------------------------------------------------------------------------
 
 
 class _Batch:
@@ -243,7 +123,7 @@ def _superquantile_vmap(
     keepdim: bool,
 ) -> Any:
     batch = _Batch(info, _ndim(losses, in_dims[0]), dim, keepdim)
-    outputs = _forward(
+    outputs = torch.ops.sqloss.superquantile(
         batch.losses(losses, in_dims[0]),
         tail_fraction,
         batch.losses(weight, in_dims[2]),
@@ -268,7 +148,7 @@ def _superquantile_backward_vmap(
     keepdim: bool,
 ) -> Any:
     batch = _Batch(info, _ndim(losses, in_dims[2]), dim, keepdim)
-    grad_losses = _backward(
+    grad_losses = torch.ops.sqloss.superquantile_backward(
         batch(grad_value, in_dims[0]),
         batch(grad_threshold, in_dims[1]),
         batch.losses(losses, in_dims[2]),
