@@ -7,12 +7,12 @@ unset builds CUDA where it can; CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS as 
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from glob import glob
 from pathlib import Path
-from sysconfig import get_config_var
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -39,8 +39,11 @@ class NoCuda(Exception):
 
 
 def cuda_home_candidates():
-    """Where a CUDA toolkit may be, the user's own words first."""
-    yield from (os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name))
+    """Where a CUDA toolkit may be; CUDA_HOME is the user's own word, which nothing overrules."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named:
+        yield named
+        return
     nvcc = shutil.which("nvcc")
     if nvcc:
         yield Path(nvcc).parent.parent
@@ -57,9 +60,15 @@ def cuda_home_candidates():
 
 
 def pip_cuda_folders():
-    """Folders like site-packages/nvidia/cu13, which pip's nvidia packages share."""
-    for entry in sys.path:
-        yield from (folder for folder in glob(f"{entry}/nvidia/cu[0-9]*") if os.path.isdir(folder))
+    """Folders like site-packages/nvidia/cu13, which pip's nvidia packages for CUDA 13 share."""
+    return [folder for entry in filter(None, sys.path) for folder in glob(f"{entry}/nvidia/cu*")]
+
+
+def pip_cuda_headers():
+    """In nvidia/cu13/include, or by package (nvidia/cusparse/include) before CUDA 13."""
+    return [
+        folder for entry in filter(None, sys.path) for folder in glob(f"{entry}/nvidia/*/include")
+    ]
 
 
 def cuda_include_folders(home):
@@ -69,18 +78,26 @@ def cuda_include_folders(home):
     return [folder for folder in folders if os.path.isfile(f"{folder}/cuda_runtime.h")]
 
 
-def find_cuda_home():
+def find_cuda_home(needed):
+    """The first toolkit of the CUDA version that torch needs, whose minor part may differ."""
     tried = []
     for home in dict.fromkeys(os.path.realpath(home) for home in cuda_home_candidates()):
-        if os.access(f"{home}/bin/nvcc", os.X_OK) and cuda_include_folders(home):
+        version = toolkit_version(home)
+        if version.split(".")[0] == needed.split(".")[0]:
             return home
-        tried.append(home)
-    raise NoCuda(f"no CUDA toolkit (bin/nvcc with cuda_runtime.h) in {', '.join(tried)}")
+        tried.append(f"{home} has {version}")
+    raise NoCuda(f"torch needs a CUDA {needed.split('.')[0]} toolkit; {', '.join(tried)}")
 
 
-def nvcc_version(home):
-    said = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
-    return re.search(r"release (\d+)\.(\d+)", said).groups()
+def toolkit_version(home):
+    """Like "13.0", or what is wrong with the toolkit."""
+    if not os.access(f"{home}/bin/nvcc", os.X_OK):
+        return "no nvcc"
+    if not cuda_include_folders(home):
+        return "no cuda_runtime.h"
+    said = subprocess.run([f"{home}/bin/nvcc", "--version"], capture_output=True, text=True)
+    release = re.search(r"release (\d+\.\d+)", said.stdout)
+    return release[1] if release else "an nvcc that does not run"
 
 
 def cuda_settings():
@@ -91,19 +108,13 @@ def cuda_settings():
         raise NoCuda("SQLOSS_CUDA=0")
     if torch.version.cuda is None:
         raise NoCuda(f"torch {torch.__version__} was built without CUDA")
-    home = find_cuda_home()
-    major, minor = nvcc_version(home)
-    if major != torch.version.cuda.split(".")[0]:
-        raise NoCuda(
-            f"torch {torch.__version__} needs CUDA {torch.version.cuda}; {home} is {major}.{minor}"
-        )
+    home = find_cuda_home(torch.version.cuda)
     os.environ["CUDA_HOME"] = home  # read when torch.utils.cpp_extension is imported
-    if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
         os.environ["TORCH_CUDA_ARCH_LIST"] = torch_cuda_arch_list(home)
-    # pip's headers go last: they only fill in what the toolkit lacks
-    headers = [f"{folder}/include" for folder in pip_cuda_folders()]
     return {
-        "include_dirs": [*cuda_include_folders(home), *headers],
+        # pip's headers go last: they only fill in what the toolkit lacks
+        "include_dirs": [*cuda_include_folders(home), *pip_cuda_headers()],
         "library_dirs": cudart_folders(home),
     }
 
@@ -139,9 +150,15 @@ def cudart_folders(home):
 
 def limit_jobs():
     """Parallel compilers, at most one for each 2 GiB of free memory (nvcc on torch's headers)."""
-    if "MAX_JOBS" not in os.environ:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (2 << 30)
-        os.environ["MAX_JOBS"] = str(max(1, min(os.cpu_count() or 1, free)))
+    if os.environ.get("MAX_JOBS"):
+        return
+    jobs = os.cpu_count() or 1
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        available = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+        if available:
+            jobs = min(jobs, int(available[1]) >> 21)
+    os.environ["MAX_JOBS"] = str(max(1, jobs))
 
 
 def extension_and_command():
@@ -195,7 +212,7 @@ def extension_and_command():
         "python": platform.python_version(),
         "compiler": compiler_version(),
         "cpu_capabilities": tuple(CPU_CAPABILITIES),
-        "cuda_toolkit": ".".join(nvcc_version(os.environ["CUDA_HOME"])) if cuda else None,
+        "cuda_toolkit": toolkit_version(os.environ["CUDA_HOME"]) if cuda else None,
         "cuda_archs": os.environ.get("TORCH_CUDA_ARCH_LIST", "visible GPUs") if cuda else None,
         "why_no_cuda": why_no_cuda,
     }
@@ -257,9 +274,12 @@ class NoTorch(build_ext):
 
 
 def compiler_version():
-    compiler = os.environ.get("CXX") or get_config_var("CXX") or "c++"
-    said = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True)
-    return said.stdout.splitlines()[0]
+    compiler = shlex.split(os.environ.get("CXX", "c++"))  # what torch's ninja files run
+    try:
+        said = subprocess.run([*compiler, "--version"], capture_output=True, text=True)
+    except OSError as error:
+        return f"{shlex.join(compiler)}: {error.strerror}"
+    return said.stdout.partition("\n")[0]
 
 
 def main():

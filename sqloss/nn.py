@@ -55,9 +55,6 @@ class CVaR(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        given = (
-            f"alpha={self.alpha}"
-            if self.alpha is not None
-            else f"tail_fraction={self.tail_fraction}"
-        )
-        return given if self.dim is None else f"{given}, dim={self.dim}, keepdim={self.keepdim}"
+        shown = {name: getattr(self, name) for name in ("alpha", "tail_fraction", "dim")}
+        shown["keepdim"] = self.keepdim or None
+        return ", ".join(f"{name}={value}" for name, value in shown.items() if value is not None)

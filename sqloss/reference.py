@@ -10,8 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# How far alpha in [0, 1) and 1 - alpha can be from the decimal that was meant.
+# How far alpha in [0, 1) and 1 - alpha can be from the decimal that was meant, as a share of W.
 _ALPHA_ROUNDING = 2.0**-52
+# How far a sum of n weights can be from their true sum, as a share of it: n times this.
+_SUM_ROUNDING = 2.0**-53
 
 
 def superquantile(
@@ -31,7 +33,9 @@ def superquantile(
         value     = (sum of w * loss above the threshold + (k - weight above) * threshold) / k
         counts    = (weight above, weight at the threshold, k)
 
-    NaN ranks above +inf. ``dim`` lists the reduced dimensions, non-negative; empty means all.
+    A k that exceeds a sum of weights by no more than rounding does is taken for that sum. NaN ranks
+    above +inf; with +inf above the threshold, and no NaN, the value is +inf. ``dim`` lists the
+    reduced dimensions, non-negative; empty means all.
     Returns value and threshold in the dtype of losses, counts ``[..., 3]`` in float64.
     """
     x, w = _rows(losses, dim).double() + 0.0, _weights(losses, weight, mask, dim)
@@ -39,7 +43,9 @@ def superquantile(
     reached = w.gather(-1, order).cumsum(-1)
     total = reached[..., -1:]
     k = tail_fraction * total
-    before = (reached < k - total * _ALPHA_ROUNDING) | (reached == 0)
+    summed = 0 if weight is None else x.shape[-1]
+    rounding = total * (_ALPHA_ROUNDING + summed * _SUM_ROUNDING)
+    before = (reached < k - rounding) | (reached == 0)
     index = before.sum(-1, keepdim=True).clamp(max=x.shape[-1] - 1)
     t = ordered.gather(-1, index)
 
@@ -47,9 +53,12 @@ def superquantile(
     above = (w * is_above).sum(-1, keepdim=True)
     at = (w * is_at).sum(-1, keepdim=True)
     worse = torch.where(is_above & (w > 0), w * x, 0.0).sum(-1, keepdim=True)
-    value = torch.where(above == 0, t, (worse + torch.minimum(k - above, at) * t) / k)
+    k = torch.maximum(above, torch.minimum(k, above + at))
+    value = (worse + (k - above) * t) / k
+    value = torch.where(above == 0, t, value)  # the maximum, exactly
+    value = torch.where(worse == torch.inf, worse, value)  # even where t is -inf
 
-    shape = _output_shape(losses, dim, keepdim)
+    shape = output_shape(losses, dim, keepdim)
     return (
         value.reshape(shape).to(losses.dtype),
         t.reshape(shape).to(losses.dtype),
@@ -81,7 +90,7 @@ def superquantile_backward(
 
     of_value, of_threshold = per_row(grad_value), per_row(grad_threshold)
     density_above = of_value / k
-    density_at = of_value * (torch.minimum(k - above, at) / (k * at)) + of_threshold / at
+    density_at = of_value * ((k - above) / k / at) + of_threshold / at
     is_above, is_at = _compare(x, threshold.double().reshape(*x.shape[:-1], 1))
     density = torch.where(is_above, density_above, torch.where(is_at, density_at, 0.0))
     gradient = torch.where(w > 0, w * density, 0.0).to(losses.dtype)
@@ -92,6 +101,13 @@ def superquantile_backward(
 
 
 def _split(losses: Tensor, dim: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The dimensions kept, and those reduced."""
+    for d in dim:
+        if not 0 <= d < losses.dim():
+            raise IndexError(
+                f"superquantile: dim: expected to be in [0, {losses.dim() - 1}] for losses of "
+                f"shape {list(losses.shape)}, got {d}"
+            )
     reduced = [d for d in range(losses.dim()) if not dim or d in dim]
     return [d for d in range(losses.dim()) if d not in reduced], reduced
 
@@ -107,14 +123,17 @@ def _weights(
     losses: Tensor, weight: Tensor | None, mask: Tensor | None, dim: Sequence[int]
 ) -> Tensor:
     w = torch.ones_like(losses, dtype=torch.float64) if weight is None else weight.double()
-    if weight is not None:
-        _require(
-            ((w >= 0) & w.isfinite()).all(),
-            "superquantile: weight: expected finite values >= 0",
-        )
     if mask is not None:
         w = torch.where(mask, w, 0.0)
     rows = _rows(w, dim)
+    if weight is not None:
+        _require(
+            ((w >= 0) & w.isfinite()).all(), "superquantile: weight: expected finite values >= 0"
+        )
+        _require(
+            rows.sum(-1).isfinite().all(),
+            "superquantile: weight: expected a finite sum in every reduction",
+        )
     if weight is not None or mask is not None:
         _require(
             (rows.sum(-1) > 0).all(),
@@ -138,7 +157,8 @@ def _compare(x: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
     return (x > threshold) | (x.isnan() & ~both_nan), (x == threshold) | both_nan
 
 
-def _output_shape(losses: Tensor, dim: Sequence[int], keepdim: bool) -> list[int]:
+def output_shape(losses: Tensor, dim: Sequence[int], keepdim: bool) -> list[int]:
+    """The shape of value and threshold."""
     kept, _ = _split(losses, dim)
     sizes = enumerate(losses.shape)
     return [size if d in kept else 1 for d, size in sizes if keepdim or d in kept]

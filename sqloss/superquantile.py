@@ -7,7 +7,8 @@ Finance 26(7), 2002.
 """
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -57,17 +58,19 @@ def cvar(
         Tensor: of the dtype of ``losses`` (float32 under autocast), one value for each reduction.
 
     NaN ranks above +inf: a NaN loss lies in the tail, makes the value NaN and gets a gradient. A
-    loss of +inf makes the value +inf and leaves the weights finite. Sums are in double and the
-    same bit for bit for any number of threads and any repetition. ``alpha`` is a decimal that
+    loss of +inf in it makes the value +inf and leaves the weights finite. Sums are in double and
+    the same bit for bit for any number of threads and any repetition. ``alpha`` is a decimal that
     doubles cannot hold: a ``k`` within that rounding (2^-52 n) above an integer counts as it, so
-    that the tail of ten losses at ``alpha=0.7`` is three of them.
+    that the tail of ten losses at ``alpha=0.7`` is three of them. ``weight`` is not looked at where
+    ``mask`` is False.
 
     Raises:
         TypeError: ``losses``, ``weight`` or ``mask`` of a dtype other than the above, both or
             neither of ``alpha`` and ``tail_fraction``.
         ValueError: ``alpha`` or ``tail_fraction`` out of range, nothing to reduce, shapes that do
-            not broadcast, another device, weights that are negative, not finite or sum to 0 (on a
-            device other than the CPU the last three are assertions there).
+            not broadcast, another device, weights that are negative, not finite or sum to 0 (these
+            are found by the operator, ``superquantile``, and on a device other than the CPU they
+            are assertions of the device).
         IndexError: ``dim`` out of range.
 
     Example::
@@ -221,7 +224,10 @@ def _number(function: str, argument: str, number: object) -> float:
 
 def _dims(function: str, losses: Tensor, dim: int | Sequence[int]) -> tuple[int, ...]:
     ndim = max(losses.dim(), 1)  # as in torch, a scalar has dimensions 0 and -1
-    given = (dim,) if isinstance(dim, int) else tuple(dim)
+    try:
+        given = tuple(map(operator.index, dim if isinstance(dim, Iterable) else (dim,)))
+    except TypeError:
+        raise TypeError(f"{function}: dim: expected an int or ints, got {dim!r}") from None
     for d in given:
         if not -ndim <= d < ndim:
             raise IndexError(

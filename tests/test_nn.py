@@ -25,7 +25,8 @@ def test_alpha_is_an_attribute():
 def test_repr():
     assert repr(sqloss.nn.CVaR(0.8)) == "CVaR(alpha=0.8)"
     module = sqloss.nn.CVaR(tail_fraction=0.1, dim=1)
-    assert repr(module) == "CVaR(tail_fraction=0.1, dim=1, keepdim=False)"
+    assert repr(module) == "CVaR(tail_fraction=0.1, dim=1)"
+    assert repr(sqloss.nn.CVaR(0.5, keepdim=True)) == "CVaR(alpha=0.5, keepdim=True)"
 
 
 def test_errors_come_when_it_is_made():

@@ -8,9 +8,12 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 
+#include <array>
 #include <mutex>
+#include <type_traits>
 
 #include "superquantile/superquantile.h"
 
@@ -76,7 +79,7 @@ class TailNode : public torch::autograd::Node {
     losses_ = SavedVariable(tail.losses, /*is_output=*/false);
     weight_ = SavedVariable(tail.weight, /*is_output=*/false);
     mask_ = SavedVariable(tail.mask, /*is_output=*/false);
-    // A detached alias: the output itself would own its node, and the node it
+    // A detached alias, because the output itself owns this node: neither would ever be freed.
     threshold_ = SavedVariable(tail.threshold.detach(), /*is_output=*/false);
     counts_ = SavedVariable(tail.counts, /*is_output=*/false);
     dim_ = tail.dim;
@@ -85,7 +88,23 @@ class TailNode : public torch::autograd::Node {
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto* saved : {&losses_, &weight_, &mask_, &threshold_, &counts_}) saved->reset_data();
+    for (SavedVariable* saved : all_saved()) saved->reset_data();
+  }
+
+  // Compiled autograd: what the node depends on, and its call on traced stand-ins for it.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    for (const SavedVariable* saved : const_cast<TailNode*>(this)->all_saved()) {
+      args.collect(*saved, /*is_output=*/false);
+    }
+    for (const int64_t d : dim_) args.collect(d);
+    args.collect(keepdim_);
+  }
+  variable_list apply_with_saved(const variable_list& grads,
+                                 torch::dynamo::autograd::SwapSavedVariables& swap) override {
+    for (SavedVariable* saved : all_saved()) swap.before(*saved);
+    variable_list gradients = apply(variable_list(grads));
+    for (SavedVariable* saved : all_saved()) swap.after(*saved);
+    return gradients;
   }
 
  protected:
@@ -101,6 +120,10 @@ class TailNode : public torch::autograd::Node {
   }
 
  private:
+  std::array<SavedVariable*, 5> all_saved() {
+    return {&losses_, &weight_, &mask_, &threshold_, &counts_};
+  }
+
   SavedVariable losses_, weight_, mask_, threshold_, counts_;
   std::vector<int64_t> dim_;
   bool keepdim_ = false;
@@ -138,9 +161,19 @@ auto make_node() {
   }
 }
 
+void refuse_gradient(const char* name, const OptionalTensor& tensor) {
+  TORCH_CHECK_VALUE(
+      !torch::autograd::compute_requires_grad(tensor) && !torch::autograd::isFwGradDefined(tensor),
+      "superquantile: ", name,
+      ": expected a tensor without gradient (the derivative in it is not "
+      "implemented), got one that requires it");
+}
+
 Outputs forward_autograd(const at::Tensor& losses, const at::Tensor& tail_fraction,
                          const OptionalTensor& weight, const OptionalTensor& mask,
                          at::IntArrayRef dim, bool keepdim) {
+  refuse_gradient("tail_fraction", tail_fraction);
+  refuse_gradient("weight", weight);
   const bool reverse = torch::autograd::compute_requires_grad(losses);
   const bool forward = torch::autograd::isFwGradDefined(losses);
   Outputs outputs = [&] {

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <memory>
 
 #include "core/total_order.h"
@@ -35,7 +36,13 @@ struct Row {
                                     : static_cast<T*>(matrix.data) + row * matrix.row_stride),
         stride(matrix.stride) {}
   T& operator[](int64_t i) const { return data[i * stride]; }
-  explicit operator bool() const { return data != nullptr; }
+};
+
+// Which losses of a row count: all without a mask. Bytes, because a bool tensor may hold others
+// than 0 and 1 (a view of uint8, say), which C++'s bool must not.
+struct Mask : Row<const uint8_t> {
+  using Row<const uint8_t>::Row;
+  bool keeps(int64_t i) const { return data == nullptr || (*this)[i] != 0; }
 };
 
 // Selection and arithmetic of a dtype: itself, or float for the halves.
@@ -97,13 +104,13 @@ Tail tail_at(const Item* items, int64_t count, T threshold, double k) {
       at[lane] += at[lane + half];
     }
   }
-  const Counts counts{above[0], at[0], k};
-  // With nothing above, the tail is the threshold alone: the maximum, exactly.
-  const double value =
-      counts.above == 0
-          ? static_cast<double>(threshold)
-          : (sum[0] + tail_weight_at_threshold(counts) * static_cast<double>(threshold)) / k;
-  return {value, static_cast<double>(threshold), counts};
+  // The threshold was reached, so that a larger k is rounding; as is a smaller one than above.
+  const Counts counts{above[0], at[0], std::clamp(k, above[0], above[0] + at[0])};
+  const double t = static_cast<double>(threshold);
+  double value = (sum[0] + (counts.tail - counts.above) * t) / counts.tail;
+  if (counts.above == 0) value = t;  // the tail is the threshold alone: the maximum, exactly
+  if (sum[0] == std::numeric_limits<double>::infinity()) value = sum[0];  // even with t = -inf
+  return {value, t, counts};
 }
 
 // The largest key that at least `rank` keys reach: settles one bit of it in a pass, from the top.
@@ -153,12 +160,13 @@ Tail select(Weighted<T>* items, int64_t count, double tail_fraction) {
             [](const Weighted<T>& a, const Weighted<T>& b) { return core::above(a.loss, b.loss); });
   double total = 0;
   for (int64_t i = 0; i < count; ++i) total += items[i].weight;
+  TORCH_CHECK_VALUE(std::isfinite(total),
+                    "superquantile: weight: expected a finite sum in every reduction, got ", total);
   const double k = tail_fraction * total;
+  const double rounding = total * (kAlphaRounding + static_cast<double>(count) * kSumRounding);
   double reached = 0;
   int64_t index = 0;
-  while (index < count - 1 && (reached += items[index].weight) < k - total * kAlphaRounding) {
-    ++index;
-  }
+  while (index < count - 1 && (reached += items[index].weight) < k - rounding) ++index;
   return tail_at(items, count, items[index].loss, k);
 }
 
@@ -176,11 +184,11 @@ void forward_unweighted(const Losses& in, double tail_fraction, const Tails& tai
     const std::unique_ptr<T[]> scratch(new T[in.n]);
     for (const int64_t r : c10::irange(begin, end)) {
       const Row<const scalar_t> losses(in.losses, r);
-      const Row<const bool> mask(in.mask, r);
+      const Mask mask(in.mask, r);
       int64_t count = 0;
       for (const int64_t i : c10::irange(in.n)) {
         scratch[count] = static_cast<T>(losses[i]) + T(0);  // + 0: a threshold of -0 reads 0
-        count += !mask || mask[i];
+        count += mask.keeps(i);
       }
       TORCH_CHECK_VALUE(count > 0,
                         "superquantile: weight, mask: expected a positive sum of weights in every "
@@ -198,14 +206,14 @@ void forward_weighted(const Losses& in, double tail_fraction, const Tails& tails
     for (const int64_t r : c10::irange(begin, end)) {
       const Row<const scalar_t> losses(in.losses, r);
       const Row<const weight_t> weight(in.weight, r);
-      const Row<const bool> mask(in.mask, r);
+      const Mask mask(in.mask, r);
       int64_t count = 0;
       for (const int64_t i : c10::irange(in.n)) {
-        const double w = static_cast<double>(weight[i]);
+        const double w = mask.keeps(i) ? static_cast<double>(weight[i]) : 0.0;
         TORCH_CHECK_VALUE(w >= 0 && std::isfinite(w),
                           "superquantile: weight: expected finite values >= 0, got ", w);
         scratch[count] = {static_cast<T>(losses[i]) + T(0), w};
-        count += w > 0 && (!mask || mask[i]);
+        count += w > 0;
       }
       TORCH_CHECK_VALUE(count > 0,
                         "superquantile: weight, mask: expected a positive sum of weights in every "
@@ -250,12 +258,13 @@ void backward_row(const Losses& in, int64_t r, loss_t<scalar_t> threshold, Densi
                   const Row<scalar_t>& grad, const Weight& weight_at) {
   using T = loss_t<scalar_t>;
   const Row<const scalar_t> losses(in.losses, r);
-  const Row<const bool> mask(in.mask, r);
+  const Mask mask(in.mask, r);
   for (const int64_t i : c10::irange(in.n)) {
     const int order = core::compare(static_cast<T>(losses[i]), threshold);
     const double d = order > 0 ? density.above : density.at;
-    const bool in_tail = order >= 0 && (!mask || mask[i]);
-    grad[i] = static_cast<scalar_t>(in_tail ? d * weight_at(i) : 0.0);
+    const double w = mask.keeps(i) ? weight_at(i) : 0.0;
+    // No product outside of the tail: 0 whatever gradient comes in
+    grad[i] = static_cast<scalar_t>(order >= 0 && w > 0 ? d * w : 0.0);
   }
 }
 

@@ -60,16 +60,18 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Losses in,          
                        read<scalar_t>(gradients.threshold, row), tails.counts[row]);
   const scalar_t* losses =
       static_cast<const scalar_t*>(in.losses.data) + row * in.losses.row_stride;
-  const bool* mask = static_cast<const bool*>(in.mask.data);
+  // bytes: a bool tensor may hold others than 0 and 1
+  const uint8_t* mask = static_cast<const uint8_t*>(in.mask.data);
   if (mask != nullptr) mask += row * in.mask.row_stride;
   scalar_t* grad = static_cast<scalar_t*>(grad_losses.data) + row * grad_losses.row_stride;
 
   for (int64_t i = begin + threadIdx.x; i < end; i += tile.x) {
     const int order = core::compare(static_cast<T>(losses[i * in.losses.stride]), threshold);
-    const bool in_tail = order >= 0 && (mask == nullptr || mask[i * in.mask.stride]);
     const double d = order > 0 ? density.above : density.at;
-    grad[i * grad_losses.stride] =
-        static_cast<scalar_t>(in_tail ? d * weight_at(in.weight, row, i) : 0.0);
+    const bool counts = mask == nullptr || mask[i * in.mask.stride] != 0;
+    const double w = counts ? weight_at(in.weight, row, i) : 0.0;
+    // No product outside of the tail: 0 whatever gradient comes in
+    grad[i * grad_losses.stride] = static_cast<scalar_t>(order >= 0 && w > 0 ? d * w : 0.0);
   }
 }
 

@@ -34,6 +34,10 @@ struct Reduction {
   int64_t n = 1;
 
   Reduction(const at::Tensor& losses, at::IntArrayRef dim, bool keepdim) {
+    for (const int64_t d : dim) {
+      TORCH_CHECK_INDEX(0 <= d && d < losses.dim(), "superquantile: dim: expected to be in [0, ",
+                        losses.dim() - 1, "] for losses of shape ", losses.sizes(), ", got ", d);
+    }
     const auto listed = at::dim_list_to_bitset(dim, losses.dim());
     const auto reduced = [&](int64_t d) { return dim.empty() || listed[d]; };
     for (const int64_t d : c10::irange(losses.dim())) {
@@ -111,6 +115,8 @@ void check_inputs(const at::Tensor& losses, const OptionalTensor& weight,
                       ": expected the device of losses ", losses.device(), ", got ",
                       (*tensor)->device());
   }
+  TORCH_CHECK_TYPE(!weight || !weight->is_complex(),
+                   "superquantile: weight: expected a real tensor, got ", weight->scalar_type());
   TORCH_CHECK_TYPE(!mask || mask->scalar_type() == at::kBool,
                    "superquantile: mask: expected a bool tensor, got ", mask->scalar_type());
 }

@@ -1,17 +1,19 @@
 // The superquantile of rows of losses: what its kernels take and promise.
 //
 // For losses l with weights w (1 if there are none, 0 where masked) and W = sum w, the tail is the
-// worst share `tail_fraction` = 1 - alpha of the weight, k = tail_fraction * W:
+// worst share `tail_fraction` = 1 - alpha of the weight, k = tail_fraction * W. With +inf among the
+// losses above t the value is +inf, unless NaN is among them too:
 //
 //   threshold  the largest t such that the losses >= t weigh at least k (the value-at-risk)
 //   value      (sum of w * l above t  +  (k - weight above t) * t) / k
 //   counts     {weight above t, weight at t, k}
 //
 // The subgradient in l_i is w_i / k above t, w_i * (k - above) / (k * at) at t, and 0 below.
-// Losses rank in the total order of core/total_order.h. k is never rounded; only where it lies
-// within the rounding of alpha itself (2^-52 W) above a step does the step count as reached, so
-// that alpha = 0.7 of ten losses is three of them. Sums are in double and in an order that depends
-// on the data alone: the same bits for any number of threads, capability and repetition.
+// Losses rank in the total order of core/total_order.h. k is never rounded; only where it exceeds a
+// sum of weights by no more than rounding does (kAlphaRounding and, with weights, that of the sums)
+// is it taken for that sum, so that alpha = 0.7 of ten losses is three of them. Sums are in double
+// and in an order that depends on the data alone: the same bits for any number of threads,
+// capability and repetition.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -25,6 +27,8 @@ namespace sqloss::superquantile {
 
 // How far alpha in [0, 1) and 1 - alpha can be from the decimal that was meant, as a share of W.
 constexpr double kAlphaRounding = 0x1p-52;
+// How far a sum of n weights can be from their true sum, as a share of it: n times this.
+constexpr double kSumRounding = 0x1p-53;
 
 // A matrix [rows, n] anywhere in memory, strides in elements (0 where expanded).
 struct Matrix {
@@ -62,17 +66,12 @@ struct Density {
   double at;
 };
 
-C10_HOST_DEVICE inline double tail_weight_at_threshold(const Counts& c) {
-  const double rest = c.tail - c.above;
-  return rest < c.at ? rest : c.at;
-}
-
 // The gradient of grad_value * value + grad_threshold * threshold in the losses, per unit of
 // weight. The threshold moves with the losses at it, in equal shares.
 C10_HOST_DEVICE inline Density gradient_density(double grad_value, double grad_threshold,
                                                 const Counts& c) {
   return {grad_value / c.tail,
-          grad_value * (tail_weight_at_threshold(c) / (c.tail * c.at)) + grad_threshold / c.at};
+          grad_value * ((c.tail - c.above) / c.tail / c.at) + grad_threshold / c.at};
 }
 
 // Gradients of the outputs, one per row, null where there is none; dtype of the losses.

@@ -6,24 +6,41 @@ import json
 import shlex
 import sys
 from importlib import metadata
+from importlib.util import find_spec
+from urllib.parse import unquote, urlparse
 
 import torch
 
 
 def _rebuild_command() -> str:
     """The command that compiles sqloss against the torch that is installed now."""
-    pip = f"{shlex.quote(sys.executable)} -m pip install --force-reinstall --no-deps"
+    if find_spec("pip"):
+        command = f"{shlex.quote(sys.executable)} -m pip install --force-reinstall --no-deps"
+    else:  # an environment of uv, whose builds see its torch only without isolation
+        command = "uv pip install --no-build-isolation --reinstall --no-deps"
+    # A cached wheel could be that of the old torch
+    return f"{command} --no-cache-dir {_origin()}"
+
+
+def _origin() -> str:
+    """Where the installed sqloss came from, as pip takes it."""
     try:
         distribution = metadata.distribution("sqloss")
     except metadata.PackageNotFoundError:
-        return f"{pip} ."
+        return "."
     origin = json.loads(distribution.read_text("direct_url.json") or "{}")
-    if "url" not in origin:
-        release = f"sqloss=={distribution.version}"
-        return f"{pip} --no-cache-dir --no-binary sqloss {release}"
-    folder = origin["url"].removeprefix("file://")
-    editable = "-e " if origin.get("dir_info", {}).get("editable") else ""
-    return f"{pip} {editable}{shlex.quote(folder)}"
+    url = origin.get("url", "")
+    if "vcs_info" in origin:
+        url = f"{origin['vcs_info']['vcs']}+{url}@{origin['vcs_info']['commit_id']}"
+        if "subdirectory" in origin:
+            url += f"#subdirectory={origin['subdirectory']}"
+        return shlex.quote(url)
+    if "dir_info" in origin:
+        editable = "-e " if origin["dir_info"].get("editable") else ""
+        return editable + shlex.quote(unquote(urlparse(url).path))
+    if url and not url.endswith(".whl"):
+        return shlex.quote(url)
+    return f"--no-binary sqloss sqloss=={distribution.version}"
 
 
 def _torch(version: str, cuda: str | None) -> str:
@@ -54,10 +71,7 @@ def cuda_build() -> str:
     """Whether this build has CUDA kernels, and if not, why and what to do."""
     if _build_info.cuda_toolkit:
         return f"CUDA {_build_info.cuda_toolkit} for {_build_info.cuda_archs}"
-    return (
-        f"without CUDA ({_build_info.why_no_cuda}); to build with it: "
-        f"SQLOSS_CUDA=1 {_rebuild_command()}"
-    )
+    return f"not built ({_build_info.why_no_cuda}); to build it: SQLOSS_CUDA=1 {_rebuild_command()}"
 
 
 def show_config() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from sqloss import _C, reference
+from sqloss import _C, _build_info, reference
 from sqloss._ops import cuda_build
 
 Outputs = tuple[Tensor, Tensor, Tensor]
@@ -79,7 +79,7 @@ def superquantile(
         # again for every new alpha. On the device, so that the graph stays on one.
         fraction = torch.ones((), dtype=torch.float64, device=losses.device) * tail_fraction
     else:
-        fraction = torch.tensor(tail_fraction, dtype=torch.float64)
+        fraction = torch.tensor(tail_fraction, dtype=torch.float64, device="cpu")
     outputs: Outputs = torch.ops.sqloss.superquantile(losses, fraction, weight, mask, dim, keepdim)
     return outputs
 
@@ -177,12 +177,7 @@ def _superquantile_fake(
     dim: Sequence[int],
     keepdim: bool,
 ) -> Outputs:
-    reduced = set(dim or range(losses.dim()))
-    shape = [
-        1 if d in reduced else size
-        for d, size in enumerate(losses.shape)
-        if keepdim or d not in reduced
-    ]
+    shape = reference.output_shape(losses, dim, keepdim)
     return (
         losses.new_empty(shape),
         losses.new_empty(shape),
@@ -210,29 +205,33 @@ torch.library.register_fake("sqloss::superquantile_backward", _superquantile_bac
 
 # --- devices without a kernel ---------------------------------------------------------------------
 
-_warned: set[str] = set()
+_warned: set[str] = set()  # device types
 
 
-def _warn_once(operator: str, device: torch.device) -> None:
-    if operator not in _warned:
-        _warned.add(operator)
-        why = f"sqloss was built {cuda_build()}" if device.type == "cuda" else "none is planned"
-        warnings.warn(
-            f"sqloss: {operator} has no kernel for device type {device.type}: it runs in plain "
-            f"PyTorch, correct but slower ({why})",
-            stacklevel=2,
-        )
+def _warn_once(device: torch.device) -> None:
+    if device.type in _warned:
+        return
+    _warned.add(device.type)
+    why = "sqloss has kernels for the CPU and for CUDA"
+    if device.type == "cuda":
+        built = _build_info.cuda_toolkit is not None
+        why = "its forward pass on CUDA is not written yet" if built else cuda_build()
+    warnings.warn(
+        f"sqloss: superquantile has no kernel for device type {device.type} here and runs in plain "
+        f"PyTorch, with the same results but slower ({why})",
+        stacklevel=3,
+    )
 
 
 def _reference_forward(losses: Tensor, *args: Any) -> Outputs:
-    _warn_once("superquantile", losses.device)
+    _warn_once(losses.device)
     return reference.superquantile(losses, *args)
 
 
 def _reference_backward(
     grad_value: Tensor | None, grad_threshold: Tensor | None, losses: Tensor, *args: Any
 ) -> Tensor:
-    _warn_once("superquantile_backward", losses.device)
+    _warn_once(losses.device)
     gradient = reference.superquantile_backward(grad_value, grad_threshold, losses, *args)
     return torch.empty_like(losses).copy_(gradient)  # with the strides that the fake tensor has
 
