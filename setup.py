@@ -112,9 +112,12 @@ def cuda_settings():
     os.environ["CUDA_HOME"] = home  # read when torch.utils.cpp_extension is imported
     if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
         os.environ["TORCH_CUDA_ARCH_LIST"] = torch_cuda_arch_list(home)
+    # pip's headers go last: they only fill in what the toolkit lacks
+    headers = [*cuda_include_folders(home), *pip_cuda_headers()]
+    if not any(os.path.isfile(f"{folder}/nv/target") for folder in headers):
+        raise NoCuda(f"{home} has no CCCL headers (nv/target); pip's are in nvidia-cuda-cccl")
     return {
-        # pip's headers go last: they only fill in what the toolkit lacks
-        "include_dirs": [*cuda_include_folders(home), *pip_cuda_headers()],
+        "include_dirs": headers,
         "library_dirs": cudart_folders(home),
     }
 
