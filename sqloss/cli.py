@@ -14,7 +14,7 @@ import torch
 import sqloss
 from sqloss.models import VAE
 from sqloss.models.seeding import initialisation
-from sqloss.training.config import Config, as_flag
+from sqloss.training.config import Config, as_flag, expanded
 from sqloss.training.data import Dataset, load_dataset
 from sqloss.training.errors import UserError, require
 from sqloss.training.evaluation import evaluate
@@ -36,11 +36,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(subcommand(**flags))
     except UserError as error:
-        print(f"sqloss {command}: error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return complain(command, str(error))
     except KeyboardInterrupt:
         print(f"\nsqloss {command}: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return complain(
+            command,
+            "expected a training that fits into memory, got one that does not; use a smaller "
+            "--batch-size, --hidden, --latent, --image-size, --limit or --num-samples "
+            f"({first_line(error)})",
+        )
+
+
+def complain(command: str, message: str) -> int:
+    print(f"sqloss {command}: error: {message}", file=sys.stderr)
+    return USER_ERROR
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Torch says so by its own exception on a GPU, and by a plain RuntimeError's text on a CPU."""
+    texts = ("can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        text in str(error) for text in texts
+    )
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def vae() -> int:
@@ -54,33 +79,43 @@ def train_vae(output_dir: Path | None = None, resume: Path | None = None, **give
     config, device = run.config, run.config.torch_device
     require_what_the_report_needs()
 
-    balanced = load_dataset(config.dataset, config.source)
-    data = balanced.imbalanced(config.imbalance, config.seed).to(device)
+    whole = load_dataset(config.dataset, config.source)
+    data = whole.imbalanced(config.imbalance, config.seed).to(device)
     set_threads(config, data)
     with initialisation(config.seed, "model"):
         model = VAE(data.shape, config.hidden, config.latent)
     training = begin(model.to(device), config)
     recorder = run.start(training, data)
-    announce(run, data, device)
+    announce(recorder.directory, data, device)
 
-    with Progress(*steps(training, data, config), config.epochs) as progress:
+    with recorder, Progress(*steps(training, data, config), config.epochs) as progress:
         finished = fit(training, data, config, recorder.save, progress)
+    resuming = f"sqloss vae --resume {shlex.quote(str(recorder.directory))}"
     if not finished:
-        say(
-            f"stopped and saved after {training.epoch} epochs and {training.step} steps; "
-            f"continue with: sqloss vae --resume {shlex.quote(str(run.directory))}"
-        )
+        say(f"stopped and saved after {training.done()}; continue with: {resuming}")
         return INTERRUPTED
 
+    say("the training is done and saved; now a small classifier learns the classes, to report")
+    try:
+        report_on(training, whole, data, config, recorder.directory)
+    except KeyboardInterrupt:
+        say(f"\nstopped before the report; the training is saved, make the report with: {resuming}")
+        return INTERRUPTED
+    return 0
+
+
+def report_on(
+    training: Training, whole: Dataset, data: Dataset, config: Config, directory: Path
+) -> None:
+    """Measure, draw and tell what the training has come to."""
     models = training.models
     losses = {name: evaluate(model, data, config.seed) for name, model in models.items()}
-    report = make_report(models, losses, balanced, data, config)
-    write_report(run.directory, report)
-    draw_pictures(run.directory, models, losses, training.history, data, config)
+    report = make_report(models, losses, whole, data, config)
+    write_report(directory, report)
+    draw_pictures(directory, models, losses, training.history, data, config)
     print(tables(report))
     say(f"the classifier gets {report['classifier_test_accuracy']:.1%} of the test images right")
-    say(f"how to read this, and the pictures: {run.directory / 'report.md'}")
-    return 0
+    say(f"how to read this, and the pictures: {directory / 'report.md'}")
 
 
 def show_config() -> int:
@@ -100,14 +135,14 @@ def set_threads(config: Config, data: Dataset) -> None:
 
     Where other processes want the same cores that waiting has cost five times the whole training.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    if config.cpu_threads:
+        torch.set_num_threads(config.cpu_threads)
     elif math.prod(data.shape) <= SINGLE_THREADED_PIXELS:
         torch.set_num_threads(1)
 
 
-def announce(run: Run, data: Dataset, device: torch.device) -> None:
-    say(f"run: {run.directory} on {device}")
+def announce(directory: Path, data: Dataset, device: torch.device) -> None:
+    say(f"run: {directory} on {device}")
     say(
         f"data: {data.name}, {len(data.train_images)} training images of "
         f"{' x '.join(map(str, data.shape))}, per class {data.class_counts()}, "
@@ -153,14 +188,14 @@ def add_vae_flags(vae: argparse.ArgumentParser) -> None:
     place = vae.add_mutually_exclusive_group()
     place.add_argument(
         "--output-dir",
-        type=Path,
+        type=expanded,
         default=argparse.SUPPRESS,
         metavar="DIR",
         help="where the run goes (default: runs/vae-DATASET-TIME)",
     )
     place.add_argument(
         "--resume",
-        type=Path,
+        type=expanded,
         default=argparse.SUPPRESS,
         metavar="DIR",
         help="continue the run in DIR with its own settings; --epochs raises its total",

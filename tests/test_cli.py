@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -67,27 +68,35 @@ def test_the_whole_command(tmp_path, environment):
     report = json.loads((run / "report.json").read_text())
     assert f"{report['models']['cvar']['test']['negative_elbo_cvar']:.2f}" in done.stdout
     assert report["classifier_test_accuracy"] > 0.8
+    assert report["train_images"][0] < report["train_images_before_imbalance"][0]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
 def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path, environment):
     run = tmp_path / "a run"
+    long = ["--epochs", 1_000_000, "--checkpoint-every", 1_000_000]
     process = subprocess.Popen(
-        sqloss_command("vae", *TINY, "--epochs", 100_000, "--output-dir", run),
+        sqloss_command("vae", *TINY, *long, "--output-dir", run),
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
     )
-    for line in process.stderr:
-        if line.startswith("epoch 2/"):
-            break
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    kill = threading.Timer(60, process.kill)
+    kill.start()
+    try:
+        assert any(line.startswith("epoch 2/") for line in process.stderr), "it never got there"
+        assert not (run / "checkpoints").exists()
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate()
+    finally:
+        kill.cancel()
+        process.kill()
+        process.wait()
     assert process.returncode == 130
     assert "stopped and saved after" in told
     assert f"sqloss vae --resume '{run}'" in told
     assert "Traceback" not in told
-    assert (run / "checkpoints").is_dir()
+    assert len(list((run / "checkpoints").iterdir())) == 1, "made by the Ctrl-C"
     assert not (run / "report.md").exists()
 
 
@@ -121,6 +130,39 @@ def test_a_run_is_resumed_or_only_reported_again(capsys, tmp_path, monkeypatch):
     assert "epoch 3/3" in more.err
     assert "epoch 2/3" not in more.err
     assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 1 + 3 * 2
+
+
+def initial_weights(monkeypatch, *arguments: object) -> torch.Tensor:
+    """Those of a run that is stopped as soon as it has them."""
+    given = []
+
+    def take(model, _config):
+        given.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "begin", take)
+    assert cli.main(["vae", *TINY, *map(str, arguments)]) == 130
+    return given[0]
+
+
+def test_the_seed_is_that_of_the_initial_weights_too(monkeypatch):
+    first = initial_weights(monkeypatch, "--seed", 1)
+    assert torch.equal(first, initial_weights(monkeypatch, "--seed", 1))
+    assert not torch.equal(first, initial_weights(monkeypatch, "--seed", 2))
+
+
+def test_the_classifier_learns_from_the_data_before_the_imbalance(tmp_path, monkeypatch):
+    counts = []
+
+    def spy(_models, _losses, whole, data, _config):
+        counts.append((whole.class_counts()[0], data.class_counts()[0]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "make_report", spy)
+    run = ["--output-dir", str(tmp_path / "run"), "--epochs", "1"]
+    cli.main(["vae", *TINY, *run, "--imbalance", "0:0.1"])
+    [(before, after)] = counts
+    assert after == round(0.1 * before) < before
 
 
 def test_version_and_config(capsys):
@@ -173,9 +215,10 @@ def told(capsys, *arguments: object) -> str:
 def test_bad_values(capsys, tmp_path):
     run = ["--output-dir", tmp_path / "run"]
     assert "--alpha: expected a number in [0, 1), got 1.0" in told(capsys, "--alpha", 1, *run)
-    assert "--epochs: expected a whole number from 1 up" in told(capsys, "--epochs", 0, *run)
+    assert "--epochs: expected a whole number from 1 to" in told(capsys, "--epochs", 0, *run)
     assert "--imbalance: expected classes 0 to 9" in told(capsys, "--imbalance", "11:0", *run)
     assert "--device: expected auto or" in told(capsys, "--device", "abacus", *run)
+    assert "--threads: expected at most" in told(capsys, "--threads", 999_999, *run)
     assert not (tmp_path / "run").exists(), "nothing is left of a run that never began"
 
 
@@ -230,6 +273,43 @@ def test_threads(threads, side, expected):
     labels = torch.zeros(1, dtype=torch.int64)
     cli.set_threads(Config(threads=threads), Dataset("d", ("a",), images, labels, images, labels))
     assert torch.get_num_threads() == expected
+
+
+def test_too_little_memory(capsys, tmp_path):
+    sizes = ["--hidden", 2**31 - 1, "--latent", 2**20]
+    message = told(capsys, *sizes, "--output-dir", tmp_path / "run")
+    assert "expected a training that fits into memory" in message
+    assert "--hidden" in message
+
+
+def test_an_error_that_is_not_the_users_is_not_hidden(monkeypatch):
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli, "load_dataset", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main(["vae"])
+
+
+def test_the_home_folder_is_understood(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    assert f"got {tmp_path / 'run'}, which holds" in told(capsys, "--output-dir", "~/run")
+    assert f"cannot use {tmp_path / 'run'}" in told(capsys, "--resume", "~/run")
+
+
+def test_ctrl_c_while_the_report_is_made(capsys, tmp_path, monkeypatch):
+    def interrupted(*_: object) -> None:
+        assert "now a small classifier learns" in capsys.readouterr().err
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "make_report", interrupted)
+    run = tmp_path / "run"
+    assert cli.main(["vae", *TINY, "--epochs", "1", "--output-dir", str(run)]) == 130
+    message = capsys.readouterr().err
+    assert f"the training is saved, make the report with: sqloss vae --resume {run}" in message
+    assert len(list((run / "checkpoints").iterdir())) == 1
 
 
 def test_ctrl_c_outside_the_training(capsys, monkeypatch):

@@ -1,7 +1,7 @@
 """A small convolutional classifier: the instrument that sees which class a generated image shows.
 
-Train it on the full, balanced training set, before any imbalance is applied: an instrument that
-had itself hardly seen a class would overlook that class in the generated images.
+Train it on the training images from before any imbalance is applied: an instrument that had itself
+hardly seen a class would overlook that class in the generated images.
 """
 
 import torch

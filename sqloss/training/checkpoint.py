@@ -2,6 +2,7 @@
 
 import io
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,27 @@ def is_readable(path: Path) -> bool:
 
 def read(path: Path) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        damaged = first_damaged(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UnreadableError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
-        reason = str(error).partition("\n")[0]
-        raise UnreadableError(f"cannot read the checkpoint {path} ({reason})") from error
-    return state
+        raise no_checkpoint(path) from error
+    if damaged or not is_state(state):
+        raise no_checkpoint(path)
+    return dict(state)
+
+
+def first_damaged(path: Path) -> str | None:
+    """The first part of a checkpoint whose checksum is wrong, which torch.load does not look at."""
+    with zipfile.ZipFile(path) as parts:
+        return parts.testzip()
+
+
+def is_state(state: Any) -> bool:
+    """Whether what was read at least knows its ``epoch`` and ``step``."""
+    return isinstance(state, dict) and all(type(state.get(k)) is int for k in ("epoch", "step"))
+
+
+def no_checkpoint(path: Path) -> UnreadableError:
+    return UnreadableError(f"cannot read the checkpoint {path}: not a checkpoint, or damaged")

@@ -3,7 +3,9 @@
 The fields are the flags of the command line and the keys of ``config.json``.
 """
 
+import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -12,9 +14,11 @@ import torch
 
 from sqloss.training.data import READERS, Source, parse_imbalance
 from sqloss.training.errors import UserError
-from sqloss.training.risk import TAILS
+from sqloss.training.risk import TAILS, Objective, objective_name, vae_objective
 
 METRIC_ALPHA = 0.8  # of the tail reported where training has none
+LARGEST = 2**31 - 1  # of the numbers that become sizes of tensors
+THREADS_PER_CPU = 16  # more than anyone has a use for, and few enough to be made
 
 
 def flag(default: Any, meaning: str, **options: Any) -> Any:
@@ -41,8 +45,8 @@ class Config:
     )
     imbalance: str = flag(
         "0:0.1",
-        "share of the training images to keep per class, like 0:0.1,3:0.5, or none; "
-        "the test images stay as they are",
+        "share of the training images to keep per class, like 0:0.1,3:0.5, or none; a share "
+        "above 0 keeps one image at least; the test images stay as they are",
         metavar="CLASS:SHARE,...",
     )
     alpha: float = flag(
@@ -76,8 +80,12 @@ class Config:
         self._expect("lr", 0 < self.lr < math.inf, "a number above 0")
         self._expect("beta", 0 <= self.beta < math.inf, "a number from 0 up")
         for name in ("epochs", "batch_size", "hidden", "latent", "num_samples", "checkpoint_every"):
-            self._expect(name, getattr(self, name) >= 1, "a whole number from 1 up")
-        for name in ("image_size", "limit", "seed", "threads"):
+            in_range = 1 <= getattr(self, name) <= LARGEST
+            self._expect(name, in_range, f"a whole number from 1 to {LARGEST}")
+        for name in ("image_size", "limit"):
+            in_range = 0 <= getattr(self, name) <= LARGEST
+            self._expect(name, in_range, f"a whole number from 0 to {LARGEST}")
+        for name in ("seed", "threads"):
             self._expect(name, getattr(self, name) >= 0, "a whole number from 0 up")
         parse_imbalance(self.imbalance)
 
@@ -86,9 +94,25 @@ class Config:
             raise UserError(f"{as_flag(name)}: expected {expected}, got {getattr(self, name)}")
 
     @property
-    def contenders(self) -> dict[str, float]:
-        """The models to train side by side, and the alpha of each one's risk."""
-        return {"standard": 0.0} | ({"cvar": self.alpha} if self.alpha > 0 else {})
+    def contenders(self) -> tuple[str, ...]:
+        """The models to train side by side; each is trained on the objective of its name."""
+        return ("standard", "cvar") if self.alpha > 0 else ("standard",)
+
+    @property
+    def objectives(self) -> dict[str, Objective]:
+        """What is measured of every model; that of the tail also where none is trained on it."""
+        return {
+            "standard": vae_objective(0.0, self.tail, self.beta),
+            "cvar": vae_objective(self.metric_alpha, self.tail, self.beta),
+        }
+
+    @property
+    def objective_names(self) -> dict[str, str]:
+        """The objectives in words."""
+        return {
+            "standard": objective_name(0.0, self.tail, self.beta),
+            "cvar": objective_name(self.metric_alpha, self.tail, self.beta),
+        }
 
     @property
     def metric_alpha(self) -> float:
@@ -98,7 +122,7 @@ class Config:
     @property
     def source(self) -> Source:
         return Source(
-            data_dir=Path(self.data_dir).expanduser(),
+            data_dir=expanded(self.data_dir),
             download=self.download,
             image_size=self.image_size,
             limit=self.limit,
@@ -115,15 +139,37 @@ class Config:
         best = "cuda" if cuda else "cpu"
         return torch.device(best if self.device == "auto" else self.device)
 
+    @property
+    def cpu_threads(self) -> int:
+        """The threads asked for, where this machine can be asked for them."""
+        most = THREADS_PER_CPU * (os.cpu_count() or 1)
+        self._expect("threads", self.threads <= most, f"at most {most} on this machine")
+        return self.threads
+
 
 def as_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def expanded(path: str) -> Path:
+    """A path as a user writes it, ``~`` included."""
+    return Path(os.path.expanduser(path))
+
+
+def to_stored(config: Config) -> dict[str, Any]:
+    """What ``config.json`` stores, which means the same from every working directory."""
+    return dataclasses.asdict(config) | {"data_dir": str(expanded(config.data_dir).absolute())}
+
+
 def from_stored(values: dict[str, Any]) -> Config:
-    """The configuration that a ``config.json`` stores, each value in the type of its field."""
+    """The configuration that a ``config.json`` stores."""
     types = get_type_hints(Config)
     if values.keys() != types.keys():
         differing = ", ".join(sorted(values.keys() ^ types.keys()))
         raise UserError(f"missing or unknown in this version of sqloss: {differing}")
-    return Config(**{name: types[name](value) for name, value in values.items()})
+    for name, value in values.items():
+        # JSON writes a float that is whole as it came; a bool is an int to Python, but not here.
+        allowed = (int, float) if types[name] is float else (types[name],)
+        if type(value) not in allowed:
+            raise UserError(f"{name}: expected {types[name].__name__}, got {value!r}")
+    return Config(**values)

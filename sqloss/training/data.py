@@ -55,6 +55,7 @@ class Dataset:
         """Keep a random share of some classes' training images; the test images stay as they are.
 
         ``imbalance`` is "none" or like "0:0.1,3:0.5": a tenth of class 0 and half of class 3.
+        Rounding removes no class: only the share 0 does.
         """
         kept = torch.ones(len(self.train_labels), dtype=torch.bool)
         for label, share in parse_imbalance(imbalance).items():
@@ -65,7 +66,8 @@ class Dataset:
                 )
             members = (self.train_labels == label).nonzero()[:, 0]
             shuffled = torch.randperm(len(members), generator=generator(seed, "imbalance", label))
-            kept[members[shuffled[round(share * len(members)) :]]] = False
+            keep = max(round(share * len(members)), 1 if share > 0 else 0)
+            kept[members[shuffled[keep:]]] = False
         if not kept.any():
             raise UserError(f"--imbalance: {imbalance!r} leaves no training image")
         return dataclasses.replace(
@@ -73,10 +75,10 @@ class Dataset:
         )
 
     def fingerprint(self) -> str:
-        """Equal for equal training and test images only."""
+        """Equal for equal images and labels, of training and test, only."""
         digest = hashlib.sha256(str((self.train_images.shape, self.test_images.shape)).encode())
-        for images in (self.train_images, self.test_images):
-            digest.update(images.cpu().contiguous().numpy().data)
+        for part in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(part.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
 
@@ -173,7 +175,12 @@ def celeba(source: Source) -> Dataset:
         "list_eval_partition.txt, identity_CelebA.txt, list_bbox_celeba.txt and "
         "list_landmarks_align_celeba.txt"
     )
-    with explained("celeba", source, layout):
+    # Its files are on Google Drive.
+    download_hint = (
+        "; --download of celeba needs `pip install gdown`, and is refused while the files are over "
+        "Google Drive's daily quota: then try again tomorrow, or fetch them with a browser"
+    )
+    with explained("celeba", source, layout, download_hint):
         train = read(source.data_dir, "train", download=source.download)
         test = read(source.data_dir, "test", download=source.download)
     attribute = source.celeba_attribute
@@ -239,7 +246,7 @@ def image_folder(root: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
     """The image files below ``root``, their labels, and the names of the classes."""
     try:
         found = require("torchvision.datasets").ImageFolder(root)
-    except FileNotFoundError as error:
+    except OSError as error:
         raise UserError(
             f"--dataset folder: expected one folder of images per class, as in {root}/cat/1.png "
             f"and {root}/dog/1.png (choose the place with --data-dir), got: {error}"
@@ -266,7 +273,7 @@ def stratified_split(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def explained(name: str, source: Source, layout: str) -> Iterator[None]:
+def explained(name: str, source: Source, layout: str, download_hint: str = "") -> Iterator[None]:
     """A reader's failure, whatever its exception, as where to put what or how to fetch it."""
     try:
         yield
@@ -274,7 +281,7 @@ def explained(name: str, source: Source, layout: str) -> Iterator[None]:
         raise UserError(
             f"--dataset {name}: expected {source.data_dir}/{layout}, as torchvision stores it "
             "(--data-dir chooses the folder; --download fetches what is missing and unpacks "
-            f"archives that are there), got {type(error).__name__}: {error}"
+            f"archives that are there{download_hint}), got {type(error).__name__}: {error}"
         ) from error
 
 
@@ -322,9 +329,19 @@ def mode_and_size(file: Path) -> tuple[str, tuple[int, int]]:
 def image_file(file: Path) -> Iterator[Any]:
     try:
         with require("PIL.Image").open(file) as image:
+            refuse_deep(file, image.mode)
             yield image
     except OSError as error:
         raise UserError(f"cannot read the image {file}: {error}") from error
+
+
+def refuse_deep(file: Path, mode: str) -> None:
+    """Pillow would clip the values of such an image to 0..255, and say nothing."""
+    if mode == "F" or mode.startswith("I"):  # I is 32 bits; I;16, I;16B, ... are 16
+        raise UserError(
+            f"{file}: expected an image of 8 bits per channel, got the 16 or 32 bits of Pillow's "
+            f"mode {mode}; convert it to 8 bits first"
+        )
 
 
 READERS: dict[str, Callable[[Source], Dataset]] = {

@@ -9,6 +9,7 @@ import sqloss
 from sqloss.models import VAE
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator
+from sqloss.training.config import Config
 from sqloss.training.data import Dataset
 
 BATCH_SIZE = 1000
@@ -42,4 +43,12 @@ def summary(losses: Mapping[str, Tensor], alpha: float) -> dict[str, float]:
         "negative_elbo_cvar": sqloss.cvar(losses["negative_elbo"], alpha).item(),
         "reconstruction": losses["reconstruction"].mean().item(),
         "kl": losses["kl"].mean().item(),
+    }
+
+
+def objective_values(losses: Mapping[str, Tensor], config: Config) -> dict[str, float]:
+    """What every objective of a run comes to, whichever of them the model was trained on."""
+    return {
+        f"objective_{name}": objective(losses).item()
+        for name, objective in config.objectives.items()
     }

@@ -11,7 +11,7 @@ from sqloss.training.errors import UserError
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Replace ``path`` by ``content``; on failure it keeps its old content and no rest is left."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_of(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -26,5 +26,26 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         raise
 
 
+def create_atomically(path: Path, content: bytes) -> None:
+    """Make ``path``, whole, where there is none: of several that try at once, one succeeds.
+
+    The others get a ``FileExistsError``.
+    """
+    temporary = temporary_of(path)
+    temporary.touch(exist_ok=False)  # whoever makes it holds the right to make the path
+    if path.exists():
+        temporary.unlink()
+        raise FileExistsError(path)
+    write_atomically(path, content)
+
+
+def temporary_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_atomically(path, as_json(content))
+
+
+def as_json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

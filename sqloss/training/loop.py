@@ -6,7 +6,7 @@ anywhere and resumed is, on the CPU, bit for bit the run that was not.
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +19,27 @@ from sqloss.models.seeding import generator
 from sqloss.training.config import Config
 from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError
-from sqloss.training.evaluation import evaluate, summary
-from sqloss.training.progress import Progress
-from sqloss.training.risk import Objective, vae_objective
+from sqloss.training.evaluation import evaluate, objective_values, summary
+from sqloss.training.progress import Progress, counted
+from sqloss.training.risk import Objective
 from sqloss.training.stop import StopSignal
 
-Row = dict[str, Any]  # epoch, model and its metrics
+Row = dict[str, Any]  # the metrics of one model after one epoch, by these columns
+COLUMNS = (
+    "epoch",
+    "model",
+    "train_objective",
+    "test_objective_standard",
+    "test_objective_cvar",
+    "test_negative_elbo",
+    "test_negative_elbo_cvar",
+    "test_reconstruction",
+    "test_kl",
+)
+
+
+class NonFiniteError(UserError):
+    """A model that has lost its footing."""
 
 
 @dataclass
@@ -50,11 +65,17 @@ class Training:
             "history": self.history,
         }
 
+    def done(self) -> str:
+        """How far it is, in words."""
+        return f"{counted(self.epoch, 'epoch')} and {counted(self.step, 'step')}"
+
     def latest_rows(self) -> list[Row]:
         """The metrics of the last whole epoch, one row per model."""
         return self.history[-len(self.models) :]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state; an exception of any kind tells that it is not one of this training."""
+        self._refuse_other(state["models"].keys(), state["history"], state["epoch"])
         self.epoch = state["epoch"]
         self.step = state["step"]
         for name, model in self.models.items():
@@ -64,6 +85,14 @@ class Training:
         for name, total in self.objective_sums.items():
             total.copy_(state["objective_sums"][name])
         self.history = state["history"]
+
+    def _refuse_other(self, models: Iterable[str], history: list[Row], epoch: int) -> None:
+        if set(models) != self.models.keys():
+            raise ValueError(f"models {', '.join(models)}")
+        if len(history) != epoch * len(self.models):
+            raise ValueError(f"{len(history)} rows of metrics after {epoch} epochs")
+        if any(tuple(row) != COLUMNS for row in history):
+            raise ValueError("metrics of other names")
 
 
 def begin(model: VAE, config: Config) -> Training:
@@ -110,10 +139,7 @@ def train_epoch(
 ) -> bool:
     """Run the epoch under way; False where a stop is requested before its end."""
     images = data.train_images
-    objectives = {
-        name: vae_objective(alpha, config.tail, config.beta)
-        for name, alpha in config.contenders.items()
-    }
+    objectives = config.objectives
     order = torch.randperm(len(images), generator=generator(config.seed, "order", training.epoch))
     for batch in order.to(images.device).split(config.batch_size)[training.step :]:
         if stop.requested:
@@ -142,7 +168,8 @@ def close_epoch(training: Training, data: Dataset, config: Config) -> None:
     training.step = 0
     for name, model in training.models.items():
         objective = training.objective_sums[name].item() / len(data.train_images)
-        test = summary(evaluate(model, data, config.seed), config.metric_alpha)
+        losses = evaluate(model, data, config.seed)
+        test = objective_values(losses, config) | summary(losses, config.metric_alpha)
         training.history.append(
             {"epoch": training.epoch, "model": name, "train_objective": objective}
             | {f"test_{metric}": value for metric, value in test.items()}
@@ -158,8 +185,8 @@ def refuse_non_finite(training: Training, config: Config) -> None:
         finite.append(training.objective_sums[name].isfinite())
         metrics = [v for v in measured.get(name, {}).values() if isinstance(v, float)]
         if not torch.stack(finite).all() or not all(map(math.isfinite, metrics)):
-            raise UserError(
-                f"the loss of the {name} model is no longer finite after {training.epoch} epochs "
-                f"and {training.step} steps; the checkpoints from before are intact; "
-                f"start a new run with a smaller --lr, got {config.lr}"
+            raise NonFiniteError(
+                f"the loss of the {name} model is no longer finite after "
+                f"{training.done()}; expected a smaller --lr, got {config.lr:g}, "
+                f"or another --beta, got {config.beta:g}"
             )

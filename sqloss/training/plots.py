@@ -43,7 +43,7 @@ def draw_pictures(
 ) -> None:
     """Write every picture of a run into its directory."""
     figures = {
-        "vae_loss_curves.png": loss_curves(history, config.metric_alpha),
+        "vae_loss_curves.png": loss_curves(history, config.objective_names),
         "vae_loss_distribution.png": loss_distribution(losses, config.metric_alpha),
         "vae_samples.png": samples(models, config.seed),
         "vae_reconstructions.png": reconstructions(models, losses, data),
@@ -54,19 +54,18 @@ def draw_pictures(
         write_atomically(directory / name, picture.getbuffer())
 
 
-def loss_curves(history: Sequence[Row], alpha: float) -> "Figure":
+def loss_curves(history: Sequence[Row], objective_names: Mapping[str, str]) -> "Figure":
     """One panel per objective, in which every model is measured by it."""
     figure = new_figure(9, 3.6)
-    panels = {
-        "test_negative_elbo": "Mean of the test $-$ELBO",
-        "test_negative_elbo_cvar": f"CVaR of the test $-$ELBO, $\\alpha$ = {alpha:g}",
-    }
-    for axes, (metric, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+    panels = zip(figure.subplots(1, 2), objective_names.items(), strict=True)
+    for axes, (objective, words) in panels:
+        metric = f"test_objective_{objective}"
         for name in dict.fromkeys(row["model"] for row in history):
             rows = [row for row in history if row["model"] == name]
             curve = [row["epoch"] for row in rows], [row[metric] for row in rows]
             axes.plot(*curve, label=name, **STYLES[name])
-        axes.set(title=title, xlabel="epoch", ylabel="nats per image")
+        axes.set(xlabel="epoch", ylabel="nats per test image")
+        axes.set_title(words.replace("-ELBO", "$-$ELBO"), fontsize="medium")
         axes.locator_params("x", integer=True)
         # The fall of the first epochs would press all the rest flat.
         settled = [row[metric] for row in history if row["epoch"] > history[-1]["epoch"] // 10]
@@ -82,7 +81,7 @@ def loss_distribution(losses: Mapping[str, Mapping[str, Tensor]], alpha: float) 
     axes = figure.subplots()
     bounds = {name: of_model["negative_elbo"] for name, of_model in losses.items()}
     together = torch.cat(list(bounds.values()))
-    bins = torch.linspace(together.min().item(), together.max().item(), BINS + 1).tolist()
+    bins = edges(together.min().item(), together.max().item())
     for name, bound in bounds.items():
         color = STYLES[name]["color"]
         axes.hist(bound.tolist(), bins, color=color, alpha=0.2)
@@ -97,6 +96,12 @@ def loss_distribution(losses: Mapping[str, Mapping[str, Tensor]], alpha: float) 
     )
     axes.legend()
     return figure
+
+
+def edges(lowest: float, highest: float) -> list[float]:
+    """Of the bins from the lowest to the highest value, which are counted themselves too."""
+    inner = torch.linspace(lowest, highest, BINS + 1, dtype=torch.float64)[1:-1]
+    return [lowest, *inner.tolist(), highest]  # rounding would leave the extremes outside
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""How far training is, on stderr: a bar on a terminal, a line per epoch elsewhere."""
+"""How far training is, on stderr: a line per epoch, and on a terminal a bar below them."""
 
 import sys
 from collections.abc import Sequence
@@ -7,13 +7,22 @@ from typing import Any
 from sqloss.training.errors import require
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class Progress:
     """Counts steps; ``done`` of ``steps`` were done before."""
 
     def __init__(self, steps: int, done: int, epochs: int) -> None:
         self._epochs = epochs
         self._bar = require("tqdm").tqdm(
-            total=steps, initial=done, unit="step", disable=None, dynamic_ncols=True
+            desc="training",
+            total=steps,
+            initial=done,
+            unit="step",
+            disable=None,
+            dynamic_ncols=True,
         )
 
     def __enter__(self) -> "Progress":
@@ -32,8 +41,4 @@ class Progress:
             f"CVaR {row['test_negative_elbo_cvar']:.2f}"
             for row in rows
         )
-        line = f"epoch {rows[0]['epoch']}/{self._epochs}: {models}"
-        if self._bar.disable:
-            print(line, file=sys.stderr, flush=True)
-        else:
-            self._bar.set_description_str(line)
+        self._bar.write(f"epoch {rows[0]['epoch']}/{self._epochs}: {models}", file=sys.stderr)

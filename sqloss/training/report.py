@@ -15,8 +15,9 @@ from sqloss.models.seeding import generator
 from sqloss.training.config import Config
 from sqloss.training.data import Dataset
 from sqloss.training.errors import require
-from sqloss.training.evaluation import summary
+from sqloss.training.evaluation import objective_values, summary
 from sqloss.training.files import write_atomically, write_json
+from sqloss.training.progress import counted
 
 GENERATED_BATCH_SIZE = 1000
 CONFIDENCE = 0.95
@@ -29,30 +30,32 @@ Losses = Mapping[str, Tensor]  # one value per test image, by the name of the lo
 def make_report(
     models: Mapping[str, VAE],
     losses: Mapping[str, Losses],
-    balanced: Dataset,
+    whole: Dataset,
     data: Dataset,
     config: Config,
 ) -> Report:
     """The report on models with these test losses, trained on ``data``.
 
-    ``balanced`` is the data before the imbalance: from it the classifier learns every class.
+    ``whole`` is the data before the imbalance: from it the classifier learns every class.
     """
     classifier = train_classifier(
-        balanced.train_images.to(data.train_images.device),
-        balanced.train_labels.to(data.train_labels.device),
-        len(balanced.class_names),
+        whole.train_images.to(data.train_images.device),
+        whole.train_labels.to(data.train_labels.device),
+        len(whole.class_names),
         config.seed,
     )
     return {
         "config": dataclasses.asdict(config),
         "alpha_of_cvar": config.metric_alpha,
+        "objectives": config.objective_names,
         "class_names": list(data.class_names),
         "train_images": data.class_counts(),
-        "train_images_before_imbalance": balanced.class_counts(),
+        "train_images_before_imbalance": whole.class_counts(),
         "classifier_test_accuracy": accuracy(classifier, data.test_images, data.test_labels),
         "models": {
             name: {
-                "test": overall(losses[name], config.metric_alpha),
+                "test": overall(losses[name], config.metric_alpha)
+                | objective_values(losses[name], config),
                 "test_by_class": by_class(losses[name], data, config.metric_alpha),
                 "generated": class_shares(classifier, model, config),
             }
@@ -111,16 +114,11 @@ def as_markdown(report: Report) -> str:
     config = report["config"]
     alpha = f"{report['alpha_of_cvar']:g}"
     metric_note = "" if config["alpha"] else " (--alpha is 0, so the usual 0.8 is used)"
-    trained = {
-        "standard": "`standard` is trained on the mean of each batch's losses",
-        "cvar": f"`cvar` on the mean of the worst {1 - config['alpha']:.4g} share of them "
-        f"(--alpha {config['alpha']:g}, --tail {config['tail']})",
-    }
+    mean_objective, tail_objective = report["objectives"].values()
     return f"""\
 # VAE on {config["dataset"]}
 
-{", ".join(trained[name] for name in report["models"])};
-for {config["epochs"]} epochs, from the same initial weights, on the same batches and noise.
+{how_trained(report)}
 Every setting is in `config.json`.
 
 {tables(report)}
@@ -130,6 +128,10 @@ Every setting is in `config.json`.
 - Losses are in nats per image, on test images that keep every class. -ELBO = reconstruction + KL,
   with weight 1 whatever --beta is. CVaR is the mean of the worst {1 - report["alpha_of_cvar"]:.4g}
   share of the -ELBO, at alpha = {alpha}{metric_note}.
+- The curves show the objectives, on the test images, and every model by both of them: the
+  {mean_objective}, and the {tail_objective}.
+- Each image's -ELBO is of one draw from the posterior. The mean over the images is unbiased, but
+  images with an unlucky draw come to lie in the tail: that biases the CVaR slightly upwards.
 - This is one run with one seed. A difference between the models on one seed is not evidence for
   one of them: repeat it with several seeds. The standard error of the mean -ELBO covers the choice
   of test images only, not the seed.
@@ -143,6 +145,20 @@ Every setting is in `config.json`.
 ![Generated images](vae_samples.png)
 ![Reconstructions](vae_reconstructions.png)
 """
+
+
+def how_trained(report: Report) -> str:
+    """What each model was trained on, in words that hold for every --tail and --beta."""
+    config = report["config"]
+    flags = f"(--alpha {config['alpha']:g}, --tail {config['tail']}, --beta {config['beta']:g})"
+    minimised = ", ".join(
+        f"`{m}` minimises the {report['objectives'][m]}" for m in report["models"]
+    )
+    alike = ", from the same initial weights, on the same batches and noise"
+    return (
+        f"On each batch, {minimised}\n{flags},\n"
+        f"for {counted(config['epochs'], 'epoch')}{alike if len(report['models']) > 1 else ''}."
+    )
 
 
 def tables(report: Report) -> str:
@@ -162,6 +178,7 @@ def overall_table(report: Report) -> Iterator[list[str]]:
         (cvar, "negative_elbo_cvar"),
         ("mean reconstruction", "reconstruction"),
         ("mean KL", "kl"),
+        *objectives_of_their_own(report),
     ):
         yield [label, *(nats(model["test"][metric]) for model in models)]
     for label, metric in (
@@ -171,6 +188,13 @@ def overall_table(report: Report) -> Iterator[list[str]]:
     ):
         worst = [worst_class(model["test_by_class"], metric) for model in models]
         yield [f"worst class: {label}", *(f"{nats(w[metric])} ({w['class']})" for w in worst)]
+
+
+def objectives_of_their_own(report: Report) -> Iterator[tuple[str, str]]:
+    """Label and metric of the objectives that are not the mean or the CVaR of the -ELBO anyway."""
+    for objective, words in report["objectives"].items():
+        if not words.endswith("of -ELBO"):
+            yield words, f"objective_{objective}"
 
 
 def class_table(report: Report) -> Iterator[list[str]]:
@@ -191,8 +215,8 @@ def share_table(report: Report) -> Iterator[list[str]]:
     for name, count, shares in zip(
         report["class_names"], report["train_images"], generated, strict=True
     ):
-        intervals = [f"{s['share']:.1%} [{s['low']:.1%}, {s['high']:.1%}]" for s in shares]
-        yield [name, f"{count / total:.1%}", *intervals]
+        intervals = [f"{s['share']:.2%} [{s['low']:.2%}, {s['high']:.2%}]" for s in shares]
+        yield [name, f"{count / total:.2%}", *intervals]
 
 
 def nats(value: float | None) -> str:
@@ -201,6 +225,7 @@ def nats(value: float | None) -> str:
 
 def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Rows of cells as a Markdown table: the first column to the left, numbers to the right."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     header, *body = rows
     yield line(header, widths)

@@ -37,3 +37,14 @@ def vae_objective(alpha: float, tail: str, beta: float) -> Objective:
         return risk_of(losses["reconstruction"]) + beta * losses["kl"].mean()
 
     return {"elbo": elbo, "reconstruction": reconstruction}[tail]
+
+
+def objective_name(alpha: float, tail: str, beta: float) -> str:
+    """What ``vae_objective`` computes, in words."""
+    kl = "KL" if beta == 1 else f"{beta:g} KL"
+    loss = "-ELBO" if beta == 1 else f"(reconstruction + {kl})"
+    if alpha == 0:
+        return f"mean of {loss}"
+    if tail == "reconstruction":
+        return f"CVaR {alpha:g} of reconstruction + mean of {kl}"
+    return f"CVaR {alpha:g} of {loss}"

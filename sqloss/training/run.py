@@ -4,19 +4,28 @@ import csv
 import dataclasses
 import functools
 import io
+import itertools
 import json
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from sqloss.training import checkpoint
-from sqloss.training.config import Config, as_flag, from_stored
+from sqloss.training.config import Config, as_flag, from_stored, to_stored
 from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError
-from sqloss.training.files import write_atomically, write_json
-from sqloss.training.loop import Row, Training
+from sqloss.training.files import (
+    as_json,
+    create_atomically,
+    temporary_of,
+    write_atomically,
+    write_json,
+)
+from sqloss.training.loop import COLUMNS, NonFiniteError, Row, Training
 
+CHECKPOINTS = "checkpoints"
 MAY_CHANGE = ("epochs", "device", "threads", "data_dir", "download")  # on resuming
 
 
@@ -24,20 +33,16 @@ MAY_CHANGE = ("epochs", "device", "threads", "data_dir", "download")  # on resum
 class Run:
     """A run and the directory that holds it; nothing is written before ``start``."""
 
-    directory: Path
+    directory: Path | None  # None: a new one, named when the run starts
     config: Config
+    is_new: bool
 
     @classmethod
     def new(cls, directory: Path | None, config: Config) -> "Run":
         """A run in a directory that holds none yet."""
-        if directory is None:
-            directory = Path("runs", f"vae-{config.dataset}-{datetime.now():%Y%m%d-%H%M%S}")
-        if (directory / "config.json").exists():
-            raise UserError(
-                f"--output-dir: expected a directory without a run, got {directory}, which holds "
-                f"one; continue that one with --resume {directory}, or choose another directory"
-            )
-        return cls(directory, config)
+        if directory is not None:
+            refuse_used(directory)
+        return cls(directory, config, is_new=True)
 
     @classmethod
     def resumed(cls, directory: Path, changes: dict[str, Any]) -> "Run":
@@ -50,55 +55,155 @@ class Run:
                     f"{as_flag(name)}: expected {getattr(stored, name)}, with which {directory} "
                     f"was started, got {value}; with --resume only {allowed} may change"
                 )
-        return cls(directory, dataclasses.replace(stored, **changes))
+        return cls(directory, dataclasses.replace(stored, **changes), is_new=False)
 
     def start(self, training: Training, data: Dataset) -> "Recorder":
-        """Take up the training where the directory has it, and put down the configuration."""
-        recorder = Recorder(self.directory, data.fingerprint())
-        recorder.restore(training)
-        if training.epoch + (training.step > 0) > self.config.epochs:
-            raise UserError(
-                f"--epochs: expected at least {training.epoch + (training.step > 0)}, as "
-                f"{self.directory} has trained for them already, got {self.config.epochs}"
-            )
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"--output-dir: cannot make {self.directory}: {error.strerror}"
-            ) from error
-        write_json(self.directory / "config.json", dataclasses.asdict(self.config))
+        """Take the directory, or take up the training where the directory has it."""
+        directory = self.directory or make_default_directory(self.config)
+        recorder = Recorder(directory, data.fingerprint(), self.is_new)
+        if self.is_new:
+            claim(directory, self.config)
+        else:
+            recorder.restore(training)
+            self._refuse_fewer_epochs(training)
+            write_json(directory / "config.json", to_stored(self.config))
         return recorder
+
+    def _refuse_fewer_epochs(self, training: Training) -> None:
+        begun = training.epoch + (training.step > 0)
+        if begun > self.config.epochs:
+            raise UserError(
+                f"--epochs: expected at least {begun}, as {self.directory} has trained for them "
+                f"already, got {self.config.epochs}"
+            )
+
+
+def make_default_directory(config: Config) -> Path:
+    """A directory that no other run has, named by the time, and by a number in a busy second."""
+    name = f"vae-{config.dataset}-{datetime.now():%Y%m%d-%H%M%S}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(directory for directory in map(Path("runs").joinpath, names) if is_made(directory))
+
+
+def is_made(directory: Path) -> bool:
+    """Make a directory; False where there is one."""
+    try:
+        directory.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise cannot_make(directory, error) from error
+    return True
+
+
+def claim(directory: Path, config: Config) -> None:
+    """Make the directory that of this run and of no other, by its ``config.json``."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_make(directory, error) from error
+    refuse_used(directory)
+    try:
+        create_atomically(directory / "config.json", as_json(to_stored(config)))
+    except FileExistsError as error:
+        raise UserError(
+            f"--output-dir: expected a directory for this run alone, got {directory}, where "
+            "another run has just started; if none has, delete the rest of one that was killed, "
+            f"{temporary_of(directory / 'config.json')}"
+        ) from error
+    except OSError as error:
+        raise cannot_make(directory, error) from error
+
+
+def refuse_used(directory: Path) -> None:
+    expected = f"--output-dir: expected a directory without a run, got {directory}, which holds"
+    if (directory / "config.json").exists():
+        raise UserError(
+            f"{expected} one; continue that one with --resume {directory}, or choose another "
+            "directory"
+        )
+    if found := checkpoint.saved(directory / CHECKPOINTS):
+        raise UserError(f"{expected} the checkpoint {found[-1]} of one; choose another directory")
+
+
+def cannot_make(directory: Path, error: OSError) -> UserError:
+    return UserError(f"--output-dir: cannot make a run in {directory}: {error.strerror}")
 
 
 class Recorder:
-    """Writes checkpoints, ``metrics.csv`` and, where TensorBoard is installed, its events."""
+    """Writes checkpoints, ``metrics.csv`` and, where TensorBoard is installed, its events.
 
-    def __init__(self, directory: Path, data: str) -> None:
+    As a context it sees to what an error leaves behind: a new run that comes to no checkpoint
+    gives its directory back.
+    """
+
+    def __init__(self, directory: Path, data: str, is_new: bool) -> None:
         self.directory = directory
-        self.checkpoints = directory / "checkpoints"
+        self.checkpoints = directory / CHECKPOINTS
         self.data = data  # the fingerprint of the data set
+        self.is_new = is_new
         self.rows_in_tensorboard = 0
+        self.epochs_before = 0  # those of earlier processes
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        kept = checkpoint.saved(self.checkpoints)
+        if error and self.is_new and not kept:
+            (self.directory / "config.json").unlink(missing_ok=True)
+        if isinstance(error, NonFiniteError):
+            raise UserError(f"{error}; {self._what_remains(kept)}") from error
+
+    def _what_remains(self, kept: list[Path]) -> str:
+        if kept:
+            return f"start a new run; the checkpoint {kept[-1]}, from before, is intact"
+        if self.is_new:
+            return f"nothing was saved, and {self.directory} is free for the next try"
+        return f"nothing was saved; start a new run, and delete {self.directory}"
 
     def restore(self, training: Training) -> None:
         """Put the training where the newest checkpoint has it, if there is one."""
         state = checkpoint.load(self.checkpoints)
         if state is None:
             return
+        if state.keys() != training.state_dict().keys() | {"data"}:
+            raise self._other_run(f"one that holds {', '.join(map(str, state))}")
         if state["data"] != self.data:
             raise UserError(
                 f"--data-dir: expected the data that {self.directory} was started with, "
-                "got images that differ from them"
+                "got images or labels that differ from them"
             )
-        training.load_state_dict(state)
+        try:
+            training.load_state_dict(state)
+        except Exception as error:  # one for every way in which something can be misshapen
+            reason = " ".join(str(error).split())
+            raise self._other_run(f"one that does not fit ({reason})") from error
+        self._write_metrics(training)
         self.rows_in_tensorboard = len(training.history)
+        self.epochs_before = training.epoch
+
+    def _other_run(self, got: str) -> UserError:
+        newest = checkpoint.saved(self.checkpoints)[-1]
+        return UserError(
+            f"--resume: expected the checkpoint {newest} to be one of the run that "
+            f"{self.directory / 'config.json'} tells of, got {got}"
+        )
 
     def save(self, training: Training) -> None:
         checkpoint.save(self.checkpoints, training.state_dict() | {"data": self.data})
-        # All rows every time: what the checkpoint holds, no row lost or doubled by resuming.
-        write_atomically(self.directory / "metrics.csv", as_csv(training.history))
+        self._write_metrics(training)
         self.show_in_tensorboard(training.history[self.rows_in_tensorboard :])
         self.rows_in_tensorboard = len(training.history)
+
+    def _write_metrics(self, training: Training) -> None:
+        # All rows every time: what the checkpoint holds, no row lost or doubled by resuming.
+        write_atomically(self.directory / "metrics.csv", as_csv(training.history))
 
     def show_in_tensorboard(self, rows: list[Row]) -> None:
         if self.tensorboard is None:
@@ -114,15 +219,15 @@ class Recorder:
             from torch.utils.tensorboard import SummaryWriter
         except Exception:  # a convenience: absent or broken, training does without it
             return None
-        return SummaryWriter(self.directory / "tensorboard")
+        # Resumed from an older checkpoint, the epochs after it are there from before: hide those.
+        return SummaryWriter(self.directory / "tensorboard", purge_step=self.epochs_before + 1)
 
 
 def as_csv(history: list[Row]) -> bytes:
     text = io.StringIO(newline="")
-    if history:
-        writer = csv.DictWriter(text, history[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
     return text.getvalue().encode()
 
 

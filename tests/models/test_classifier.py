@@ -6,7 +6,16 @@ from sqloss.models.classifier import Classifier, accuracy, train_classifier
 from sqloss.training.data import Source, load_dataset
 
 
-def test_learns_the_digits():
+@pytest.fixture
+def one_thread():
+    """Two threads on images this small wait for one another: for a minute on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_learns_the_digits(one_thread):
     pytest.importorskip("sklearn")
     data = load_dataset("digits", Source())
     classifier = train_classifier(data.train_images, data.train_labels, 10, seed=0)

@@ -47,7 +47,7 @@ class Trainer:
         """Start or resume a run as the command line does; also, whether it came to its end."""
         training = self.begin(run.config)
         recorder = run.start(training, self.data)
-        with progress or Progress(0, 0, run.config.epochs) as shown:
+        with recorder, progress or Progress(0, 0, run.config.epochs) as shown:
             finished = fit(training, self.data, run.config, recorder.save, shown)
         return training, finished
 

@@ -59,11 +59,31 @@ def test_an_unreadable_one_names_itself_and_the_intact_one_before(tmp_path, dama
     with pytest.raises(UserError) as raised:
         checkpoint.load(tmp_path)
     message = str(raised.value)
-    assert f"cannot read the checkpoint {newest}" in message
+    assert f"cannot read the checkpoint {newest}: not a checkpoint, or damaged" in message
+    assert "weights_only" not in message, "torch's advice would run the code of a stranger"
     assert "delete it and resume again to continue from" in message
     assert str(tmp_path / "epoch-0001.pt") in message
     newest.unlink()  # as told
     assert checkpoint.load(tmp_path)["epoch"] == 1
+
+
+def test_a_single_flipped_bit_is_noticed(tmp_path):
+    checkpoint.save(tmp_path, state(1) | {"weights": torch.zeros(10_000)})
+    path = tmp_path / "epoch-0001.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="not a checkpoint, or damaged"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [[1, 2], {"epoch": 4}, {"epoch": "4", "step": 0}, torch.ones(2)]
+)
+def test_a_file_that_torch_reads_but_that_is_no_state(tmp_path, content):
+    torch.save(content, tmp_path / "epoch-0004.pt")
+    with pytest.raises(UserError, match="not a checkpoint, or damaged"):
+        checkpoint.load(tmp_path)
 
 
 def test_where_none_is_intact_it_says_so(tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import pickle
 import shutil
@@ -153,6 +154,16 @@ def test_imbalance_of_an_unknown_class(digits):
         digits.imbalanced("10:0.5", seed=0)
 
 
+@pytest.mark.parametrize(("share", "left"), [(1e-9, 1), (0, 0)])
+def test_only_a_share_of_0_removes_a_class(digits, share, left):
+    assert digits.imbalanced(f"4:{share}", seed=0).class_counts()[4] == left
+
+
+def test_a_class_without_images_stays_so(digits):
+    none_left = digits.imbalanced("4:0", seed=0)
+    assert none_left.imbalanced("4:0.5", seed=0).class_counts()[4] == 0
+
+
 def test_imbalance_that_leaves_nothing(digits):
     with pytest.raises(UserError, match="leaves no training image"):
         digits.imbalanced(",".join(f"{i}:0" for i in range(10)), seed=0)
@@ -161,6 +172,9 @@ def test_imbalance_that_leaves_nothing(digits):
 def test_the_fingerprint_tells_data_apart(digits):
     assert digits.fingerprint() == load_dataset("digits", Source()).fingerprint()
     assert digits.fingerprint() != digits.imbalanced("0:0.1", seed=0).fingerprint()
+    for labels in ("train_labels", "test_labels"):
+        relabelled = {labels: getattr(digits, labels).flip(0)}
+        assert digits.fingerprint() != dataclasses.replace(digits, **relabelled).fingerprint()
 
 
 # MNIST and its like
@@ -333,6 +347,14 @@ def test_an_unknown_attribute_of_celeba(celeba):
         load_dataset("celeba", Source(data_dir=celeba, celeba_attribute="Bald"))
 
 
+def test_fetching_faces_needs_gdown_and_has_a_quota(tmp_path, monkeypatch):
+    if datasets is None:
+        pytest.skip("torchvision cannot be imported here")
+    monkeypatch.setitem(sys.modules, "gdown", None)
+    with pytest.raises(UserError, match=r"needs `pip install gdown`.*daily quota"):
+        load_dataset("celeba", Source(data_dir=tmp_path, download=True))
+
+
 def test_a_missing_face_is_named(celeba):
     (celeba / "celeba" / "img_align_celeba" / "000003.jpg").unlink()
     with pytest.raises(UserError, match=r"cannot read the image .*000003\.jpg"):
@@ -399,6 +421,25 @@ def test_a_folder_without_images(tmp_path, make):
     with pytest.raises(
         UserError, match="--dataset folder: expected one folder of images per class"
     ):
+        load_dataset("folder", Source(data_dir=tmp_path))
+
+
+@needs_torchvision
+def test_a_file_for_a_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"one folder of images per class.* Not a directory"):
+        load_dataset("folder", Source(data_dir=tmp_path / "file"))
+
+
+@needs_torchvision
+@pytest.mark.parametrize(
+    ("dtype", "suffix"), [(np.uint16, "png"), (np.int32, "tiff"), (np.float32, "tiff")]
+)
+def test_images_of_more_than_8_bits_are_refused_by_name(tmp_path, dtype, suffix):
+    write_images(tmp_path, {"cat": 5, "dog": 5})
+    deep = tmp_path / "cat" / f"deep.{suffix}"
+    Image.fromarray(np.full((5, 6), 300, dtype=dtype)).save(deep)
+    with pytest.raises(UserError, match=f"{deep}: expected an image of 8 bits per channel, got"):
         load_dataset("folder", Source(data_dir=tmp_path))
 
 

@@ -12,6 +12,7 @@ from sqloss.models.seeding import generator, initialisation
 from sqloss.training import checkpoint
 from sqloss.training.errors import UserError
 from sqloss.training.evaluation import evaluate
+from sqloss.training.loop import COLUMNS
 from sqloss.training.progress import Progress
 from sqloss.training.run import Run
 from sqloss.training.stop import StopSignal
@@ -195,9 +196,51 @@ def test_a_loss_that_is_not_finite_stops_without_saving(trainer, tmp_path, broke
     for after in (1, 100):  # mid-epoch, on an interruption; and at the epoch's end
         breaking = Breaking(after)
         breaking.training = training
-        with pytest.raises(UserError, match=r"the cvar model is no longer finite.*smaller --lr"):
+        with pytest.raises(
+            UserError, match=r"the cvar model is no longer finite.*smaller --lr"
+        ) as raised:
             trainer.train(run, breaking)
+        assert f"{tmp_path / 'checkpoints' / 'epoch-0001.pt'}, from before, is intact" in str(
+            raised.value
+        )
         assert_same(checkpoint.load(tmp_path / "checkpoints"), good)
+
+
+def test_what_to_do_where_a_loss_is_not_finite(trainer, tmp_path):
+    def told() -> str:
+        with pytest.raises(UserError) as raised:
+            trainer.train(Run.new(tmp_path, dataclasses.replace(trainer.config, lr=1e30, beta=2.0)))
+        return str(raised.value)
+
+    assert (
+        "after 1 epoch and 0 steps; expected a smaller --lr, got 1e+30, or another --beta, got 2"
+        in told()
+    )
+    assert f"nothing was saved, and {tmp_path} is free for the next try" in told(), "so it is"
+
+
+def test_the_objectives_of_the_run_are_measured_of_every_model(trainer, tmp_path):
+    config = dataclasses.replace(
+        trainer.config, epochs=1, alpha=0.75, tail="reconstruction", beta=3.0
+    )
+    training, _ = trainer.train(Run.new(tmp_path, config))
+    for row, model in zip(training.history, training.models.values(), strict=True):
+        losses = evaluate(model, trainer.data, seed=0)
+        kl = 3 * losses["kl"].mean().item()
+        mean, worst = losses["reconstruction"].mean(), losses["reconstruction"].topk(5).values
+        assert row["test_objective_standard"] == pytest.approx(mean.item() + kl)
+        assert row["test_objective_cvar"] == pytest.approx(worst.mean().item() + kl)
+
+
+@pytest.mark.parametrize(("alpha", "models"), [(0.8, 2), (0.0, 1)])
+def test_by_default_the_objectives_are_the_bound_and_its_tail(trainer, tmp_path, alpha, models):
+    config = dataclasses.replace(trainer.config, epochs=1, alpha=alpha)
+    training, _ = trainer.train(Run.new(tmp_path, config))
+    assert len(training.history) == models
+    for row in training.history:
+        assert tuple(row) == COLUMNS
+        assert row["test_objective_standard"] == pytest.approx(row["test_negative_elbo"])
+        assert row["test_objective_cvar"] == pytest.approx(row["test_negative_elbo_cvar"])
 
 
 def test_the_objective_of_an_epoch_is_averaged_over_its_samples(trainer, tmp_path):

@@ -7,7 +7,9 @@ from PIL import Image
 from sqloss.models import VAE
 from sqloss.training.evaluation import evaluate
 from sqloss.training.plots import (
+    BINS,
     draw_pictures,
+    edges,
     loss_curves,
     loss_distribution,
     mosaic,
@@ -50,24 +52,24 @@ def test_one_model_and_colour_images(trainer, tmp_path):
     data = dataclasses.replace(trainer.data, test_images=images)
     models = {"standard": VAE((3, 6, 5), hidden=4, latent=2)}
     losses = {"standard": evaluate(models["standard"], data, 0)}
-    history = [
-        {"epoch": 1, "model": "standard", "test_negative_elbo": 2.0, "test_negative_elbo_cvar": 3.0}
-    ]
+    objectives = {"test_objective_standard": 2.0, "test_objective_cvar": 3.0}
+    history = [{"epoch": 1, "model": "standard"} | objectives]
     draw_pictures(tmp_path, models, losses, history, data, trainer.config)
     assert sorted(path.name for path in tmp_path.iterdir()) == PICTURES
 
 
 def test_each_panel_measures_all_models_by_one_objective(trained):
     training, _ = trained
-    figure = loss_curves(training.history, alpha=0.8)
-    metrics = ["test_negative_elbo", "test_negative_elbo_cvar"]
+    figure = loss_curves(training.history, {"standard": "mean of -ELBO", "cvar": "the tail"})
+    metrics = ["test_objective_standard", "test_objective_cvar"]
+    assert [axes.get_title() for axes in figure.axes] == ["mean of $-$ELBO", "the tail"]
     for axes, metric in zip(figure.axes, metrics, strict=True):
         curves = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
         assert curves == {
             name: [row[metric] for row in training.history if row["model"] == name]
             for name in ("standard", "cvar")
         }
-        assert axes.get_ylabel() == "nats per image"
+        assert axes.get_ylabel() == "nats per test image"
 
 
 def test_the_distribution_marks_mean_and_tail_on_common_bins(trained):
@@ -79,6 +81,21 @@ def test_the_distribution_marks_mean_and_tail_on_common_bins(trained):
     assert marked == pytest.approx(sorted(expected))
     edges = {tuple(patch.get_xy()[:, 0].tolist()) for patch in axes.patches if not patch.get_fill()}
     assert len(edges) == 1
+
+
+def test_the_distribution_counts_every_image():
+    # In float32, the edges of these would lie within them.
+    bound = torch.rand(1000, dtype=torch.float64) * 0.3 + 0.1
+    axes = loss_distribution({"standard": {"negative_elbo": bound}}, alpha=0.8).axes[0]
+    filled = next(container for container in axes.containers if len(container) == BINS)
+    assert sum(patch.get_height() for patch in filled) == 1000
+
+
+@pytest.mark.parametrize("highest", [0.3, 0.1 + 1e-9, 0.1])
+def test_the_edges_go_from_the_lowest_to_the_highest_value(highest):
+    between = edges(0.1, highest)
+    assert (between[0], between[-1], len(between)) == (0.1, highest, BINS + 1)
+    assert between == sorted(between)
 
 
 def test_samples_of_equal_models_are_equal(trained):

@@ -11,10 +11,14 @@ from sqloss.models.seeding import generator
 from sqloss.training.data import Dataset
 from sqloss.training.evaluation import evaluate
 from sqloss.training.report import (
+    aligned,
+    as_markdown,
     by_class,
     class_shares,
     make_report,
+    overall_table,
     share,
+    share_table,
     tables,
     worst_class,
     write_report,
@@ -141,6 +145,87 @@ def test_the_files(report, tmp_path):
     assert f"{report['classifier_test_accuracy']:.1%} of the test images" in " ".join(text.split())
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "`standard` minimises the mean of -ELBO, `cvar` minimises the CVaR 0.8 of -ELBO ("),
+        ({"tail": "reconstruction"}, "CVaR 0.8 of reconstruction + mean of KL (--alpha 0.8"),
+        (
+            {"beta": 2.0},
+            "`standard` minimises the mean of (reconstruction + 2 KL), `cvar`",
+        ),
+        ({"alpha": 0.0}, "On each batch, `standard` minimises the mean of -ELBO (--alpha 0,"),
+        ({}, "for 4 epochs, from the same initial weights, on the same batches and noise."),
+        ({"epochs": 1}, "for 1 epoch, from"),
+        ({"alpha": 0.0, "epochs": 1}, "for 1 epoch."),
+    ],
+)
+def test_the_text_says_what_each_model_was_trained_on(
+    trainer, losses, few_steps, tmp_path, changes, words
+):
+    config = dataclasses.replace(trainer.config, **changes)
+    models = trainer.begin(config).models
+    write_report(tmp_path, make_report(models, losses, trainer.data, trainer.data, config))
+    assert words in " ".join((tmp_path / "report.md").read_text().split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "labels"),
+    [
+        ({}, {}),
+        ({"tail": "reconstruction"}, {"cvar": "CVaR 0.8 of reconstruction + mean of KL"}),
+        (
+            {"beta": 2.0},
+            {
+                "standard": "mean of (reconstruction + 2 KL)",
+                "cvar": "CVaR 0.8 of (reconstruction + 2 KL)",
+            },
+        ),
+    ],
+)
+def test_objectives_of_their_own_have_rows_of_their_own(
+    trainer, losses, few_steps, changes, labels
+):
+    config = dataclasses.replace(trainer.config, **changes)
+    models = trainer.begin(config).models
+    report = make_report(models, losses, trainer.data, trainer.data, config)
+    rows = {row[0]: row[1:] for row in overall_table(report)}
+    assert len(rows) == 9 + len(labels)
+    for objective, label in labels.items():
+        values = [config.objectives[objective](losses[name]).item() for name in models]
+        assert rows[label] == [f"{value:.2f}" for value in values]
+
+
+def test_every_row_of_the_table_is_the_metric_of_its_label(report):
+    rows = {row[0]: row[1:] for row in overall_table(report)}
+    labels = {
+        "mean -ELBO": "negative_elbo",
+        "its standard error": "negative_elbo_standard_error",
+        "CVaR 0.8 of -ELBO": "negative_elbo_cvar",
+        "mean reconstruction": "reconstruction",
+        "mean KL": "kl",
+    }
+    tests = [model["test"] for model in report["models"].values()]
+    for label, metric in labels.items():
+        assert rows[label] == [f"{test[metric]:.2f}" for test in tests]
+
+
+def test_a_bar_in_a_name_is_no_column():
+    text = "\n".join(aligned([["class", "n"], ["a|b", "1"]]))
+    assert r"| a\|b " in text
+
+
+def test_shares_and_intervals_have_two_decimals(report):
+    first = list(share_table(report))[1]
+    generated = report["models"]["standard"]["generated"][0]
+    low, high = generated["low"], generated["high"]
+    assert first[2] == f"{generated['share']:.2%} [{low:.2%}, {high:.2%}]"
+
+
+def test_the_bias_of_the_tail_is_told(report):
+    assert "biases the CVaR slightly upwards" in as_markdown(report)
+
+
 def test_the_tables_tell_both_models_and_are_aligned(report):
     text = tables(report)
     for name, model in report["models"].items():
@@ -163,4 +248,7 @@ def test_a_single_model_and_a_single_test_image(trainer, few_steps, tmp_path):
     assert report["alpha_of_cvar"] == 0.8
     assert report["models"]["standard"]["test"]["negative_elbo_standard_error"] is None
     write_report(tmp_path, report)
-    assert "--alpha is 0, so the usual 0.8 is used" in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert "--alpha is 0, so the usual 0.8 is used" in text
+    assert "same initial weights" not in text
+    assert "CVaR 0.8 of -ELBO" in text

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import sqloss
-from sqloss.training.risk import mean, risk, vae_objective
+from sqloss.training.risk import mean, objective_name, risk, vae_objective
 
 LOSSES = {
     "reconstruction": torch.tensor([1.0, 2.0, 3.0, 40.0]),
@@ -37,3 +37,19 @@ def test_the_tail_of_the_reconstruction_leaves_the_kl_its_mean():
 def test_both_tails_are_the_mean_at_alpha_0(tail):
     objective = vae_objective(alpha=0, tail=tail, beta=0.5)
     assert objective(LOSSES).item() == pytest.approx(46 / 4 + 0.5 * 61 / 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ((0, "elbo", 1.0), "mean of -ELBO"),
+        ((0, "reconstruction", 1.0), "mean of -ELBO"),
+        ((0, "elbo", 2.0), "mean of (reconstruction + 2 KL)"),
+        ((0.8, "elbo", 1.0), "CVaR 0.8 of -ELBO"),
+        ((0.8, "elbo", 0.5), "CVaR 0.8 of (reconstruction + 0.5 KL)"),
+        ((0.9, "reconstruction", 1.0), "CVaR 0.9 of reconstruction + mean of KL"),
+        ((0.9, "reconstruction", 2.0), "CVaR 0.9 of reconstruction + mean of 2 KL"),
+    ],
+)
+def test_an_objective_is_named_by_what_it_computes(arguments, name):
+    assert objective_name(*arguments) == name

@@ -3,7 +3,11 @@ import dataclasses
 import json
 import re
 import sys
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +15,8 @@ import torch
 from sqloss.training import files
 from sqloss.training.config import Config
 from sqloss.training.errors import UserError
-from sqloss.training.files import write_atomically
-from sqloss.training.run import Run
+from sqloss.training.files import create_atomically, write_atomically
+from sqloss.training.run import Recorder, Run
 
 # configuration
 
@@ -23,17 +27,18 @@ from sqloss.training.run import Run
         ("alpha", 1.0, "a number in [0, 1)"),
         ("alpha", -0.1, "a number in [0, 1)"),
         ("alpha", float("nan"), "a number in [0, 1)"),
-        ("epochs", 0, "a whole number from 1 up"),
-        ("batch_size", 0, "a whole number from 1 up"),
-        ("num_samples", 0, "a whole number from 1 up"),
-        ("checkpoint_every", 0, "a whole number from 1 up"),
-        ("hidden", -1, "a whole number from 1 up"),
-        ("latent", 0, "a whole number from 1 up"),
+        ("epochs", 0, "a whole number from 1 to 2147483647"),
+        ("batch_size", 0, "a whole number from 1 to 2147483647"),
+        ("num_samples", 0, "a whole number from 1 to 2147483647"),
+        ("checkpoint_every", 0, "a whole number from 1 to 2147483647"),
+        ("hidden", 2**31, "a whole number from 1 to 2147483647"),
+        ("hidden", -1, "a whole number from 1 to 2147483647"),
+        ("latent", 0, "a whole number from 1 to 2147483647"),
         ("lr", 0.0, "a number above 0"),
         ("lr", float("inf"), "a number above 0"),
         ("beta", -1.0, "a number from 0 up"),
-        ("limit", -1, "a whole number from 0 up"),
-        ("image_size", -1, "a whole number from 0 up"),
+        ("limit", -1, "a whole number from 0 to 2147483647"),
+        ("image_size", -1, "a whole number from 0 to 2147483647"),
         ("seed", -1, "a whole number from 0 up"),
         ("threads", -1, "a whole number from 0 up"),
         ("dataset", "imagenet", "one of digits, mnist, fashion, cifar10, celeba, folder"),
@@ -60,6 +65,12 @@ def test_the_measured_tail_is_the_trained_one_or_the_usual_one():
     assert Config(alpha=0.0).metric_alpha == 0.8
 
 
+def test_threads_that_no_machine_could_start():
+    assert Config(threads=2).cpu_threads == 2
+    with pytest.raises(UserError, match=r"--threads: expected at most \d+ on this machine, got"):
+        _ = Config(threads=100_000).cpu_threads
+
+
 # directory
 
 
@@ -71,21 +82,127 @@ def test_a_run_is_never_overwritten(trainer, tmp_path):
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
-def test_the_default_directory_tells_the_data_set_and_the_time(trainer):
-    directory = Run.new(None, trainer.config).directory
+def start(trainer, run: Run) -> Recorder:
+    return run.start(trainer.begin(run.config), trainer.data)
+
+
+def test_the_default_directory_tells_the_data_set_and_the_time(trainer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Run.new(None, trainer.config)
+    assert not (tmp_path / "runs").exists()
+    directory = start(trainer, run).directory
     assert re.fullmatch(r"runs/vae-digits-\d{8}-\d{6}", directory.as_posix())
-    assert not directory.exists()
+    assert (directory / "config.json").exists()
 
 
-def test_a_directory_that_cannot_be_made(trainer, tmp_path):
+def test_runs_of_the_same_second_get_directories_of_their_own(trainer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sqloss.training.run.datetime", StoppedClock)
+    runs = [Run.new(None, trainer.config) for _ in range(3)]
+    directories = [start(trainer, run).directory.name for run in runs]
+    first = "vae-digits-20260102-030405"
+    assert directories == [first, f"{first}-2", f"{first}-3"]
+
+
+class StoppedClock(datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2026, 1, 2, 3, 4, 5)
+
+
+def test_of_two_runs_that_want_one_directory_the_second_is_refused(trainer, tmp_path):
+    first, second = trainer.run(tmp_path), trainer.run(tmp_path)
+    start(trainer, first)
+    with pytest.raises(UserError, match="expected a directory without a run"):
+        start(trainer, second)
+
+
+def test_of_many_that_make_a_file_at_once_one_does(tmp_path):
+    path = tmp_path / "config.json"
+    barrier = threading.Barrier(8)
+
+    def attempt(number: int) -> bool:
+        barrier.wait()
+        try:
+            create_atomically(path, bytes([number]) * 10_000)
+        except FileExistsError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(attempt, range(8)))
+    assert made.count(True) == 1
+    assert path.read_bytes() == bytes([made.index(True)]) * 10_000
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_not_made_over_another(tmp_path):
+    create_atomically(tmp_path / "file", b"first")
+    with pytest.raises(FileExistsError):
+        create_atomically(tmp_path / "file", b"second")
+    assert (tmp_path / "file").read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_directory_that_another_run_is_about_to_claim(trainer, tmp_path):
+    run = trainer.run(tmp_path)
+    rest = tmp_path / ".config.json.tmp"
+    rest.touch()
+    with pytest.raises(UserError, match=f"another run has just started; .* delete .*{rest}"):
+        start(trainer, run)
+
+
+def test_the_checkpoints_of_another_run_are_not_adopted(trainer, tmp_path):
+    trainer.train(trainer.run(tmp_path))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"holds the checkpoint .*epoch-0004\.pt of one"):
+        trainer.run(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["file", "file/run"])
+def test_a_directory_that_cannot_be_made(trainer, tmp_path, place):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--output-dir: cannot make"):
-        trainer.train(trainer.run(tmp_path / "file" / "run"))
+    with pytest.raises(UserError, match="--output-dir: cannot make a run in"):
+        trainer.train(trainer.run(tmp_path / place))
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_gives_its_directory_back(trainer, tmp_path):
+    run = trainer.run(tmp_path)
+    with pytest.raises(MemoryError), start(trainer, run):
+        raise MemoryError
+    assert list(tmp_path.iterdir()) == []
+    trainer.train(trainer.run(tmp_path))
+
+
+def test_a_run_that_fails_after_a_checkpoint_can_be_resumed(trainer, tmp_path):
+    training = trainer.begin(trainer.config)
+    with pytest.raises(MemoryError), trainer.run(tmp_path).start(training, trainer.data) as new:
+        new.save(training)
+        raise MemoryError
+    Run.resumed(tmp_path, {})
+
+
+def test_a_resumed_run_that_fails_can_be_resumed_again(trainer, tmp_path):
+    start(trainer, trainer.run(tmp_path))
+    with pytest.raises(MemoryError), start(trainer, Run.resumed(tmp_path, {})):
+        raise MemoryError
+    Run.resumed(tmp_path, {})
 
 
 def test_the_configuration_comes_back_as_it_was(trainer, tmp_path):
-    trainer.run(tmp_path).start(trainer.begin(trainer.config), trainer.data)
-    assert Run.resumed(tmp_path, {}).config == trainer.config
+    start(trainer, trainer.run(tmp_path))
+    assert Run.resumed(tmp_path, {}).config == stored(trainer.config)
+
+
+def stored(config: Config) -> Config:
+    return dataclasses.replace(config, data_dir=str(Path(config.data_dir).absolute()))
+
+
+def test_the_data_are_found_from_every_working_directory(trainer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer.config = dataclasses.replace(trainer.config, data_dir="here")
+    start(trainer, trainer.run(tmp_path / "run"))
+    assert Run.resumed(tmp_path / "run", {}).config.source.data_dir == tmp_path / "here"
 
 
 def test_some_flags_may_change(trainer, tmp_path):
@@ -94,7 +211,7 @@ def test_some_flags_may_change(trainer, tmp_path):
     run = Run.resumed(tmp_path, changes)
     assert run.config == dataclasses.replace(trainer.config, **changes)
     run.start(trainer.begin(run.config), trainer.data)
-    assert Run.resumed(tmp_path, {}).config == run.config, "the change is kept"
+    assert Run.resumed(tmp_path, {}).config == stored(run.config), "the change is kept"
 
 
 @pytest.mark.parametrize(
@@ -102,13 +219,13 @@ def test_some_flags_may_change(trainer, tmp_path):
 )
 def test_other_flags_may_not(trainer, tmp_path, name, value):
     trainer.train(trainer.run(tmp_path))
-    stored = getattr(trainer.config, name)
+    same = getattr(trainer.config, name)
     with pytest.raises(UserError) as raised:
         Run.resumed(tmp_path, {name: value})
-    assert f"--{name}: expected {stored}, with which {tmp_path} was started, got {value}" in str(
+    assert f"--{name}: expected {same}, with which {tmp_path} was started, got {value}" in str(
         raised.value
     )
-    assert Run.resumed(tmp_path, {name: stored}).config == trainer.config, "the same is no change"
+    Run.resumed(tmp_path, {name: same})  # the same is no change
 
 
 def test_fewer_epochs_than_done(trainer, tmp_path):
@@ -117,12 +234,44 @@ def test_fewer_epochs_than_done(trainer, tmp_path):
         trainer.train(Run.resumed(tmp_path, {"epochs": 3}))
 
 
-def test_other_data(trainer, tmp_path):
+@pytest.mark.parametrize("part", ["images", "labels"])
+def test_other_data(trainer, tmp_path, part):
     trainer.train(trainer.run(tmp_path))
-    images = trainer.data.train_images.flip(0)
-    trainer.data = dataclasses.replace(trainer.data, train_images=images)
+    images, labels = trainer.data.train_images.flip(0), trainer.data.test_labels.flip(0)
+    changes = {"train_images": images} if part == "images" else {"test_labels": labels}
+    trainer.data = dataclasses.replace(trainer.data, **changes)
     with pytest.raises(UserError, match="--data-dir: expected the data that"):
         trainer.train(Run.resumed(tmp_path, {"epochs": 5}))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda s: {"epoch": 4, "step": 0},
+        lambda s: s | {"models": {"standard": s["models"]["standard"]}},
+        lambda s: s | {"models": {name: {} for name in s["models"]}},
+        lambda s: s | {"optimisers": 3},
+        lambda s: s | {"history": s["history"][1:]},
+        lambda s: s | {"history": [{"epoch": 1}] * len(s["history"])},
+        lambda s: s | {"noise": torch.zeros(3)},
+    ],
+)
+def test_a_checkpoint_that_is_not_of_this_run(trainer, tmp_path, edit):
+    training, _ = trainer.train(trainer.run(tmp_path))
+    state = training.state_dict() | {"data": trainer.data.fingerprint()}
+    newest = tmp_path / "checkpoints" / "epoch-0004.pt"
+    torch.save(edit(state), newest)
+    with pytest.raises(UserError, match=f"--resume: expected the checkpoint {newest} to be one"):
+        start(trainer, Run.resumed(tmp_path, {}))
+
+
+def test_a_checkpoint_of_another_size(trainer, tmp_path):
+    trainer.train(trainer.run(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden": 9}))
+    with pytest.raises(UserError, match=r"does not fit .*size mismatch") as raised:
+        start(trainer, Run.resumed(tmp_path, {}))
+    assert "\n" not in str(raised.value)
 
 
 def test_a_directory_without_a_run(tmp_path):
@@ -136,7 +285,10 @@ def test_a_directory_without_a_run(tmp_path):
         (lambda c: c | {"learning_rate": 1}, "missing or unknown.*learning_rate"),
         (lambda c: {k: v for k, v in c.items() if k != "beta"}, "missing or unknown.*beta"),
         (lambda c: c | {"alpha": 2}, "--alpha: expected a number in"),
-        (lambda c: c | {"alpha": "much"}, "could not convert"),
+        (lambda c: c | {"alpha": "much"}, "alpha: expected float, got 'much'"),
+        (lambda c: c | {"download": "false"}, "download: expected bool, got 'false'"),
+        (lambda c: c | {"epochs": 2.9}, r"epochs: expected int, got 2\.9"),
+        (lambda c: c | {"seed": True}, "seed: expected int, got True"),
         (lambda c: [c], "'list' object"),
     ],
 )
@@ -160,12 +312,25 @@ def test_metrics_are_tidy(trainer, tmp_path):
         }
 
 
+@pytest.mark.parametrize("rest", [None, b"epoch,model\n1,standard\n"])
+def test_lost_or_outdated_metrics_come_back(trainer, tmp_path, rest):
+    trainer.train(trainer.run(tmp_path))
+    path = tmp_path / "metrics.csv"
+    before = path.read_bytes()
+    path.unlink()
+    if rest is not None:
+        path.write_bytes(rest)
+    trainer.train(Run.resumed(tmp_path, {}))
+    assert path.read_bytes() == before
+
+
 def test_tensorboard_gets_every_row_once(trainer, tmp_path, monkeypatch):
-    written = []
+    written, purged = [], []
 
     class SummaryWriter:
-        def __init__(self, directory):
+        def __init__(self, directory, purge_step):
             assert directory == tmp_path / "tensorboard"
+            purged.append(purge_step)
 
         def add_scalar(self, tag, value, epoch):
             written.append((tag, value, epoch))
@@ -183,6 +348,7 @@ def test_tensorboard_gets_every_row_once(trainer, tmp_path, monkeypatch):
         for metric, value in row.items()
         if metric not in ("epoch", "model")
     )
+    assert purged == [1, 3], "what an earlier process wrote of later epochs is not shown twice"
 
 
 def test_training_does_without_tensorboard(trainer, tmp_path, monkeypatch):
