@@ -96,9 +96,8 @@ def main():
         for name, (low, median, high, error) in results.items():
             ratio = median / results["mean"][1]
             wrong = "" if name == "mean" else f"{error:.1e}"  # the mean is another quantity
-            print(
-                f"| {n:,} | {name} | {median:.1f} | {low:.1f} - {high:.1f} | {ratio:.2f} | {wrong} |"
-            )
+            spread = f"{low:.1f} - {high:.1f}"
+            print(f"| {n:,} | {name} | {median:.1f} | {spread} | {ratio:.2f} | {wrong} |")
 
 
 if __name__ == "__main__":

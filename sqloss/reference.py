@@ -54,7 +54,7 @@ def superquantile(
     at = (w * is_at).sum(-1, keepdim=True)
     worse = torch.where(is_above & (w > 0), w * x, 0.0).sum(-1, keepdim=True)
     k = torch.maximum(above, torch.minimum(k, above + at))
-    value = (worse + (k - above) * t) / k
+    value = (worse + torch.where(k > above, (k - above) * t, 0.0)) / k
     value = torch.where(above == 0, t, value)  # the maximum, exactly
     value = torch.where(worse == torch.inf, worse, value)  # even where t is -inf
 

@@ -107,7 +107,8 @@ Tail tail_at(const Item* items, int64_t count, T threshold, double k) {
   // The threshold was reached, so that a larger k is rounding; as is a smaller one than above.
   const Counts counts{above[0], at[0], std::clamp(k, above[0], above[0] + at[0])};
   const double t = static_cast<double>(threshold);
-  double value = (sum[0] + (counts.tail - counts.above) * t) / counts.tail;
+  const double rest = counts.tail - counts.above;
+  double value = (sum[0] + (rest > 0 ? rest * t : 0.0)) / counts.tail;  // not 0 * -inf
   if (counts.above == 0) value = t;  // the tail is the threshold alone: the maximum, exactly
   if (sum[0] == std::numeric_limits<double>::infinity()) value = sum[0];  // even with t = -inf
   return {value, t, counts};

@@ -1,15 +1,15 @@
 // The superquantile of rows of losses: what its kernels take and promise.
 //
 // For losses l with weights w (1 if there are none, 0 where masked) and W = sum w, the tail is the
-// worst share `tail_fraction` = 1 - alpha of the weight, k = tail_fraction * W. With +inf among the
-// losses above t the value is +inf, unless NaN is among them too:
+// worst share `tail_fraction` = 1 - alpha of the weight, k = tail_fraction * W:
 //
 //   threshold  the largest t such that the losses >= t weigh at least k (the value-at-risk)
 //   value      (sum of w * l above t  +  (k - weight above t) * t) / k
 //   counts     {weight above t, weight at t, k}
 //
 // The subgradient in l_i is w_i / k above t, w_i * (k - above) / (k * at) at t, and 0 below.
-// Losses rank in the total order of core/total_order.h. k is never rounded; only where it exceeds a
+// Losses rank in the total order of core/total_order.h, NaN above +inf; with +inf and no NaN above
+// t the value is +inf, even where t is -inf. k is never rounded; only where it exceeds a
 // sum of weights by no more than rounding does (kAlphaRounding and, with weights, that of the sums)
 // is it taken for that sum, so that alpha = 0.7 of ten losses is three of them. Sums are in double
 // and in an order that depends on the data alone: the same bits for any number of threads,
