@@ -1,0 +1,114 @@
+// Tiles: how the CPU kernels read a run of any floating dtype and stride, and write one, through a
+// buffer that stays in the first-level cache instead of a converted copy of the tensor.
+//
+// Included by csrc/*/cpu.cpp alone; compiled once per CPU capability, in its namespace.
+#pragma once
+
+#include <c10/core/ScalarType.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Exception.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+namespace sqloss::core::CPU_CAPABILITY {
+
+// 4 KiB of floats: several tiles at once fit a first-level cache.
+constexpr int64_t kTile = 1024;
+
+// Room for one tile, on the stack; a few elements more, so that whole vectors may be stored.
+template <typename T>
+struct alignas(64) Tile {
+  T data[kTile + 16];
+};
+
+// f(zero of the C++ type) for a floating dtype.
+template <typename F>
+void for_dtype(at::ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case at::kFloat:
+      return f(float());
+    case at::kDouble:
+      return f(double());
+    case at::kHalf:
+      return f(at::Half());
+    case at::kBFloat16:
+      return f(at::BFloat16());
+    default:
+      TORCH_INTERNAL_ASSERT(false, "no kernel for ", dtype);
+  }
+}
+
+template <typename T, typename scalar_t>
+void gather(const scalar_t* source, int64_t stride, int64_t count, T* values) {
+  if (stride != 1) {
+    for (int64_t i = 0; i < count; ++i) values[i] = static_cast<T>(source[i * stride]);
+    return;
+  }
+  int64_t i = 0;
+#ifdef __F16C__
+  if constexpr (std::is_same_v<scalar_t, at::Half> && std::is_same_v<T, float>) {
+    for (; i + 8 <= count; i += 8) {
+      const auto halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i));
+      _mm256_storeu_ps(values + i, _mm256_cvtph_ps(halves));
+    }
+  }
+#endif
+  for (; i < count; ++i) values[i] = static_cast<T>(source[i]);
+}
+
+template <typename T, typename scalar_t>
+void scatter(const T* values, int64_t count, scalar_t* target, int64_t stride) {
+  if (stride != 1) {
+    for (int64_t i = 0; i < count; ++i) target[i * stride] = static_cast<scalar_t>(values[i]);
+    return;
+  }
+  int64_t i = 0;
+#ifdef __F16C__
+  if constexpr (std::is_same_v<scalar_t, at::Half> && std::is_same_v<T, float>) {
+    for (; i + 8 <= count; i += 8) {
+      const auto halves = _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i), halves);
+    }
+  }
+#endif
+  for (; i < count; ++i) target[i] = static_cast<scalar_t>(values[i]);
+}
+
+// `count` <= kTile elements of `dtype`, `stride` apart: where they lie if they are adjacent Ts, else
+// in the buffer.
+template <typename T>
+const T* read_tile(const void* source, at::ScalarType dtype, int64_t stride, int64_t count,
+                   Tile<T>& buffer) {
+  if (stride == 1 && dtype == c10::CppTypeToScalarType<T>::value) {
+    return static_cast<const T*>(source);
+  }
+  for_dtype(dtype, [&](auto zero) {
+    gather(static_cast<const decltype(zero)*>(source), stride, count, buffer.data);
+  });
+  return buffer.data;
+}
+
+// The converse: where to put `count` <= kTile values, and write_tile to take them from there.
+template <typename T>
+T* tile_to_write(void* target, at::ScalarType dtype, int64_t stride, Tile<T>& buffer) {
+  const bool in_place = stride == 1 && dtype == c10::CppTypeToScalarType<T>::value;
+  return in_place ? static_cast<T*>(target) : buffer.data;
+}
+
+template <typename T>
+void write_tile(const T* values, void* target, at::ScalarType dtype, int64_t stride,
+                int64_t count) {
+  if (values == target) return;
+  for_dtype(dtype, [&](auto zero) {
+    scatter(values, count, static_cast<decltype(zero)*>(target), stride);
+  });
+}
+
+}  // namespace sqloss::core::CPU_CAPABILITY
