@@ -1,306 +1,322 @@
-// CPU kernels of the superquantile, one thread per row; compiled once per CPU capability.
+// CPU kernels of the superquantile; compiled once per CPU capability.
 //
-// forward   gathers the losses that count into scratch (one read), selects the threshold there,
-//           then sums and counts against it (one pass over the scratch). Selection is by bisection
-//           of the ordered keys for short rows, std::nth_element for long ones, and a sort by loss
-//           where weights decide the rank.
-// backward  one read of the losses, one write of the gradient.
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
+// forward   selection.h tells the algorithm. Rows are read through tiles that convert, gather and
+//           mask on the fly; threads take rows or, where there are fewer rows than threads, chunks
+//           of a row.
+// backward  one read of the losses, one write of the gradient, by the same tiles.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <memory>
 
-#include "core/total_order.h"
+#include "core/tile.h"
+#include "superquantile/selection.h"
 #include "superquantile/superquantile.h"
 
 namespace sqloss::superquantile::CPU_CAPABILITY {
 namespace {
 
-// Fewer losses than this are not worth another thread (torch's own grain for elementwise work).
-constexpr int64_t kGrain = 32768;
+using core::CPU_CAPABILITY::for_dtype;
+using core::CPU_CAPABILITY::kTile;
+using core::CPU_CAPABILITY::read_tile;
+using core::CPU_CAPABILITY::Tile;
+using core::CPU_CAPABILITY::tile_to_write;
+using core::CPU_CAPABILITY::write_tile;
 
-int64_t rows_per_task(int64_t n) { return std::max<int64_t>(1, kGrain / n); }
+// An element of a matrix.
+const void* at(const Matrix& matrix, int64_t row, int64_t i) {
+  const int64_t offset = row * matrix.row_stride + i * matrix.stride;
+  return static_cast<const char*>(matrix.data) + offset * at::elementSize(matrix.dtype);
+}
 
-// One row of a Matrix.
-template <typename T>
-struct Row {
-  T* data;
-  int64_t stride;
+// Masks are read as bytes: a bool tensor may hold others than 0 and 1 (a view of uint8, say), which
+// C++'s bool must not.
+const uint8_t* mask_at(const Matrix& mask, int64_t row, int64_t i) {
+  return static_cast<const uint8_t*>(at(mask, row, i));
+}
 
-  Row(const Matrix& matrix, int64_t row)
-      : data(matrix.data == nullptr ? nullptr
-                                    : static_cast<T*>(matrix.data) + row * matrix.row_stride),
-        stride(matrix.stride) {}
-  T& operator[](int64_t i) const { return data[i * stride]; }
+void check_weight(double weight) {
+  TORCH_CHECK_VALUE(weight >= 0 && std::isfinite(weight),
+                    "superquantile: weight: expected finite values >= 0, got ", weight);
+}
+
+// The weights of up to kTile losses of a row: 0 where masked, 1 if there are none.
+void read_weights(const Losses& in, int64_t row, int64_t begin, int64_t count,
+                  Tile<double>& weights) {
+  double* w = weights.data;
+  if (in.weight.data == nullptr) {
+    std::fill_n(w, count, 1.0);
+  } else {
+    const double* read = read_tile<double>(at(in.weight, row, begin), in.weight.dtype,
+                                           in.weight.stride, count, weights);
+    if (read != w) std::copy_n(read, count, w);
+  }
+  if (in.mask.data != nullptr) {
+    const auto* mask = mask_at(in.mask, row, begin);
+    const int64_t stride = in.mask.stride;
+    for (int64_t i = 0; i < count; ++i) w[i] = mask[i * stride] != 0 ? w[i] : 0.0;
+  }
+}
+
+// A row of losses, where they are.
+template <typename T, bool kWeighted>
+class Row {
+ public:
+  using Loss = T;
+  static constexpr bool weighted = kWeighted;
+  struct Buffer {
+    Tile<T> losses;
+    Tile<double> weights;
+  };
+
+  Row(const Losses& in, int64_t row) : in_(in), row_(row) {}
+  int64_t size() const { return in_.n; }
+
+  // The items from `begin` on, as many as there are in one piece before `end`.
+  Run<T, kWeighted> run_at(int64_t begin, int64_t end, Buffer& buffer) const {
+    const int64_t whole_blocks = (end - begin) / kLanes * kLanes;
+    const bool in_place = in_.losses.dtype == c10::CppTypeToScalarType<T>::value &&
+                          in_.losses.stride == 1 && in_.mask.data == nullptr && !kWeighted;
+    if (in_place && whole_blocks > 0) {
+      const auto* losses = static_cast<const T*>(at(in_.losses, row_, begin));
+      return {losses, nullptr, whole_blocks, whole_blocks};
+    }
+    const int64_t count = std::min(kTile, end - begin);
+    return read(begin, count, buffer.losses, buffer.weights);
+  }
+
+  // The whole row, of any size: in place, or read into `room`.
+  Run<T, kWeighted> whole(Items<T, kWeighted>& room) const {
+    Buffer buffer;
+    Run<T, kWeighted> run = run_at(0, size(), buffer);
+    if (run.positions == size() && run.losses != buffer.losses.data) return run;
+    room.reserve(size());
+    int64_t kept = 0;
+    for (int64_t begin = 0; begin < size(); begin += run.positions) {
+      run = run_at(begin, size(), buffer);
+      std::copy_n(run.losses, run.positions, room.losses.data() + begin);
+      if (kWeighted) std::copy_n(run.weights, run.positions, room.weights.data() + begin);
+      kept += run.kept;
+    }
+    room.size = size();
+    run = room.run();
+    run.kept = kept;
+    return run;
+  }
+
+  // Those of `size` positions whose losses count.
+  void sample(const int64_t* positions, int64_t size, Items<T, kWeighted>& items) const {
+    T* losses = items.losses.data();
+    for_dtype(in_.losses.dtype, [&](auto zero) {
+      const auto* row = static_cast<const decltype(zero)*>(at(in_.losses, row_, 0));
+      const int64_t stride = in_.losses.stride;
+      for (int64_t i = 0; i < size; ++i) losses[i] = static_cast<T>(row[positions[i] * stride]);
+    });
+    if constexpr (kWeighted) {
+      double* weights = items.weights.data();
+      for_dtype(in_.weight.dtype, [&](auto zero) {
+        const auto* row = static_cast<const decltype(zero)*>(at(in_.weight, row_, 0));
+        const int64_t stride = in_.weight.stride;
+        for (int64_t i = 0; i < size; ++i) {
+          weights[i] = static_cast<double>(row[positions[i] * stride]);
+        }
+      });
+    }
+    items.size = size;
+    if (in_.mask.data != nullptr) drop_masked(positions, items);
+    if constexpr (kWeighted) {
+      std::for_each_n(items.weights.data(), items.size, check_weight);
+    }
+  }
+
+ private:
+  void drop_masked(const int64_t* positions, Items<T, kWeighted>& items) const {
+    T* losses = items.losses.data();
+    double* weights = items.weights.data();
+    const auto* mask = mask_at(in_.mask, row_, 0);
+    int64_t kept = 0;
+    for (int64_t i = 0; i < items.size; ++i) {
+      losses[kept] = losses[i];
+      if constexpr (kWeighted) weights[kept] = weights[i];
+      kept += mask[positions[i] * in_.mask.stride] != 0;
+    }
+    items.size = kept;
+  }
+
+  // Losses of no weight become -inf, so that their product with it is never added.
+  Run<T, kWeighted> read(int64_t begin, int64_t count, Tile<T>& losses,
+                         Tile<double>& weights) const {
+    T* l = losses.data;
+    const T* read = read_tile<T>(at(in_.losses, row_, begin), in_.losses.dtype, in_.losses.stride,
+                                 count, losses);
+    if (read != l) std::copy_n(read, count, l);
+    std::fill_n(l + count, kLanes, -kInfinity<T>);
+    int64_t kept = count;
+    if constexpr (kWeighted) {
+      double* w = weights.data;
+      read_weights(in_, row_, begin, count, weights);
+      std::fill_n(w + count, kLanes, 0.0);
+      bool valid = true;
+      for (int64_t i = 0; i < count; ++i) {
+        valid &= w[i] >= 0 && w[i] < kInfinity<double>;
+        l[i] = w[i] > 0 ? l[i] : -kInfinity<T>;
+      }
+      if (!valid) std::for_each(w, w + count, check_weight);
+    } else if (in_.mask.data != nullptr) {
+      const auto* mask = mask_at(in_.mask, row_, begin);
+      const int64_t stride = in_.mask.stride;
+      kept = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        l[i] = mask[i * stride] != 0 ? l[i] : -kInfinity<T>;
+        kept += mask[i * stride] != 0;
+      }
+    }
+    return {l, kWeighted ? weights.data : nullptr, count, kept};
+  }
+
+  const Losses& in_;
+  int64_t row_;
 };
 
-// Which losses of a row count: all without a mask. Bytes, because a bool tensor may hold others
-// than 0 and 1 (a view of uint8, say), which C++'s bool must not.
-struct Mask : Row<const uint8_t> {
-  using Row<const uint8_t>::Row;
-  bool keeps(int64_t i) const { return data == nullptr || (*this)[i] != 0; }
-};
-
-// Selection and arithmetic of a dtype: itself, or float for the halves.
-template <typename scalar_t>
-using loss_t = at::opmath_type<scalar_t>;
-
-template <typename T>
-struct Weighted {
-  T loss;
-  double weight;
-};
-
-struct Tail {
+struct Result {
   double value;
   double threshold;
   Counts counts;
 };
 
-template <typename T>
-T loss_of(T loss) {
-  return loss;
-}
-template <typename T>
-T loss_of(const Weighted<T>& item) {
-  return item.loss;
-}
-template <typename T>
-double weight_of(T) {
-  return 1.0;
-}
-template <typename T>
-double weight_of(const Weighted<T>& item) {
-  return item.weight;
-}
-
-// Sums and counts the items against the threshold, kLanes independent partial sums at a time: the
-// order of additions is the same for every vector width.
-template <typename Item, typename T>
-Tail tail_at(const Item* items, int64_t count, T threshold, double k) {
-  constexpr int64_t kLanes = 16;
-  double sum[kLanes] = {}, above[kLanes] = {}, at[kLanes] = {};
-  const auto add = [&](const Item& item, int64_t lane) {
-    const T loss = loss_of(item);
-    const double weight = weight_of(item);
-    const bool is_above = core::above(loss, threshold);
-    above[lane] += is_above ? weight : 0.0;
-    sum[lane] += is_above ? weight * static_cast<double>(loss) : 0.0;
-    at[lane] += core::compare(loss, threshold) == 0 ? weight : 0.0;
+template <typename T, bool kWeighted>
+Result tail_of(const Losses& in, int64_t row, double tail_fraction) {
+  // With weights, the sums that reach k are rounded as well
+  const double rounding =
+      kAlphaRounding + (kWeighted ? static_cast<double>(in.n) * kSumRounding : 0.0);
+  const auto target = [&](double total) {
+    TORCH_CHECK_VALUE(std::isfinite(total),
+                      "superquantile: weight: expected a finite sum in every reduction, got ",
+                      total);
+    TORCH_CHECK_VALUE(total > 0,
+                      "superquantile: weight, mask: expected a positive sum of weights in every "
+                      "reduction, got 0");
+    // Some of the mass, however small the tail
+    return std::max(tail_fraction * total - total * rounding,
+                    std::numeric_limits<double>::denorm_min());
   };
-  const int64_t whole = count - count % kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) add(items[i + lane], lane);
-  }
-  for (int64_t i = whole; i < count; ++i) add(items[i], i - whole);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t lane = 0; lane < half; ++lane) {
-      sum[lane] += sum[lane + half];
-      above[lane] += above[lane + half];
-      at[lane] += at[lane + half];
-    }
-  }
+  const Tail<T> tail = select(Row<T, kWeighted>(in, row), tail_fraction, target);
+
   // The threshold was reached, so that a larger k is rounding; as is a smaller one than above.
-  const Counts counts{above[0], at[0], std::clamp(k, above[0], above[0] + at[0])};
-  const double t = static_cast<double>(threshold);
-  const double rest = counts.tail - counts.above;
-  double value = (sum[0] + (rest > 0 ? rest * t : 0.0)) / counts.tail;  // not 0 * -inf
-  if (counts.above == 0) value = t;  // the tail is the threshold alone: the maximum, exactly
-  if (sum[0] == std::numeric_limits<double>::infinity()) value = sum[0];  // even with t = -inf
-  return {value, t, counts};
+  const double k = std::clamp(tail_fraction * tail.total, tail.above, tail.above + tail.at);
+  const double t = static_cast<double>(tail.threshold) + 0.0;  // a threshold of -0 reads 0
+  const double rest = k - tail.above;
+  double value = (tail.sum + (rest > 0 ? rest * t : 0.0)) / k;  // not 0 * -inf
+  if (tail.above == 0) value = t;  // the tail is the threshold alone: the maximum, exactly
+  if (tail.sum == kInfinity<double>) value = tail.sum;  // even with t = -inf
+  return {value, t, {tail.above, tail.at, k}};
 }
 
-// The largest key that at least `rank` keys reach: settles one bit of it in a pass, from the top.
-// A pass is a vectorised count without branches, so that no order of the losses can be slow, where
-// nth_element mispredicts on every fresh sample.
-template <typename Key>
-Key bisect(const Key* keys, int64_t count, int64_t rank) {
-  Key found = 0;
-  for (Key bit = Key(1) << (8 * sizeof(Key) - 1); bit != 0; bit >>= 1) {
-    const Key trial = found | bit;
-    Key reached = 0;  // of the width of the keys, for full vectors; count fits
-    for (int64_t i = 0; i < count; ++i) reached += keys[i] >= trial;
-    if (static_cast<int64_t>(reached) >= rank) found = trial;
-  }
-  return found;
-}
-
-// The loss of a rank, 1 the largest. May reorder the losses.
-template <typename T>
-T loss_of_rank(T* losses, int64_t count, int64_t rank) {
-  constexpr int64_t kBisected = 4096;  // 16 KiB of float keys stay in the first-level cache
-  if (count > kBisected) {
-    std::nth_element(losses, losses + rank - 1, losses + count,
-                     [](T a, T b) { return core::above(a, b); });
-    return losses[rank - 1];
-  }
-  core::ordered_key_t<T> keys[kBisected];
-  for (int64_t i = 0; i < count; ++i) keys[i] = core::to_ordered_key(losses[i]);
-  return core::from_ordered_key<T>(bisect(keys, count, rank));
-}
-
-// Every loss weighs 1: the threshold has rank ceil(k).
-template <typename T>
-Tail select(T* losses, int64_t count, double tail_fraction) {
-  const double total = static_cast<double>(count);
-  const double k = tail_fraction * total;
-  const double rank = std::ceil(k - total * kAlphaRounding);
-  const T threshold =
-      loss_of_rank(losses, count, std::clamp<int64_t>(static_cast<int64_t>(rank), 1, count));
-  return tail_at(losses, count, threshold, k);
-}
-
-// From the top, the threshold is the first loss at which the weight reaches k.
-template <typename T>
-Tail select(Weighted<T>* items, int64_t count, double tail_fraction) {
-  std::sort(items, items + count,
-            [](const Weighted<T>& a, const Weighted<T>& b) { return core::above(a.loss, b.loss); });
-  double total = 0;
-  for (int64_t i = 0; i < count; ++i) total += items[i].weight;
-  TORCH_CHECK_VALUE(std::isfinite(total),
-                    "superquantile: weight: expected a finite sum in every reduction, got ", total);
-  const double k = tail_fraction * total;
-  const double rounding = total * (kAlphaRounding + static_cast<double>(count) * kSumRounding);
-  double reached = 0;
-  int64_t index = 0;
-  while (index < count - 1 && (reached += items[index].weight) < k - rounding) ++index;
-  return tail_at(items, count, items[index].loss, k);
-}
-
-template <typename scalar_t>
-void put(const Tail& tail, const Tails& tails, int64_t row) {
-  static_cast<scalar_t*>(tails.value)[row] = static_cast<scalar_t>(tail.value);
-  static_cast<scalar_t*>(tails.threshold)[row] = static_cast<scalar_t>(tail.threshold);
-  tails.counts[row] = tail.counts;
-}
-
-template <typename scalar_t>
-void forward_unweighted(const Losses& in, double tail_fraction, const Tails& tails) {
-  using T = loss_t<scalar_t>;
-  at::parallel_for(0, in.rows, rows_per_task(in.n), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<T[]> scratch(new T[in.n]);
-    for (const int64_t r : c10::irange(begin, end)) {
-      const Row<const scalar_t> losses(in.losses, r);
-      const Mask mask(in.mask, r);
-      int64_t count = 0;
-      for (const int64_t i : c10::irange(in.n)) {
-        scratch[count] = static_cast<T>(losses[i]) + T(0);  // + 0: a threshold of -0 reads 0
-        count += mask.keeps(i);
-      }
-      TORCH_CHECK_VALUE(count > 0,
-                        "superquantile: weight, mask: expected a positive sum of weights in every "
-                        "reduction, got 0");
-      put<scalar_t>(select(scratch.get(), count, tail_fraction), tails, r);
+template <typename T, bool kWeighted>
+void forward_rows(const Losses& in, double tail_fraction, const Tails& tails) {
+  const auto rows = [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const Result result = tail_of<T, kWeighted>(in, r, tail_fraction);
+      for_dtype(in.losses.dtype, [&](auto zero) {
+        using scalar_t = decltype(zero);
+        static_cast<scalar_t*>(tails.value)[r] = static_cast<scalar_t>(result.value);
+        static_cast<scalar_t*>(tails.threshold)[r] = static_cast<scalar_t>(result.threshold);
+      });
+      tails.counts[r] = result.counts;
     }
-  });
+  };
+  // Threads over rows; over the chunks of a row where rows would leave threads without work.
+  if (in.rows < at::get_num_threads() && in.n > kChunk) {
+    rows(0, in.rows);
+  } else {
+    at::parallel_for(0, in.rows, std::max<int64_t>(1, kChunk / in.n), rows);
+  }
 }
 
-template <typename scalar_t, typename weight_t>
-void forward_weighted(const Losses& in, double tail_fraction, const Tails& tails) {
-  using T = loss_t<scalar_t>;
-  at::parallel_for(0, in.rows, rows_per_task(in.n), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<Weighted<T>[]> scratch(new Weighted<T>[in.n]);
-    for (const int64_t r : c10::irange(begin, end)) {
-      const Row<const scalar_t> losses(in.losses, r);
-      const Row<const weight_t> weight(in.weight, r);
-      const Mask mask(in.mask, r);
-      int64_t count = 0;
-      for (const int64_t i : c10::irange(in.n)) {
-        const double w = mask.keeps(i) ? static_cast<double>(weight[i]) : 0.0;
-        TORCH_CHECK_VALUE(w >= 0 && std::isfinite(w),
-                          "superquantile: weight: expected finite values >= 0, got ", w);
-        scratch[count] = {static_cast<T>(losses[i]) + T(0), w};
-        count += w > 0;
-      }
-      TORCH_CHECK_VALUE(count > 0,
-                        "superquantile: weight, mask: expected a positive sum of weights in every "
-                        "reduction, got 0");
-      put<scalar_t>(select(scratch.get(), count, tail_fraction), tails, r);
-    }
-  });
+// Selection and arithmetic are in float for the halves.
+template <typename F>
+void for_loss_type(at::ScalarType dtype, const F& f) {
+  if (dtype == at::kDouble) {
+    f(double());
+  } else {
+    f(float());
+  }
 }
 
 void forward(const Losses& in, double tail_fraction, const Tails& tails) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, in.losses.dtype, "superquantile", [&] {
+  for_loss_type(in.losses.dtype, [&](auto zero) {
     if (in.weight.data == nullptr) {
-      forward_unweighted<scalar_t>(in, tail_fraction, tails);
-    } else if (in.weight.dtype == at::kFloat) {
-      forward_weighted<scalar_t, float>(in, tail_fraction, tails);
+      forward_rows<decltype(zero), false>(in, tail_fraction, tails);
     } else {
-      forward_weighted<scalar_t, double>(in, tail_fraction, tails);
+      forward_rows<decltype(zero), true>(in, tail_fraction, tails);
     }
   });
 }
 
-// Every loss of the row counts and weighs 1. kStride 1 is a constant, so that the loop vectorises.
-template <typename scalar_t, int64_t kStride>
-void backward_row(const Losses& in, int64_t r, loss_t<scalar_t> threshold, Density density,
-                  const Row<scalar_t>& grad) {
-  using T = loss_t<scalar_t>;
-  const Row<const scalar_t> losses(in.losses, r);
-  const int64_t stride = kStride == 1 ? 1 : losses.stride;
-  const int64_t grad_stride = kStride == 1 ? 1 : grad.stride;
-  const scalar_t above = static_cast<scalar_t>(density.above);
-  const scalar_t at = static_cast<scalar_t>(density.at);
-  for (int64_t i = 0; i < in.n; ++i) {
-    const T loss = static_cast<T>(losses.data[i * stride]);
-    const scalar_t below = core::compare(loss, threshold) == 0 ? at : scalar_t(0);
-    grad.data[i * grad_stride] = core::above(loss, threshold) ? above : below;
+// Every loss counts and weighs 1.
+template <typename T>
+void backward_tile(const T* losses, int64_t count, T threshold, Density density, T* grad) {
+  const T above = static_cast<T>(density.above), at = static_cast<T>(density.at);
+  if (core::is_nan(threshold)) {
+    for (int64_t i = 0; i < count; ++i) grad[i] = core::is_nan(losses[i]) ? at : T(0);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const T reached = losses[i] == threshold ? at : T(0);
+    grad[i] = !(losses[i] <= threshold) ? above : reached;
   }
 }
 
-// weight_at(i): the weight of loss i
-template <typename scalar_t, typename Weight>
-void backward_row(const Losses& in, int64_t r, loss_t<scalar_t> threshold, Density density,
-                  const Row<scalar_t>& grad, const Weight& weight_at) {
-  using T = loss_t<scalar_t>;
-  const Row<const scalar_t> losses(in.losses, r);
-  const Mask mask(in.mask, r);
-  for (const int64_t i : c10::irange(in.n)) {
-    const int order = core::compare(static_cast<T>(losses[i]), threshold);
+template <typename T>
+void backward_tile(const T* losses, const double* weights, int64_t count, T threshold,
+                   Density density, T* grad) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int order = core::compare(losses[i], threshold);
     const double d = order > 0 ? density.above : density.at;
-    const double w = mask.keeps(i) ? weight_at(i) : 0.0;
     // No product outside of the tail: 0 whatever gradient comes in
-    grad[i] = static_cast<scalar_t>(order >= 0 && w > 0 ? d * w : 0.0);
+    grad[i] = static_cast<T>(order >= 0 && weights[i] > 0 ? d * weights[i] : 0.0);
   }
 }
 
-template <typename scalar_t>
-double read(const void* data, int64_t row) {
-  return data == nullptr ? 0.0 : static_cast<double>(static_cast<const scalar_t*>(data)[row]);
+double read(const void* data, at::ScalarType dtype, int64_t row) {
+  double number = 0;
+  if (data == nullptr) return number;
+  for_dtype(dtype, [&](auto zero) {
+    number = static_cast<double>(static_cast<const decltype(zero)*>(data)[row]);
+  });
+  return number;
 }
 
-template <typename scalar_t>
-void backward_typed(const Losses& in, const Tails& tails, const Gradients& gradients,
-                    const Matrix& grad_losses) {
-  at::parallel_for(0, in.rows, rows_per_task(in.n), [&](int64_t begin, int64_t end) {
-    for (const int64_t r : c10::irange(begin, end)) {
-      const auto threshold =
-          static_cast<loss_t<scalar_t>>(static_cast<const scalar_t*>(tails.threshold)[r]);
+template <typename T>
+void backward_rows(const Losses& in, const Tails& tails, const Gradients& gradients,
+                   const Matrix& grad_losses) {
+  const at::ScalarType dtype = in.losses.dtype;
+  const int64_t chunks = (in.n + kChunk - 1) / kChunk;
+  const int64_t grain = std::max<int64_t>(1, kChunk / in.n);
+  at::parallel_for(0, in.rows * chunks, grain, [&](int64_t first, int64_t last) {
+    Tile<T> losses_room, grad_room;
+    Tile<double> weights;
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t row = task / chunks, chunk = task % chunks;
+      const T threshold = static_cast<T>(read(tails.threshold, dtype, row));
       const Density density =
-          gradient_density(read<scalar_t>(gradients.value, r),
-                           read<scalar_t>(gradients.threshold, r), tails.counts[r]);
-      const Row<scalar_t> grad(grad_losses, r);
-      if (in.weight.data == nullptr && in.mask.data == nullptr) {
-        if (in.losses.stride == 1 && grad.stride == 1) {
-          backward_row<scalar_t, 1>(in, r, threshold, density, grad);
+          gradient_density(read(gradients.value, dtype, row), read(gradients.threshold, dtype, row),
+                           tails.counts[row]);
+      const int64_t end = std::min(in.n, (chunk + 1) * kChunk);
+      for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
+        const int64_t count = std::min(kTile, end - begin);
+        const T* losses =
+            read_tile(at(in.losses, row, begin), dtype, in.losses.stride, count, losses_room);
+        void* target = const_cast<void*>(at(grad_losses, row, begin));
+        T* grad = tile_to_write(target, dtype, grad_losses.stride, grad_room);
+        if (in.weight.data == nullptr && in.mask.data == nullptr) {
+          backward_tile(losses, count, threshold, density, grad);
         } else {
-          backward_row<scalar_t, 0>(in, r, threshold, density, grad);
+          read_weights(in, row, begin, count, weights);
+          backward_tile(losses, weights.data, count, threshold, density, grad);
         }
-      } else if (in.weight.data == nullptr) {
-        backward_row<scalar_t>(in, r, threshold, density, grad, [](int64_t) { return 1.0; });
-      } else if (in.weight.dtype == at::kFloat) {
-        const Row<const float> weight(in.weight, r);
-        backward_row<scalar_t>(in, r, threshold, density, grad,
-                               [&](int64_t i) { return static_cast<double>(weight[i]); });
-      } else {
-        const Row<const double> weight(in.weight, r);
-        backward_row<scalar_t>(in, r, threshold, density, grad,
-                               [&](int64_t i) { return weight[i]; });
+        write_tile(grad, target, dtype, grad_losses.stride, count);
       }
     }
   });
@@ -308,9 +324,9 @@ void backward_typed(const Losses& in, const Tails& tails, const Gradients& gradi
 
 void backward(const Losses& in, const Tails& tails, const Gradients& gradients,
               const Matrix& grad_losses) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, in.losses.dtype, "superquantile_backward",
-      [&] { backward_typed<scalar_t>(in, tails, gradients, grad_losses); });
+  for_loss_type(in.losses.dtype, [&](auto zero) {
+    backward_rows<decltype(zero)>(in, tails, gradients, grad_losses);
+  });
 }
 
 }  // namespace

@@ -1,0 +1,346 @@
+// Sixteen numbers at a time, for selection: comparison in the total order, compression, and sums in
+// sixteen double lanes. Every capability adds the same numbers in the same lanes in the same order,
+// so that all give the same bits.
+//
+// Included by csrc/*/cpu.cpp alone; compiled once per CPU capability, in its namespace.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "core/total_order.h"
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#include <immintrin.h>
+#endif
+
+namespace sqloss::core::CPU_CAPABILITY {
+
+constexpr int64_t kLanes = 16;
+
+inline double fold(double (&lanes)[kLanes]) {
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// Numbers are compared with bounds that are never NaN: a NaN lies above all of them.
+//
+//   Block<T>::load(p)          kLanes numbers
+//   block.above(bound)         Mask of those > bound or NaN
+//   block.reaches(bound)       Mask of those >= bound or NaN
+//   block.compress(mask, out)  stores the chosen ones in order, and garbage up to kLanes numbers
+//   lanes.add(block)           adds the numbers, each in its lane
+//   lanes.add(block, mask)     adds the chosen ones
+//   lanes.add(a, b, mask)      adds the products a * b of the chosen ones, each rounded to a double
+//   lanes.total()              of the lanes, in one order
+//   a & b, without(a, b), count(mask), of_doubles(mask): the mask for a Block<double>
+#if defined(CPU_CAPABILITY_AVX512)
+
+using Mask = __mmask16;  // a bit per lane
+inline Mask without(Mask a, Mask b) { return _kandn_mask16(b, a); }
+inline Mask of_doubles(Mask mask) { return mask; }
+inline __mmask8 low(Mask mask) { return static_cast<__mmask8>(mask); }
+inline __mmask8 high(Mask mask) { return static_cast<__mmask8>(_kshiftri_mask16(mask, 8)); }
+inline int64_t count(Mask mask) { return _mm_popcnt_u32(_cvtmask16_u32(mask)); }
+
+struct Doubles {
+  __m512d v[2];
+};
+
+template <typename T>
+struct Block;
+
+template <>
+struct Block<float> {
+  __m512 v;
+
+  static Block load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  Mask above(float bound) const {
+    return _mm512_cmp_ps_mask(v, _mm512_set1_ps(bound), _CMP_NLE_UQ);
+  }
+  Mask reaches(float bound) const {
+    return _mm512_cmp_ps_mask(v, _mm512_set1_ps(bound), _CMP_NLT_UQ);
+  }
+  // Compressed in a register: the instruction that stores as it compresses is slow on some CPUs.
+  void compress(Mask mask, float* out) const {
+    _mm512_storeu_ps(out, _mm512_maskz_compress_ps(mask, v));
+  }
+  Doubles doubles() const {
+    return {{_mm512_cvtps_pd(_mm512_castps512_ps256(v)),
+             _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))}};
+  }
+};
+
+template <>
+struct Block<double> {
+  __m512d v[2];
+
+  static Block load(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
+  Mask above(double bound) const { return compare<_CMP_NLE_UQ>(bound); }
+  Mask reaches(double bound) const { return compare<_CMP_NLT_UQ>(bound); }
+  void compress(Mask mask, double* out) const {
+    _mm512_storeu_pd(out, _mm512_maskz_compress_pd(low(mask), v[0]));
+    _mm512_storeu_pd(out + count(low(mask)), _mm512_maskz_compress_pd(high(mask), v[1]));
+  }
+  Doubles doubles() const { return {{v[0], v[1]}}; }
+
+ private:
+  template <int kPredicate>
+  Mask compare(double bound) const {
+    const __m512d b = _mm512_set1_pd(bound);
+    return _mm512_kunpackb(_mm512_cmp_pd_mask(v[1], b, kPredicate),
+                           _mm512_cmp_pd_mask(v[0], b, kPredicate));
+  }
+};
+
+struct Lanes {
+  __m512d sum[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()};
+
+  template <typename T>
+  void add(const Block<T>& block) {
+    add(block.doubles(), 0xffff);
+  }
+  template <typename T>
+  void add(const Block<T>& block, Mask mask) {
+    add(block.doubles(), mask);
+  }
+  template <typename T>
+  void add(const Block<T>& a, const Block<double>& b, Mask mask) {
+    const Doubles x = a.doubles(), y = b.doubles();
+    add(Doubles{{_mm512_mul_pd(x.v[0], y.v[0]), _mm512_mul_pd(x.v[1], y.v[1])}}, mask);
+  }
+  double total() const {
+    double lanes[kLanes];
+    _mm512_storeu_pd(lanes, sum[0]);
+    _mm512_storeu_pd(lanes + 8, sum[1]);
+    return fold(lanes);
+  }
+
+ private:
+  void add(const Doubles& x, Mask mask) {
+    sum[0] = _mm512_mask_add_pd(sum[0], low(mask), sum[0], x.v[0]);
+    sum[1] = _mm512_mask_add_pd(sum[1], high(mask), sum[1], x.v[1]);
+  }
+};
+
+#elif defined(CPU_CAPABILITY_AVX2)
+
+// All bits of a lane, or none: floats in two vectors, doubles in four.
+struct MaskFloat {
+  __m256 v[2];
+};
+struct MaskDouble {
+  __m256d v[4];
+};
+
+inline MaskFloat operator&(const MaskFloat& a, const MaskFloat& b) {
+  return {_mm256_and_ps(a.v[0], b.v[0]), _mm256_and_ps(a.v[1], b.v[1])};
+}
+inline MaskFloat without(const MaskFloat& a, const MaskFloat& b) {
+  return {_mm256_andnot_ps(b.v[0], a.v[0]), _mm256_andnot_ps(b.v[1], a.v[1])};
+}
+inline uint32_t bits(const MaskFloat& m) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(m.v[0])) |
+         static_cast<uint32_t>(_mm256_movemask_ps(m.v[1])) << 8;
+}
+inline MaskDouble operator&(const MaskDouble& a, const MaskDouble& b) {
+  return {_mm256_and_pd(a.v[0], b.v[0]), _mm256_and_pd(a.v[1], b.v[1]),
+          _mm256_and_pd(a.v[2], b.v[2]), _mm256_and_pd(a.v[3], b.v[3])};
+}
+inline MaskDouble without(const MaskDouble& a, const MaskDouble& b) {
+  return {_mm256_andnot_pd(b.v[0], a.v[0]), _mm256_andnot_pd(b.v[1], a.v[1]),
+          _mm256_andnot_pd(b.v[2], a.v[2]), _mm256_andnot_pd(b.v[3], a.v[3])};
+}
+inline uint32_t bits(const MaskDouble& m) {
+  uint32_t all = 0;
+  for (int i = 0; i < 4; ++i) {
+    all |= static_cast<uint32_t>(_mm256_movemask_pd(m.v[i])) << (4 * i);
+  }
+  return all;
+}
+inline const MaskDouble& of_doubles(const MaskDouble& mask) { return mask; }
+inline MaskDouble of_doubles(const MaskFloat& mask) {
+  const auto widened = [](__m128i quarter) {
+    return _mm256_castsi256_pd(_mm256_cvtepi32_epi64(quarter));
+  };
+  const __m256i low = _mm256_castps_si256(mask.v[0]), high = _mm256_castps_si256(mask.v[1]);
+  return {widened(_mm256_castsi256_si128(low)), widened(_mm256_extracti128_si256(low, 1)),
+          widened(_mm256_castsi256_si128(high)), widened(_mm256_extracti128_si256(high, 1))};
+}
+inline int64_t count(const MaskFloat& mask) { return _mm_popcnt_u32(bits(mask)); }
+inline int64_t count(const MaskDouble& mask) { return _mm_popcnt_u32(bits(mask)); }
+
+// Of a mask of eight 32-bit lanes: which lanes are chosen, in order.
+constexpr std::array<std::array<uint8_t, 8>, 256> chosen_lanes() {
+  std::array<std::array<uint8_t, 8>, 256> table{};
+  for (int mask = 0; mask < 256; ++mask) {
+    int chosen = 0;
+    for (int lane = 0; lane < 8; ++lane) {
+      if (mask >> lane & 1) table[mask][chosen++] = static_cast<uint8_t>(lane);
+    }
+  }
+  return table;
+}
+alignas(64) inline constexpr auto kChosenLanes = chosen_lanes();
+
+inline __m256i permutation(uint32_t mask) {
+  return _mm256_cvtepu8_epi32(
+      _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kChosenLanes[mask].data())));
+}
+
+template <typename T>
+struct Block;
+
+template <>
+struct Block<float> {
+  __m256 v[2];
+
+  static Block load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  MaskFloat above(float bound) const { return compare<_CMP_NLE_UQ>(bound); }
+  MaskFloat reaches(float bound) const { return compare<_CMP_NLT_UQ>(bound); }
+  void compress(const MaskFloat& mask, float* out) const {
+    for (int half = 0; half < 2; ++half) {
+      const auto chosen = static_cast<uint32_t>(_mm256_movemask_ps(mask.v[half]));
+      _mm256_storeu_ps(out, _mm256_permutevar8x32_ps(v[half], permutation(chosen)));
+      out += _mm_popcnt_u32(chosen);
+    }
+  }
+  __m256d doubles(int quarter) const {
+    const __m256 half = v[quarter / 2];
+    return _mm256_cvtps_pd(quarter % 2 == 0 ? _mm256_castps256_ps128(half)
+                                            : _mm256_extractf128_ps(half, 1));
+  }
+
+ private:
+  template <int kPredicate>
+  MaskFloat compare(float bound) const {
+    const __m256 b = _mm256_set1_ps(bound);
+    return {_mm256_cmp_ps(v[0], b, kPredicate), _mm256_cmp_ps(v[1], b, kPredicate)};
+  }
+};
+
+template <>
+struct Block<double> {
+  __m256d v[4];
+
+  static Block load(const double* p) {
+    return {_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4), _mm256_loadu_pd(p + 8),
+            _mm256_loadu_pd(p + 12)};
+  }
+  MaskDouble above(double bound) const { return compare<_CMP_NLE_UQ>(bound); }
+  MaskDouble reaches(double bound) const { return compare<_CMP_NLT_UQ>(bound); }
+  void compress(const MaskDouble& mask, double* out) const {
+    for (int i = 0; i < 4; ++i) {
+      // A double is two 32-bit lanes
+      const auto halves = static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castpd_ps(mask.v[i])));
+      _mm256_storeu_pd(out, _mm256_castps_pd(_mm256_permutevar8x32_ps(_mm256_castpd_ps(v[i]),
+                                                                      permutation(halves))));
+      out += _mm_popcnt_u32(halves) / 2;
+    }
+  }
+  __m256d doubles(int quarter) const { return v[quarter]; }
+
+ private:
+  template <int kPredicate>
+  MaskDouble compare(double bound) const {
+    const __m256d b = _mm256_set1_pd(bound);
+    return {_mm256_cmp_pd(v[0], b, kPredicate), _mm256_cmp_pd(v[1], b, kPredicate),
+            _mm256_cmp_pd(v[2], b, kPredicate), _mm256_cmp_pd(v[3], b, kPredicate)};
+  }
+};
+
+struct Lanes {
+  __m256d sum[4] = {_mm256_setzero_pd(), _mm256_setzero_pd(), _mm256_setzero_pd(),
+                    _mm256_setzero_pd()};
+
+  template <typename T>
+  void add(const Block<T>& block) {
+    for (int i = 0; i < 4; ++i) sum[i] = _mm256_add_pd(sum[i], block.doubles(i));
+  }
+  template <typename T, typename Mask>
+  void add(const Block<T>& block, const Mask& mask) {
+    const MaskDouble& m = of_doubles(mask);
+    for (int i = 0; i < 4; ++i) add(i, block.doubles(i), m);
+  }
+  template <typename T, typename Mask>
+  void add(const Block<T>& a, const Block<double>& b, const Mask& mask) {
+    const MaskDouble& m = of_doubles(mask);
+    for (int i = 0; i < 4; ++i) add(i, _mm256_mul_pd(a.doubles(i), b.doubles(i)), m);
+  }
+  double total() const {
+    double lanes[kLanes];
+    for (int i = 0; i < 4; ++i) _mm256_storeu_pd(lanes + 4 * i, sum[i]);
+    return fold(lanes);
+  }
+
+ private:
+  void add(int i, __m256d x, const MaskDouble& mask) {
+    sum[i] = _mm256_add_pd(sum[i], _mm256_and_pd(x, mask.v[i]));
+  }
+};
+
+#else
+
+using Mask = uint32_t;  // a bit per lane
+inline Mask without(Mask a, Mask b) { return a & ~b; }
+inline Mask of_doubles(Mask mask) { return mask; }
+inline int64_t count(Mask mask) { return __builtin_popcount(mask); }
+
+template <typename T>
+struct Block {
+  T v[kLanes];
+
+  static Block load(const T* p) {
+    Block block;
+    for (int64_t i = 0; i < kLanes; ++i) block.v[i] = p[i];
+    return block;
+  }
+  Mask above(T bound) const {
+    Mask mask = 0;
+    for (int64_t i = 0; i < kLanes; ++i) mask |= static_cast<Mask>(!(v[i] <= bound)) << i;
+    return mask;
+  }
+  Mask reaches(T bound) const {
+    Mask mask = 0;
+    for (int64_t i = 0; i < kLanes; ++i) mask |= static_cast<Mask>(!(v[i] < bound)) << i;
+    return mask;
+  }
+  void compress(Mask mask, T* out) const {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      *out = v[i];
+      out += mask >> i & 1;
+    }
+  }
+};
+
+struct Lanes {
+  double sum[kLanes] = {};
+
+  template <typename T>
+  void add(const Block<T>& block) {
+    for (int64_t i = 0; i < kLanes; ++i) sum[i] += static_cast<double>(block.v[i]);
+  }
+  template <typename T>
+  void add(const Block<T>& block, Mask mask) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      sum[i] += mask >> i & 1 ? static_cast<double>(block.v[i]) : 0.0;
+    }
+  }
+  template <typename T>
+  void add(const Block<T>& a, const Block<double>& b, Mask mask) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      sum[i] += mask >> i & 1 ? static_cast<double>(a.v[i]) * b.v[i] : 0.0;
+    }
+  }
+  double total() const {
+    double lanes[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = sum[i];
+    return fold(lanes);
+  }
+};
+
+#endif
+
+}  // namespace sqloss::core::CPU_CAPABILITY

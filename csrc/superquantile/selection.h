@@ -1,0 +1,418 @@
+// Selection on the CPU: the threshold of a row and the sum above it, in one read of a long row.
+//
+// Items are losses with a mass: 1, or their weight. The threshold for a target mass is the largest
+// t such that the items >= t hold at least that mass.
+//
+//   in cache   (up to kInCache items) bisection of the ordered keys: a step is one vectorised count
+//              without branches, so that no order of the losses is slow; every few steps the items
+//              outside the remaining range are dropped. Then one pass sums above the threshold.
+//   long rows  1. a sample at hashed positions gives a bracket [lo, hi] that holds the threshold
+//                 all but surely;
+//              2. one read of the row sums and counts what lies above hi, counts ties with hi, and
+//                 keeps the candidates between them;
+//              3. the counts certify the bracket, and the threshold is hi, or bisected among the
+//                 candidates. Uncertified: another bracket, on the side that the counts tell and
+//                 with lo as the next hi; at last bisection of the row.
+//              Ties with a bound are counted and not kept, so that constant or two-valued rows
+//              leave no candidates. Rows are cut into chunks of kChunk, whatever the number of
+//              threads; chunks are summed, and candidates joined, in their order.
+//
+// Included by cpu.cpp alone; compiled once per CPU capability, in its namespace.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "core/scratch.h"
+#include "core/simd.h"
+#include "core/total_order.h"
+
+namespace sqloss::superquantile::CPU_CAPABILITY {
+
+using core::ordered_key_t;
+using core::Scratch;
+using core::CPU_CAPABILITY::Block;
+using core::CPU_CAPABILITY::count;
+using core::CPU_CAPABILITY::kLanes;
+using core::CPU_CAPABILITY::Lanes;
+using core::CPU_CAPABILITY::of_doubles;
+using core::CPU_CAPABILITY::without;
+
+// Losses of which bisection is faster than sampling first: 32 KiB of floats.
+constexpr int64_t kInCache = 8192;
+// The work of one task: enough to outweigh starting it, and a divisor of no thread count's share.
+constexpr int64_t kChunk = 32768;
+
+template <typename T>
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
+
+// The masses of items: counted, or the sum of their weights.
+template <bool kWeighted>
+struct Mass {
+  int64_t items = 0;
+
+  template <typename Mask>
+  void add(const Mask& mask, const double*) {
+    items += count(mask);
+  }
+  double total() const { return static_cast<double>(items); }
+};
+template <>
+struct Mass<true> {
+  Lanes weights;
+
+  template <typename Mask>
+  void add(const Mask& mask, const double* weight) {
+    weights.add(Block<double>::load(weight), mask);
+  }
+  double total() const { return weights.total(); }
+};
+
+// Adjacent items, filled up to a whole number of blocks by losses of -inf and no mass. Masked
+// losses are such, too: only the mass at -inf cannot be counted, and has to be known.
+template <typename T, bool kWeighted>
+struct Run {
+  const T* losses;
+  const double* weights;  // null if not weighted
+  int64_t positions;
+  int64_t kept;  // items that count, if not weighted
+
+  // f(block of losses, their weights)
+  template <typename F>
+  void for_blocks(const F& f) const {
+    for (int64_t i = 0; i < positions; i += kLanes) {
+      f(Block<T>::load(losses + i), kWeighted ? weights + i : nullptr);
+    }
+  }
+
+  double total() const {
+    if constexpr (!kWeighted) return static_cast<double>(kept);
+    Lanes sum;
+    for (int64_t i = 0; i < positions; i += kLanes) sum.add(Block<double>::load(weights + i));
+    return sum.total();
+  }
+};
+
+// A growing array of items.
+template <typename T, bool kWeighted>
+struct Items {
+  Scratch<T> losses;
+  Scratch<double> weights;
+  int64_t size = 0;
+
+  void reserve(int64_t more) {
+    losses.reserve(size + more + kLanes, size);
+    if (kWeighted) weights.reserve(size + more + kLanes, size);
+  }
+  // Expects room for a block.
+  template <typename Mask>
+  void append(const Block<T>& block, const double* weight, const Mask& mask) {
+    block.compress(mask, losses.data() + size);
+    if constexpr (kWeighted) {
+      Block<double>::load(weight).compress(of_doubles(mask), weights.data() + size);
+    }
+    size += count(mask);
+  }
+  void append(Items& items) {
+    reserve(items.size);
+    std::copy_n(items.losses.data(), items.size, losses.data() + size);
+    if (kWeighted) std::copy_n(items.weights.data(), items.size, weights.data() + size);
+    size += items.size;
+  }
+  Run<T, kWeighted> run() {
+    reserve(0);
+    std::fill_n(losses.data() + size, kLanes, -kInfinity<T>);
+    if (kWeighted) std::fill_n(weights.data() + size, kLanes, 0.0);
+    return {losses.data(), kWeighted ? weights.data() : nullptr, size, size};
+  }
+};
+
+// A range of thresholds by their ordered keys, both ends included; every key above that of +inf is
+// NaN.
+template <typename T>
+struct KeyRange {
+  using Key = ordered_key_t<T>;
+  static Key key(T loss) { return core::to_ordered_key(loss + T(0)); }
+  static T loss(Key key) { return core::from_ordered_key<T>(key); }
+  static bool is_nan(Key k) { return k > key(kInfinity<T>); }
+
+  Key lo = key(-kInfinity<T>);
+  Key hi = ~Key(0);
+};
+
+// The mass of the items whose key is at least `key` > that of -inf.
+template <typename T, bool kWeighted>
+double mass_from(const Run<T, kWeighted>& run, ordered_key_t<T> key) {
+  Mass<kWeighted> mass;
+  if (KeyRange<T>::is_nan(key)) {
+    run.for_blocks([&](const Block<T>& block, const double* weight) {
+      mass.add(block.above(kInfinity<T>), weight);
+    });
+  } else {
+    const T loss = KeyRange<T>::loss(key);
+    run.for_blocks([&](const Block<T>& block, const double* weight) {
+      mass.add(block.reaches(loss), weight);
+    });
+  }
+  return mass.total();
+}
+
+// The threshold, known to be in `range`, as are all items.
+template <typename T, bool kWeighted>
+T bisect(Run<T, kWeighted> run, double target, KeyRange<T> range) {
+  constexpr int64_t kStepsToDrop = 4;
+  constexpr int64_t kFew = 2 * kLanes;  // not worth dropping
+  using Keys = KeyRange<T>;
+  Items<T, kWeighted> left;
+  double above = 0;    // the mass above range.hi
+  double dropped = 0;  // of the items that are not in the run any more
+  for (int64_t step = 1; range.lo < range.hi && !Keys::is_nan(range.lo); ++step) {
+    const auto middle = range.lo + (range.hi - range.lo) / 2 + 1;
+    const double mass = dropped + mass_from(run, middle);
+    const bool reached = mass >= target;
+    range.lo = reached ? middle : range.lo;
+    range.hi = reached ? range.hi : middle - 1;
+    above = reached ? above : mass;
+    if (step % kStepsToDrop == 0 && run.positions > kFew && !Keys::is_nan(range.hi)) {
+      const T lo = Keys::loss(range.lo), hi = Keys::loss(range.hi);
+      left.size = 0;
+      left.reserve(run.positions);  // in place from the second time on
+      run.for_blocks([&](const Block<T>& block, const double* weight) {
+        left.append(block, weight, without(block.reaches(lo), block.above(hi)));
+      });
+      run = left.run();
+      dropped = above;
+    }
+  }
+  return Keys::loss(range.lo);
+}
+
+// What lies above the threshold and at it, and everything.
+template <typename T>
+struct Tail {
+  T threshold;
+  double sum;  // of mass * loss above
+  double above;
+  double at;
+  double total;
+};
+
+template <typename T, bool kWeighted>
+void add_losses(Lanes& sum, const Block<T>& block, const double* weight, const auto& mask) {
+  if constexpr (kWeighted) {
+    sum.add(block, Block<double>::load(weight), mask);
+  } else {
+    sum.add(block, mask);
+  }
+}
+
+template <typename T, bool kWeighted>
+Tail<T> tail_at(const Run<T, kWeighted>& run, T threshold, double total) {
+  const bool nan = core::is_nan(threshold);
+  const T bound = nan ? kInfinity<T> : threshold;
+  Lanes lanes;
+  Mass<kWeighted> above, reached;
+  run.for_blocks([&](const Block<T>& block, const double* weight) {
+    const auto is_above = block.above(bound);
+    above.add(is_above, weight);
+    reached.add(block.reaches(bound), weight);
+    add_losses<T, kWeighted>(lanes, block, weight, is_above);
+  });
+  if (nan) return {threshold, 0.0, 0.0, above.total(), total};
+  const double mass = bound == -kInfinity<T> ? total : reached.total();
+  return {threshold, lanes.total(), above.total(), mass - above.total(), total};
+}
+
+// Bounds of the threshold, lo <= hi, that are never NaN: where it is NaN, hi is +inf.
+template <typename T>
+struct Bracket {
+  T lo, hi;
+};
+
+// The masses of a row by a bracket, and the sum above it.
+struct Partition {
+  double sum = 0;
+  double above = 0;       // of hi
+  double reaches_hi = 0;  // above, and ties with hi
+  double total = 0;
+
+  void add(const Partition& part) {
+    sum += part.sum;
+    above += part.above;
+    reaches_hi += part.reaches_hi;
+    total += part.total;
+  }
+};
+
+// One chunk of a row; appends its candidates.
+template <typename Source, typename T = typename Source::Loss, bool kWeighted = Source::weighted>
+Partition partition_chunk(const Source& source, int64_t begin, int64_t end, Bracket<T> bracket,
+                          Items<T, kWeighted>& candidates) {
+  Lanes sum_lanes;
+  Lanes all_weights;
+  Mass<kWeighted> above_mass, reaches_hi_mass;
+  int64_t kept = 0;
+  typename Source::Buffer buffer;
+  while (begin < end) {
+    const Run<T, kWeighted> run = source.run_at(begin, end, buffer);
+    candidates.reserve(run.positions);
+    // Local copies, which the stores of candidates cannot alias
+    Lanes sum = sum_lanes, weights = all_weights;
+    Mass<kWeighted> above = above_mass, reaches_hi = reaches_hi_mass;
+    const T lo = bracket.lo, hi = bracket.hi;
+    T* losses_out = candidates.losses.data();
+    double* weights_out = candidates.weights.data();
+    int64_t size = candidates.size;
+    run.for_blocks([&](const Block<T>& block, const double* weight) {
+      const auto is_above = block.above(hi);
+      const auto at_hi = block.reaches(hi);
+      const auto between = without(block.above(lo), at_hi);
+      add_losses<T, kWeighted>(sum, block, weight, is_above);
+      above.add(is_above, weight);
+      reaches_hi.add(at_hi, weight);
+      block.compress(between, losses_out + size);
+      if constexpr (kWeighted) {
+        const auto w = Block<double>::load(weight);
+        weights.add(w);
+        w.compress(of_doubles(between), weights_out + size);
+      }
+      size += count(between);
+    });
+    candidates.size = size;
+    sum_lanes = sum;
+    all_weights = weights;
+    above_mass = above;
+    reaches_hi_mass = reaches_hi;
+    kept += run.kept;
+    begin += run.positions;
+  }
+  const double total = kWeighted ? all_weights.total() : static_cast<double>(kept);
+  const bool all = bracket.hi == -kInfinity<T>;
+  return {sum_lanes.total(), above_mass.total(), all ? total : reaches_hi_mass.total(), total};
+}
+
+// A whole row. Chunks are summed, and candidates joined, in the order of the row.
+template <typename Source, typename T = typename Source::Loss, bool kWeighted = Source::weighted>
+Partition partition(const Source& source, Bracket<T> bracket, Items<T, kWeighted>& candidates) {
+  const int64_t chunks = (source.size() + kChunk - 1) / kChunk;
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t tasks = std::min(chunks, threads);
+  std::vector<Partition> parts(chunks);
+  std::vector<Items<T, kWeighted>> found(tasks);
+  at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      for (int64_t c = chunks * task / tasks; c < chunks * (task + 1) / tasks; ++c) {
+        const int64_t end = std::min((c + 1) * kChunk, source.size());
+        parts[c] = partition_chunk(source, c * kChunk, end, bracket, found[task]);
+      }
+    }
+  });
+  Partition all;
+  for (const Partition& part : parts) all.add(part);
+  candidates = std::move(found[0]);
+  for (int64_t task = 1; task < tasks; ++task) candidates.append(found[task]);
+  return all;
+}
+
+// Scrambles a counter (the finaliser of SplitMix64): the positions follow no period of the data.
+inline uint64_t hash(uint64_t x) {
+  x += 0x9e3779b97f4a7c15;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+  return x ^ (x >> 31);
+}
+
+// Narrows the bracket to a share of the mass, give or take `deviations` standard deviations of the
+// sample's.
+template <typename Source, typename T = typename Source::Loss, bool kWeighted = Source::weighted>
+Bracket<T> sampled_bracket(const Source& source, double share, int64_t sample_size,
+                           double deviations, Bracket<T> bracket) {
+  Scratch<int64_t> positions;
+  positions.reserve(sample_size);
+  for (int64_t i = 0; i < sample_size; ++i) {
+    const auto scaled = static_cast<unsigned __int128>(hash(i)) * source.size();
+    positions.data()[i] = static_cast<int64_t>(scaled >> 64);
+  }
+  Items<T, kWeighted> sample;
+  sample.reserve(sample_size);
+  source.sample(positions.data(), sample_size, sample);
+  const Run<T, kWeighted> run = sample.run();
+
+  double effective = static_cast<double>(sample.size);  // items of equal mass as good as these
+  const double total = run.total();
+  if constexpr (kWeighted) {
+    double squares = 0;
+    for (int64_t i = 0; i < sample.size; ++i) squares += run.weights[i] * run.weights[i];
+    effective = total * total / squares;
+  }
+  if (!(effective >= 1)) return bracket;
+  const double margin =
+      total * (deviations * std::sqrt(share * (1 - share) / effective) + 1 / effective);
+  const auto bound = [](T loss) { return core::is_nan(loss) ? kInfinity<T> : loss; };
+  if (share * total > margin) {
+    const T hi = bisect(run, share * total - margin, KeyRange<T>());
+    bracket.hi = std::min(bracket.hi, bound(hi));
+  }
+  if (share * total + margin <= total) {
+    const T lo = bisect(run, share * total + margin, KeyRange<T>());
+    bracket.lo = std::max(bracket.lo, bound(lo));
+  }
+  return bracket;
+}
+
+// n^(2/3) balances the cost of the sample, and of the candidates it leaves; positions of a row that
+// is in no cache cost more.
+inline int64_t sample_size(int64_t n) {
+  const double size = std::cbrt(static_cast<double>(n) * static_cast<double>(n));
+  return static_cast<int64_t>(n > (int64_t(1) << 20) ? size / 4 : size);
+}
+
+// The tail of a row that holds about `share` of its mass, and target(total mass) exactly.
+template <typename Source, typename Target, typename T = typename Source::Loss,
+          bool kWeighted = Source::weighted>
+Tail<T> select(const Source& source, double share, const Target& target) {
+  using Keys = KeyRange<T>;
+  if (source.size() > kInCache) {
+    Bracket<T> known{-kInfinity<T>, kInfinity<T>};
+    for (const double deviations : {3.3, 8.0, 16.0}) {
+      const Bracket<T> bracket =
+          sampled_bracket(source, share, sample_size(source.size()), deviations, known);
+      Items<T, kWeighted> found;
+      const Partition part = partition(source, bracket, found);
+      const double wanted = target(part.total);
+      if (wanted <= part.above) {
+        if (bracket.hi == kInfinity<T>) {
+          return {std::numeric_limits<T>::quiet_NaN(), 0.0, 0.0, part.above, part.total};
+        }
+        known = {bracket.hi, kInfinity<T>};
+        continue;
+      }
+      if (wanted <= part.reaches_hi) {
+        return {bracket.hi, part.sum, part.above, part.reaches_hi - part.above, part.total};
+      }
+      const Run<T, kWeighted> candidates = found.run();
+      const double between = candidates.total();
+      const double rest = wanted - part.reaches_hi;
+      if (rest > between) {
+        known = {-kInfinity<T>, bracket.lo};
+        continue;
+      }
+      const KeyRange<T> range{Keys::key(bracket.lo), Keys::key(bracket.hi)};
+      const Tail<T> tail = tail_at(candidates, bisect(candidates, rest, range), between);
+      const double ties = part.reaches_hi - part.above;
+      const double sum_at_hi = ties > 0 ? ties * static_cast<double>(bracket.hi) : 0.0;  // no 0*inf
+      return {tail.threshold, part.sum + sum_at_hi + tail.sum, part.reaches_hi + tail.above,
+              tail.at, part.total};
+    }
+  }
+  Items<T, kWeighted> room;
+  const Run<T, kWeighted> run = source.whole(room);
+  const double total = run.total();
+  return tail_at(run, bisect(run, target(total), Keys()), total);
+}
+
+}  // namespace sqloss::superquantile::CPU_CAPABILITY
