@@ -5,6 +5,7 @@
 //           of a row.
 // backward  one read of the losses, one write of the gradient, by the same tiles.
 #include <ATen/Parallel.h>
+#include <c10/util/bit_cast.h>
 
 #include <algorithm>
 #include <cmath>
@@ -41,22 +42,30 @@ void check_weight(double weight) {
                     "superquantile: weight: expected finite values >= 0, got ", weight);
 }
 
-// The weights of up to kTile losses of a row: 0 where masked, 1 if there are none.
-void read_weights(const Losses& in, int64_t row, int64_t begin, int64_t count,
-                  Tile<double>& weights) {
-  double* w = weights.data;
-  if (in.weight.data == nullptr) {
-    std::fill_n(w, count, 1.0);
-  } else {
-    const double* read = read_tile<double>(at(in.weight, row, begin), in.weight.dtype,
-                                           in.weight.stride, count, weights);
-    if (read != w) std::copy_n(read, count, w);
-  }
-  if (in.mask.data != nullptr) {
-    const auto* mask = mask_at(in.mask, row, begin);
-    const int64_t stride = in.mask.stride;
-    for (int64_t i = 0; i < count; ++i) w[i] = mask[i * stride] != 0 ? w[i] : 0.0;
-  }
+// values[i] = 0 (or what `masked` is) where the mask is False. Returns how many it leaves.
+template <typename T>
+int64_t apply_mask(const uint8_t* mask, int64_t stride, int64_t count, T* values, T masked) {
+  int32_t kept = 0;
+  const auto apply = [&](int64_t step) {
+    for (int64_t i = 0; i < count; ++i) {
+      const bool keep = mask[i * step] != 0;
+      values[i] = keep ? values[i] : masked;
+      kept += keep;
+    }
+  };
+  stride == 1 ? apply(1) : apply(stride);  // a constant 1 vectorises
+  return kept;
+}
+
+// The weights of up to kTile losses of a row, 0 where masked: in place or in the buffer.
+const double* read_weights(const Losses& in, int64_t row, int64_t begin, int64_t count,
+                           Tile<double>& buffer) {
+  const double* weights = read_tile<double>(at(in.weight, row, begin), in.weight.dtype,
+                                            in.weight.stride, count, buffer);
+  if (in.mask.data == nullptr) return weights;
+  if (weights != buffer.data) std::copy_n(weights, count, buffer.data);
+  apply_mask(mask_at(in.mask, row, begin), in.mask.stride, count, buffer.data, 0.0);
+  return buffer.data;
 }
 
 // A row of losses, where they are.
@@ -83,14 +92,16 @@ class Row {
       return {losses, nullptr, whole_blocks, whole_blocks};
     }
     const int64_t count = std::min(kTile, end - begin);
-    return read(begin, count, buffer.losses, buffer.weights);
+    return read(begin, count, buffer);
   }
 
   // The whole row, of any size: in place, or read into `room`.
   Run<T, kWeighted> whole(Items<T, kWeighted>& room) const {
     Buffer buffer;
     Run<T, kWeighted> run = run_at(0, size(), buffer);
-    if (run.positions == size() && run.losses != buffer.losses.data) return run;
+    const bool in_place =
+        run.losses != buffer.losses.data && (!kWeighted || run.weights != buffer.weights.data);
+    if (run.positions == size() && in_place) return run;
     room.reserve(size());
     int64_t kept = 0;
     for (int64_t begin = 0; begin < size(); begin += run.positions) {
@@ -144,35 +155,55 @@ class Row {
     items.size = kept;
   }
 
-  // Losses of no weight become -inf, so that their product with it is never added.
-  Run<T, kWeighted> read(int64_t begin, int64_t count, Tile<T>& losses,
-                         Tile<double>& weights) const {
-    T* l = losses.data;
-    const T* read = read_tile<T>(at(in_.losses, row_, begin), in_.losses.dtype, in_.losses.stride,
-                                 count, losses);
-    if (read != l) std::copy_n(read, count, l);
-    std::fill_n(l + count, kLanes, -kInfinity<T>);
-    int64_t kept = count;
+  // In place where nothing has to change. Losses of no weight become -inf, so that their product
+  // with it is never added.
+  Run<T, kWeighted> read(int64_t begin, int64_t count, Buffer& buffer) const {
+    const T* losses = read_tile<T>(at(in_.losses, row_, begin), in_.losses.dtype,
+                                   in_.losses.stride, count, buffer.losses);
+    const double* weights = nullptr;
+    bool some_weigh_nothing = false;
     if constexpr (kWeighted) {
-      double* w = weights.data;
-      read_weights(in_, row_, begin, count, weights);
-      std::fill_n(w + count, kLanes, 0.0);
-      bool valid = true;
+      weights = read_weights(in_, row_, begin, count, buffer.weights);
+      if (count % kLanes != 0) weights = padded(weights, count, buffer.weights, 0.0);
+      some_weigh_nothing = check_weights(weights, count);
+    }
+    const bool masked = !kWeighted && in_.mask.data != nullptr;
+    if (count % kLanes != 0 || masked || some_weigh_nothing) {
+      losses = padded(losses, count, buffer.losses, -kInfinity<T>);
+    }
+    int64_t kept = count;
+    if (masked) {
+      kept = apply_mask(mask_at(in_.mask, row_, begin), in_.mask.stride, count,
+                        buffer.losses.data, -kInfinity<T>);
+    }
+    if (some_weigh_nothing) {
       for (int64_t i = 0; i < count; ++i) {
-        valid &= w[i] >= 0 && w[i] < kInfinity<double>;
-        l[i] = w[i] > 0 ? l[i] : -kInfinity<T>;
-      }
-      if (!valid) std::for_each(w, w + count, check_weight);
-    } else if (in_.mask.data != nullptr) {
-      const auto* mask = mask_at(in_.mask, row_, begin);
-      const int64_t stride = in_.mask.stride;
-      kept = 0;
-      for (int64_t i = 0; i < count; ++i) {
-        l[i] = mask[i * stride] != 0 ? l[i] : -kInfinity<T>;
-        kept += mask[i * stride] != 0;
+        buffer.losses.data[i] = weights[i] > 0 ? buffer.losses.data[i] : -kInfinity<T>;
       }
     }
-    return {l, kWeighted ? weights.data : nullptr, count, kept};
+    return {losses, weights, count, kept};
+  }
+
+  // The numbers in the buffer, followed by a block of `padding`.
+  template <typename V>
+  static const V* padded(const V* numbers, int64_t count, Tile<V>& buffer, V padding) {
+    if (numbers != buffer.data) std::copy_n(numbers, count, buffer.data);
+    std::fill_n(buffer.data + count, kLanes, padding);
+    return buffer.data;
+  }
+
+  // Whether some are 0; raises for those that are no weights. By their bits, which order as the
+  // numbers do, with all negative ones and NaN above +inf.
+  static bool check_weights(const double* weights, int64_t count) {
+    uint64_t least = ~uint64_t(0), largest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const auto bits = c10::bit_cast<uint64_t>(weights[i]);
+      least = std::min(least, bits);
+      largest = std::max(largest, bits);
+    }
+    if (largest < c10::bit_cast<uint64_t>(kInfinity<double>)) return least == 0;
+    std::for_each_n(weights, count, check_weight);
+    return true;  // -0
   }
 
   const Losses& in_;
@@ -254,7 +285,7 @@ void forward(const Losses& in, double tail_fraction, const Tails& tails) {
   });
 }
 
-// Every loss counts and weighs 1.
+// The gradient of losses that count and weigh 1.
 template <typename T>
 void backward_tile(const T* losses, int64_t count, T threshold, Density density, T* grad) {
   const T above = static_cast<T>(density.above), at = static_cast<T>(density.at);
@@ -268,14 +299,22 @@ void backward_tile(const T* losses, int64_t count, T threshold, Density density,
   }
 }
 
+// The same times their weights, as doubles.
 template <typename T>
 void backward_tile(const T* losses, const double* weights, int64_t count, T threshold,
                    Density density, T* grad) {
+  double densities[kTile];
+  if (core::is_nan(threshold)) {
+    for (int64_t i = 0; i < count; ++i) densities[i] = core::is_nan(losses[i]) ? density.at : 0.0;
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      const double reached = losses[i] == threshold ? density.at : 0.0;
+      densities[i] = !(losses[i] <= threshold) ? density.above : reached;
+    }
+  }
   for (int64_t i = 0; i < count; ++i) {
-    const int order = core::compare(losses[i], threshold);
-    const double d = order > 0 ? density.above : density.at;
-    // No product outside of the tail: 0 whatever gradient comes in
-    grad[i] = static_cast<T>(order >= 0 && weights[i] > 0 ? d * weights[i] : 0.0);
+    // No product with a weight of 0: it gets 0 whatever gradient comes in
+    grad[i] = static_cast<T>(weights[i] > 0 ? densities[i] * weights[i] : 0.0);
   }
 }
 
@@ -296,7 +335,7 @@ void backward_rows(const Losses& in, const Tails& tails, const Gradients& gradie
   const int64_t grain = std::max<int64_t>(1, kChunk / in.n);
   at::parallel_for(0, in.rows * chunks, grain, [&](int64_t first, int64_t last) {
     Tile<T> losses_room, grad_room;
-    Tile<double> weights;
+    Tile<double> weights_room;
     for (int64_t task = first; task < last; ++task) {
       const int64_t row = task / chunks, chunk = task % chunks;
       const T threshold = static_cast<T>(read(tails.threshold, dtype, row));
@@ -310,11 +349,14 @@ void backward_rows(const Losses& in, const Tails& tails, const Gradients& gradie
             read_tile(at(in.losses, row, begin), dtype, in.losses.stride, count, losses_room);
         void* target = const_cast<void*>(at(grad_losses, row, begin));
         T* grad = tile_to_write(target, dtype, grad_losses.stride, grad_room);
-        if (in.weight.data == nullptr && in.mask.data == nullptr) {
-          backward_tile(losses, count, threshold, density, grad);
+        if (in.weight.data != nullptr) {
+          const double* weights = read_weights(in, row, begin, count, weights_room);
+          backward_tile(losses, weights, count, threshold, density, grad);
         } else {
-          read_weights(in, row, begin, count, weights);
-          backward_tile(losses, weights.data, count, threshold, density, grad);
+          backward_tile(losses, count, threshold, density, grad);
+          if (in.mask.data != nullptr) {
+            apply_mask(mask_at(in.mask, row, begin), in.mask.stride, count, grad, T(0));
+          }
         }
         write_tile(grad, target, dtype, grad_losses.stride, count);
       }

@@ -364,11 +364,13 @@ Bracket<T> sampled_bracket(const Source& source, double share, int64_t sample_si
   return bracket;
 }
 
-// n^(2/3) balances the cost of the sample, and of the candidates it leaves; positions of a row that
-// is in no cache cost more.
-inline int64_t sample_size(int64_t n) {
+// n^(2/3) balances the cost of the sample against that of the candidates it leaves. A position in
+// memory that no cache holds costs several times more, and weights have to be sampled, too.
+template <bool kWeighted>
+int64_t sample_size(int64_t n) {
+  constexpr int64_t kCached = int64_t(1) << 18;  // 1 MiB of floats
   const double size = std::cbrt(static_cast<double>(n) * static_cast<double>(n));
-  return static_cast<int64_t>(n > (int64_t(1) << 20) ? size / 4 : size);
+  return static_cast<int64_t>(size) / (n > kCached ? (kWeighted ? 6 : 3) : 1);
 }
 
 // The tail of a row that holds about `share` of its mass, and target(total mass) exactly.
@@ -380,7 +382,7 @@ Tail<T> select(const Source& source, double share, const Target& target) {
     Bracket<T> known{-kInfinity<T>, kInfinity<T>};
     for (const double deviations : {3.3, 8.0, 16.0}) {
       const Bracket<T> bracket =
-          sampled_bracket(source, share, sample_size(source.size()), deviations, known);
+          sampled_bracket(source, share, sample_size<kWeighted>(source.size()), deviations, known);
       Items<T, kWeighted> found;
       const Partition part = partition(source, bracket, found);
       const double wanted = target(part.total);
