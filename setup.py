@@ -24,8 +24,14 @@ if CUDA_WISH not in ("", "0", "1"):
 # csrc/*/cpu.cpp is compiled once for each of these and picked at run time (core/cpu_capability.h).
 # No contraction into fused multiply-adds: every capability rounds alike, bit for bit. Nobody traps
 # floating-point exceptions, which compilers must otherwise keep by not vectorising selections.
-# gcc 12 calls its own AVX-512 intrinsics maybe-uninitialized.
-KERNEL_FLAGS = ["-ffp-contract=off", "-fno-trapping-math", "-Wno-maybe-uninitialized"]
+# gcc 12 calls its own AVX-512 intrinsics maybe-uninitialized, and warns of vectors in the interface
+# of functions that are inlined.
+KERNEL_FLAGS = [
+    "-ffp-contract=off",
+    "-fno-trapping-math",
+    "-Wno-maybe-uninitialized",
+    "-Wno-psabi",
+]
 CPU_CAPABILITIES = {"DEFAULT": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     CPU_CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]

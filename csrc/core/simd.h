@@ -7,6 +7,8 @@
 
 #include <array>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "core/total_order.h"
 
@@ -33,9 +35,9 @@ inline double fold(double (&lanes)[kLanes]) {
 //   block.compress(mask, out)  stores the chosen ones in order, and garbage up to kLanes numbers
 //   lanes.add(block)           adds the numbers, each in its lane
 //   lanes.add(block, mask)     adds the chosen ones
-//   lanes.add(a, b, mask)      adds the products a * b of the chosen ones, each rounded to a double
+//   lanes.add(a, b, mask)      adds the products a * b of the chosen ones, as doubles; b is finite
 //   lanes.total()              of the lanes, in one order
-//   a & b, without(a, b), count(mask), of_doubles(mask): the mask for a Block<double>
+//   without(a, b), count(mask), of_doubles(mask): the mask for a Block<double>
 #if defined(CPU_CAPABILITY_AVX512)
 
 using Mask = __mmask16;  // a bit per lane
@@ -135,19 +137,12 @@ struct MaskDouble {
   __m256d v[4];
 };
 
-inline MaskFloat operator&(const MaskFloat& a, const MaskFloat& b) {
-  return {_mm256_and_ps(a.v[0], b.v[0]), _mm256_and_ps(a.v[1], b.v[1])};
-}
 inline MaskFloat without(const MaskFloat& a, const MaskFloat& b) {
   return {_mm256_andnot_ps(b.v[0], a.v[0]), _mm256_andnot_ps(b.v[1], a.v[1])};
 }
 inline uint32_t bits(const MaskFloat& m) {
   return static_cast<uint32_t>(_mm256_movemask_ps(m.v[0])) |
          static_cast<uint32_t>(_mm256_movemask_ps(m.v[1])) << 8;
-}
-inline MaskDouble operator&(const MaskDouble& a, const MaskDouble& b) {
-  return {_mm256_and_pd(a.v[0], b.v[0]), _mm256_and_pd(a.v[1], b.v[1]),
-          _mm256_and_pd(a.v[2], b.v[2]), _mm256_and_pd(a.v[3], b.v[3])};
 }
 inline MaskDouble without(const MaskDouble& a, const MaskDouble& b) {
   return {_mm256_andnot_pd(b.v[0], a.v[0]), _mm256_andnot_pd(b.v[1], a.v[1]),
@@ -207,6 +202,9 @@ struct Block<float> {
       out += _mm_popcnt_u32(chosen);
     }
   }
+  Block chosen(const MaskFloat& mask) const {  // 0 elsewhere
+    return {_mm256_and_ps(v[0], mask.v[0]), _mm256_and_ps(v[1], mask.v[1])};
+  }
   __m256d doubles(int quarter) const {
     const __m256 half = v[quarter / 2];
     return _mm256_cvtps_pd(quarter % 2 == 0 ? _mm256_castps256_ps128(half)
@@ -240,6 +238,11 @@ struct Block<double> {
       out += _mm_popcnt_u32(halves) / 2;
     }
   }
+  Block chosen(const MaskDouble& mask) const {  // 0 elsewhere
+    return {_mm256_and_pd(v[0], mask.v[0]), _mm256_and_pd(v[1], mask.v[1]),
+            _mm256_and_pd(v[2], mask.v[2]), _mm256_and_pd(v[3], mask.v[3])};
+  }
+  Block chosen(const MaskFloat& mask) const { return chosen(of_doubles(mask)); }
   __m256d doubles(int quarter) const { return v[quarter]; }
 
  private:
@@ -261,82 +264,107 @@ struct Lanes {
   }
   template <typename T, typename Mask>
   void add(const Block<T>& block, const Mask& mask) {
-    const MaskDouble& m = of_doubles(mask);
-    for (int i = 0; i < 4; ++i) add(i, block.doubles(i), m);
+    add(block.chosen(mask));
   }
   template <typename T, typename Mask>
   void add(const Block<T>& a, const Block<double>& b, const Mask& mask) {
-    const MaskDouble& m = of_doubles(mask);
-    for (int i = 0; i < 4; ++i) add(i, _mm256_mul_pd(a.doubles(i), b.doubles(i)), m);
+    const Block<T> x = a.chosen(mask);  // 0 * b elsewhere: b is finite
+    for (int i = 0; i < 4; ++i) {
+      sum[i] = _mm256_add_pd(sum[i], _mm256_mul_pd(x.doubles(i), b.doubles(i)));
+    }
   }
   double total() const {
     double lanes[kLanes];
     for (int i = 0; i < 4; ++i) _mm256_storeu_pd(lanes + 4 * i, sum[i]);
     return fold(lanes);
   }
-
- private:
-  void add(int i, __m256d x, const MaskDouble& mask) {
-    sum[i] = _mm256_add_pd(sum[i], _mm256_and_pd(x, mask.v[i]));
-  }
 };
 
 #else
 
-using Mask = uint32_t;  // a bit per lane
-inline Mask without(Mask a, Mask b) { return a & ~b; }
-inline Mask of_doubles(Mask mask) { return mask; }
-inline int64_t count(Mask mask) { return __builtin_popcount(mask); }
+// The compilers' own vectors, which they cut into what the machine has. A mask holds all bits of a
+// lane, or none.
+template <typename T>
+using Vector __attribute__((vector_size(4 * sizeof(T)))) = T;
+
+template <typename Int>
+struct MaskOf {
+  Vector<Int> v[4];
+};
+
+template <typename Int>
+MaskOf<Int> without(const MaskOf<Int>& a, const MaskOf<Int>& b) {
+  return {{a.v[0] & ~b.v[0], a.v[1] & ~b.v[1], a.v[2] & ~b.v[2], a.v[3] & ~b.v[3]}};
+}
+inline const MaskOf<int64_t>& of_doubles(const MaskOf<int64_t>& mask) { return mask; }
+inline MaskOf<int64_t> of_doubles(const MaskOf<int32_t>& mask) {
+  MaskOf<int64_t> wide;
+  for (int i = 0; i < 4; ++i) wide.v[i] = __builtin_convertvector(mask.v[i], Vector<int64_t>);
+  return wide;
+}
+template <typename Int>
+int64_t count(const MaskOf<Int>& mask) {
+  const Vector<Int> sums = mask.v[0] + mask.v[1] + mask.v[2] + mask.v[3];
+  return -static_cast<int64_t>(sums[0] + sums[1] + sums[2] + sums[3]);
+}
 
 template <typename T>
 struct Block {
-  T v[kLanes];
+  using Int = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  Vector<T> v[4];
 
   static Block load(const T* p) {
     Block block;
-    for (int64_t i = 0; i < kLanes; ++i) block.v[i] = p[i];
+    std::memcpy(block.v, p, sizeof(block.v));
     return block;
   }
-  Mask above(T bound) const {
-    Mask mask = 0;
-    for (int64_t i = 0; i < kLanes; ++i) mask |= static_cast<Mask>(!(v[i] <= bound)) << i;
-    return mask;
+  MaskOf<Int> above(T bound) const {
+    return {{~(v[0] <= bound), ~(v[1] <= bound), ~(v[2] <= bound), ~(v[3] <= bound)}};
   }
-  Mask reaches(T bound) const {
-    Mask mask = 0;
-    for (int64_t i = 0; i < kLanes; ++i) mask |= static_cast<Mask>(!(v[i] < bound)) << i;
-    return mask;
+  MaskOf<Int> reaches(T bound) const {
+    return {{~(v[0] < bound), ~(v[1] < bound), ~(v[2] < bound), ~(v[3] < bound)}};
   }
-  void compress(Mask mask, T* out) const {
+  template <typename MaskInt>
+  void compress(const MaskOf<MaskInt>& mask, T* out) const {
+    if (count(mask) == 0) return;  // the usual case of a long row
     for (int64_t i = 0; i < kLanes; ++i) {
-      *out = v[i];
-      out += mask >> i & 1;
+      *out = v[i / 4][i % 4];
+      out -= mask.v[i / 4][i % 4];
     }
+  }
+  template <typename MaskInt>
+  Block chosen(const MaskOf<MaskInt>& mask) const {  // 0 elsewhere
+    Block block;
+    for (int i = 0; i < 4; ++i) {
+      const auto wide = __builtin_convertvector(mask.v[i], Vector<Int>);
+      block.v[i] = reinterpret_cast<Vector<T> >(reinterpret_cast<Vector<Int> >(v[i]) & wide);
+    }
+    return block;
+  }
+  Vector<double> doubles(int quarter) const {
+    return __builtin_convertvector(v[quarter], Vector<double>);
   }
 };
 
 struct Lanes {
-  double sum[kLanes] = {};
+  Vector<double> sum[4] = {};
 
   template <typename T>
   void add(const Block<T>& block) {
-    for (int64_t i = 0; i < kLanes; ++i) sum[i] += static_cast<double>(block.v[i]);
+    for (int i = 0; i < 4; ++i) sum[i] += block.doubles(i);
   }
-  template <typename T>
-  void add(const Block<T>& block, Mask mask) {
-    for (int64_t i = 0; i < kLanes; ++i) {
-      sum[i] += mask >> i & 1 ? static_cast<double>(block.v[i]) : 0.0;
-    }
+  template <typename T, typename Int>
+  void add(const Block<T>& block, const MaskOf<Int>& mask) {
+    add(block.chosen(mask));
   }
-  template <typename T>
-  void add(const Block<T>& a, const Block<double>& b, Mask mask) {
-    for (int64_t i = 0; i < kLanes; ++i) {
-      sum[i] += mask >> i & 1 ? static_cast<double>(a.v[i]) * b.v[i] : 0.0;
-    }
+  template <typename T, typename Int>
+  void add(const Block<T>& a, const Block<double>& b, const MaskOf<Int>& mask) {
+    const Block<T> x = a.chosen(mask);  // 0 * b elsewhere: b is finite
+    for (int i = 0; i < 4; ++i) sum[i] += x.doubles(i) * b.doubles(i);
   }
   double total() const {
     double lanes[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = sum[i];
+    std::memcpy(lanes, sum, sizeof(lanes));
     return fold(lanes);
   }
 };
