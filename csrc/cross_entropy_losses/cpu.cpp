@@ -461,6 +461,18 @@ void forward_by_class(const Inputs& in, const Coefficients<T>& coefficients, T* 
   });
 }
 
+// Zeros for all classes of `count` samples.
+void write_zeros(const Classes& target, int64_t classes, int64_t begin, int64_t count) {
+  const Strided& first = target.first;
+  if (target.stride == 1 && first.sizes.size() == 1 && first.strides.back() == classes) {
+    core::CPU_CAPABILITY::write_zeros(first.at(begin * classes), first.dtype, 1, count * classes);
+    return;
+  }
+  for (int64_t c = 0; c < classes; ++c) {
+    core::CPU_CAPABILITY::write_zeros(first, begin, count, c * target.stride);
+  }
+}
+
 // Which samples of a tile have a gradient. Where they are at most half of it they are picked out;
 // else the others come along, with a gradient of 0.
 struct Tail {
@@ -500,11 +512,14 @@ class Columns {
   const T* read(const Tail& tail, int64_t c, Tile<T>& buffer) const {
     const int64_t shift = c * classes_.stride;
     if (!tail.picked) return read_tile(classes_.first, tail.begin, tail.size, buffer, shift);
+    for (int64_t j = 0; j < tail.count; ++j) {  // the next class, which no hardware foresees
+      __builtin_prefetch(classes_.first.at(offsets_.data[j] + shift + classes_.stride));
+    }
     gather_at(classes_.first, offsets_.data, tail.count, buffer.data, shift);
     return buffer.data;
   }
 
-  // Where to put a class, and put() with zeros for the samples that were not picked.
+  // Where to put a class, and put(), which leaves the samples that were not picked.
   template <typename T>
   T* place(const Tail& tail, int64_t c, Tile<T>& buffer) const {
     if (tail.picked) return buffer.data;
@@ -514,7 +529,6 @@ class Columns {
   void put(const T* values, const Tail& tail, int64_t c) const {
     const int64_t shift = c * classes_.stride;
     if (tail.picked) {
-      write_zeros(classes_.first, tail.begin, tail.size, shift);
       scatter_at(values, tail.count, classes_.first, offsets_.data, shift);
     } else {
       write_tile(values, classes_.first, tail.begin, tail.size, shift);
@@ -572,11 +586,10 @@ void backward_by_class(const Inputs& in, const Coefficients<T>& coefficients, co
         return grad_losses[begin + i] != T(0) && (!has_target || targets.data[i] >= 0);
       });
       if (tail.count == 0) {
-        for (int64_t c = 0; c < in.classes; ++c) {
-          write_zeros(grad_input.first, begin, size, c * grad_input.stride);
-        }
+        write_zeros(grad_input, in.classes, begin, size);
         continue;
       }
+      if (tail.picked) write_zeros(grad_input, in.classes, begin, size);
       input.point_at(tail);
       gradient.point_at(tail);
 

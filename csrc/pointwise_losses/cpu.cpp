@@ -223,7 +223,6 @@ template <typename Function, typename T>
 template <typename Function, typename T>
 void forward_short(const Inputs& in, const Function& loss, T* losses) {
   const int64_t n = in.elements, per_tile = kTile / n;
-  const T divisor = static_cast<T>(in.divisor);
   at::parallel_for(0, (in.samples + per_tile - 1) / per_tile, std::max<int64_t>(1, kGrain / kTile),
                    [&](int64_t begin, int64_t end) {
     InputTiles<T> tiles(in);
@@ -242,7 +241,7 @@ void forward_short(const Inputs& in, const Function& loss, T* losses) {
       for (int64_t s = 0; s < samples; ++s) {
         double sum = 0;
         for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(elements.data[s * n + i]);
-        losses[first + s] = static_cast<T>(sum / static_cast<double>(divisor));
+        losses[first + s] = static_cast<T>(sum / in.divisor);
       }
     }
   });
@@ -329,11 +328,19 @@ class GradientTiles {
   Tile<T> buffers_[3];
 };
 
+template <typename T>
+bool all_zero(const T* values, int64_t count) {
+  int64_t others = 0;
+  for (int64_t i = 0; i < count; ++i) others += values[i] != T(0);
+  return others == 0;
+}
+
 // Tiles of whole samples, with the gradient of each of their elements.
 template <typename Function, typename T>
 void backward_short(const Inputs& in, const Function& loss, const T* grad_losses,
                     const Gradients& gradients) {
   const int64_t n = in.elements, per_tile = kTile / n;
+  const T divisor = static_cast<T>(in.divisor);
   at::parallel_for(0, (in.samples + per_tile - 1) / per_tile, std::max<int64_t>(1, kGrain / kTile),
                    [&](int64_t begin, int64_t end) {
     InputTiles<T> tiles(in);
@@ -342,18 +349,17 @@ void backward_short(const Inputs& in, const Function& loss, const T* grad_losses
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * per_tile;
       const int64_t samples = std::min(per_tile, in.samples - first);
-      bool any = false;
-      for (int64_t s = 0; s < samples; ++s) {
-        const T grad = static_cast<T>(static_cast<double>(grad_losses[first + s]) / in.divisor);
-        any |= grad != T(0);
-        for (int64_t i = 0; i < n; ++i) grads.data[s * n + i] = grad;
-      }
-      if (any) {
-        tiles.read(first * n, samples * n);
-        outputs.write(loss, tiles, grads.data, first * n, samples * n);
-      } else {
+      const T* grad = grad_losses + first;
+      if (all_zero(grad, samples)) {
         outputs.write_zeros(first * n, samples * n);
+        continue;
       }
+      if (n > 1) {
+        for (int64_t s = 0; s < samples; ++s) std::fill_n(grads.data + s * n, n, grad[s] / divisor);
+        grad = grads.data;
+      }
+      tiles.read(first * n, samples * n);
+      outputs.write(loss, tiles, grad, first * n, samples * n);
     }
   });
 }
@@ -364,6 +370,7 @@ void backward_long(const Inputs& in, const Function& loss, const T* grad_losses,
                    const Gradients& gradients) {
   const int64_t chunks = (in.elements + kChunk - 1) / kChunk;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::min(in.elements, kChunk));
+  const T divisor = static_cast<T>(in.divisor);
   at::parallel_for(0, in.samples * chunks, grain, [&](int64_t begin, int64_t end) {
     InputTiles<T> tiles(in);
     GradientTiles<T> outputs(gradients);
@@ -371,7 +378,7 @@ void backward_long(const Inputs& in, const Function& loss, const T* grad_losses,
     for (int64_t task = begin; task < end; ++task) {
       const int64_t sample = task / chunks;
       const int64_t from = task % chunks * kChunk, to = std::min(from + kChunk, in.elements);
-      const T grad = static_cast<T>(static_cast<double>(grad_losses[sample]) / in.divisor);
+      const T grad = grad_losses[sample] / divisor;
       if (grad == T(0)) {
         outputs.write_zeros(sample * in.elements + from, to - from);
         continue;
