@@ -296,7 +296,7 @@ def cross_entropy_losses_backward(
     else:
         index = target.unsqueeze(1)
         skipped = skipped | (index == ignore_index)
-        is_target = index == torch.arange(classes, device=x.device).view_as(w)
+        is_target = (index == torch.arange(classes, device=x.device).view_as(w)).double()
         smoothed = is_target * (1 - label_smoothing) + label_smoothing / classes
     t = smoothed * w
     softmax = (x - log_sum_exp.double().unsqueeze(1)).exp()
