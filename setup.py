@@ -23,8 +23,14 @@ if CUDA_WISH not in ("", "0", "1"):
 
 # csrc/*/cpu.cpp is compiled once for each of these and picked at run time (core/cpu_capability.h).
 # No contraction into fused multiply-adds: every capability rounds alike, bit for bit.
+# No floating-point traps or errno: nothing reads them, and they keep loops from becoming vectors.
 # gcc 12 calls its own AVX-512 intrinsics maybe-uninitialized.
-KERNEL_FLAGS = ["-ffp-contract=off", "-Wno-maybe-uninitialized"]
+KERNEL_FLAGS = [
+    "-ffp-contract=off",
+    "-fno-trapping-math",
+    "-fno-math-errno",
+    "-Wno-maybe-uninitialized",
+]
 CPU_CAPABILITIES = {"DEFAULT": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     CPU_CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]

@@ -9,6 +9,8 @@
 #include <torch/library.h>
 
 #include "core/cpu_capability.h"
+#include "cross_entropy_losses/cross_entropy_losses.h"
+#include "pointwise_losses/pointwise_losses.h"
 #include "superquantile/superquantile.h"
 
 namespace sqloss {
@@ -27,9 +29,34 @@ TORCH_LIBRARY(sqloss, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
+TORCH_LIBRARY_FRAGMENT(sqloss, m) {
+  m.set_python_module("sqloss._ops.losses");
+  m.def(
+      "pointwise_losses(str loss, Tensor input, Tensor target, Tensor? weight, Tensor? other, "
+      "float parameter, bool full, int sample_dims, bool mean) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "pointwise_losses_backward(Tensor grad_losses, str loss, Tensor input, Tensor target, "
+      "Tensor? weight, Tensor? other, float parameter, bool full, int sample_dims, bool mean, "
+      "bool[3] output_mask) -> (Tensor grad_input, Tensor grad_target, Tensor grad_other)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "cross_entropy_losses(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
+      "float label_smoothing) -> (Tensor losses, Tensor log_sum_exp)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "cross_entropy_losses_backward(Tensor grad_losses, Tensor input, Tensor target, "
+      "Tensor? weight, Tensor log_sum_exp, int ignore_index, float label_smoothing) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+}
+
 TORCH_LIBRARY_IMPL(sqloss, CPU, m) {
   m.impl("superquantile", superquantile::forward_cpu);
   m.impl("superquantile_backward", superquantile::backward_cpu);
+  m.impl("pointwise_losses", pointwise_losses::forward_cpu);
+  m.impl("pointwise_losses_backward", pointwise_losses::backward_cpu);
+  m.impl("cross_entropy_losses", cross_entropy_losses::forward_cpu);
+  m.impl("cross_entropy_losses_backward", cross_entropy_losses::backward_cpu);
 }
 
 #ifdef SQLOSS_WITH_CUDA
