@@ -15,9 +15,9 @@ its loss is the mean, or with ``reduction="sum"`` the sum, of the losses of its 
 ``alpha=0`` with one sample dimension and ``"mean"`` is what torch.nn.functional returns. Tensors
 are float16, bfloat16, float32 or float64, of any strides, and may differ in dtype; all arithmetic
 is at least in float32, and the result float64 if one of the tensors is, else float32. Gradients
-have the dtypes of their tensors. The result is the same bit for bit for any number of threads and
-any repetition. Every function works in eager mode, forward mode and double backward, under
-torch.compile, torch.func and autocast.
+have the dtypes of their tensors. The result is the same bit for bit for any number of threads, any
+repetition and any CPU of an architecture. Every function works in eager mode, forward mode and
+double backward, under torch.compile, torch.func and autocast.
 """
 
 import math

@@ -533,19 +533,19 @@ def test_logits_of_any_size(device, dtype):
             assert_matches_torch(CASES[name], one, 0.0)
 
 
-@pytest.mark.parametrize("x, y, expected", [(INF, 0.0, INF), (INF, 0.5, INF), (-INF, 0.5, INF)])
-def test_an_infinitely_wrong_logit_costs_infinitely_much(device, x, y, expected):
+@pytest.mark.parametrize("x, y", [(INF, 0.0), (INF, 0.5), (-INF, 0.5), (-INF, 1.0)])
+def test_an_infinitely_wrong_logit_costs_infinitely_much(device, x, y):
     """Where torch subtracts inf from inf for some."""
-    for x, y in ((x, y), (-x, 1 - y)):
-        tensors = {
-            "input": torch.tensor([[x], [0.0]], device=device),
-            "target": torch.tensor([[y], [0.5]], device=device),
-        }
-        assert CASES["bce"].losses(tensors)[0] == expected
-        twin = reference.pointwise_losses(
-            "binary_cross_entropy_with_logits", *tensors.values(), None, None, 0.0, False, 1, True
-        )
-        torch.testing.assert_close(CASES["bce"].losses(tensors), twin)
+    tensors = {
+        "input": torch.tensor([[x], [0.0]], device=device),
+        "target": torch.tensor([[y], [0.5]], device=device),
+    }
+    losses = CASES["bce"].losses(tensors)
+    assert losses[0] == INF
+    twin = reference.pointwise_losses(
+        "binary_cross_entropy_with_logits", *tensors.values(), None, None, 0.0, False, 1, True
+    )
+    torch.testing.assert_close(losses, twin)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
