@@ -296,7 +296,7 @@ def cross_entropy_losses_backward(
     else:
         index = target.unsqueeze(1)
         skipped = skipped | (index == ignore_index)
-        is_target = index == torch.arange(classes, device=x.device).view_as(w)
+        is_target = (index == torch.arange(classes, device=x.device).view_as(w)).double()
         smoothed = is_target * (1 - label_smoothing) + label_smoothing / classes
     t = smoothed * w
     softmax = (x - log_sum_exp.double().unsqueeze(1)).exp()
@@ -315,7 +315,9 @@ def _element_losses(
 ) -> Tensor:
     match loss:
         case "binary_cross_entropy_with_logits":
-            return F.binary_cross_entropy_with_logits(x, y, pos_weight=other, reduction="none")
+            # F's is inf - inf where this is inf
+            positive = y if other is None else other * y
+            return -(1 - y) * F.logsigmoid(-x) - positive * F.logsigmoid(x)
         case "mse":
             return F.mse_loss(x, y, reduction="none")
         case "smooth_l1":
@@ -334,9 +336,9 @@ def _element_derivatives(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The derivatives of the element losses in input, in target and, of gaussian_nll, in var."""
     if loss == "binary_cross_entropy_with_logits":
-        extra = 0.0 if other is None else other - 1  # the weight of a positive example, less 1
-        in_x = 1 - y - (1 + extra * y) * (-x).sigmoid()
-        return in_x, extra * F.softplus(-x) - x, None
+        pos_weight = 1.0 if other is None else other
+        in_x = (1 - y) * x.sigmoid() - pos_weight * y * (-x).sigmoid()
+        return in_x, F.logsigmoid(-x) - pos_weight * F.logsigmoid(x), None
     difference = x - y
     if loss == "gaussian_nll" and other is not None:
         var = other.clamp(min=parameter)  # the derivative in var is taken as if not clamped
