@@ -38,7 +38,8 @@ bool walk_by_sample(const Inputs& in) {
   return in.samples == 1 || in.input.stride <= in.input.first.strides.back();
 }
 
-// --- loops ----------------------------------------------------------------------------------------
+// --- loops
+// ----------------------------------------------------------------------------------------
 // Functions of their own: the compiler believes __restrict of parameters alone.
 
 template <typename T>
@@ -185,7 +186,8 @@ template <typename T>
   }
 }
 
-// --- what the walks share -------------------------------------------------------------------------
+// --- what the walks share
+// -------------------------------------------------------------------------
 
 // The values at these offsets.
 template <typename T>
@@ -269,7 +271,8 @@ struct Coefficients {
   }
 };
 
-// --- by sample ------------------------------------------------------------------------------------
+// --- by sample
+// ------------------------------------------------------------------------------------
 
 // Logits and probabilities of a run of classes of one sample.
 template <typename T>
@@ -368,9 +371,8 @@ void backward_by_sample(const Inputs& in, const Coefficients<T>& coefficients, c
       const auto grad_at = [&](int64_t c) {
         return grad_input.first.at(grad_offset + c * grad_input.stride);
       };
-      const int64_t target = coefficients.probabilities()
-                                 ? -1
-                                 : coefficients.target(in.target.offset(sample));
+      const int64_t target =
+          coefficients.probabilities() ? -1 : coefficients.target(in.target.offset(sample));
       const bool has_target = !coefficients.probabilities();
       if (grad_losses[sample] == T(0) || (has_target && coefficients.is_ignored(target))) {
         write_zeros(grad_at(0), grad_input.first.dtype, grad_input.stride, in.classes);
@@ -405,7 +407,8 @@ void backward_by_sample(const Inputs& in, const Coefficients<T>& coefficients, c
   });
 }
 
-// --- by class -------------------------------------------------------------------------------------
+// --- by class
+// -------------------------------------------------------------------------------------
 
 template <typename T>
 void forward_by_class(const Inputs& in, const Coefficients<T>& coefficients, T* losses,
@@ -426,16 +429,14 @@ void forward_by_class(const Inputs& in, const Coefficients<T>& coefficients, T* 
         std::fill_n(sums.dot_t.data, count, 0.0);
       }
       for (int64_t c = 0; c < in.classes; ++c) {
-        const T* const x =
-            read_tile(in.input.first, begin, count, buffers[0], c * in.input.stride);
+        const T* const x = read_tile(in.input.first, begin, count, buffers[0], c * in.input.stride);
         c == 0 ? start(x, count, sums.m.data, sums.log_sum.data)
                : update(x, count, sums.m.data, sums.log_sum.data);
         if (!coefficients.any) continue;
-        const T* const probabilities =
-            coefficients.probabilities()
-                ? read_tile(in.probabilities.first, begin, count, buffers[1],
-                            c * in.probabilities.stride)
-                : coefficients.zeros.data;
+        const T* const probabilities = coefficients.probabilities()
+                                           ? read_tile(in.probabilities.first, begin, count,
+                                                       buffers[1], c * in.probabilities.stride)
+                                           : coefficients.zeros.data;
         const T* const t = coefficients.of_samples(probabilities, c, count, buffers[2]);
         accumulate(t, x, count, sums.sum_t.data, sums.dot_t.data);
       }
@@ -648,9 +649,8 @@ template <typename T>
 void backward_typed(const Inputs& in, const T* grad_losses, const double* log_sum_exp,
                     const Classes& grad_input) {
   const Coefficients<T> coefficients(in);
-  walk_by_sample(in)
-      ? backward_by_sample(in, coefficients, grad_losses, log_sum_exp, grad_input)
-      : backward_by_class(in, coefficients, grad_losses, log_sum_exp, grad_input);
+  walk_by_sample(in) ? backward_by_sample(in, coefficients, grad_losses, log_sum_exp, grad_input)
+                     : backward_by_class(in, coefficients, grad_losses, log_sum_exp, grad_input);
 }
 
 void forward(const Inputs& in, at::ScalarType dtype, void* losses, double* log_sum_exp) {
