@@ -430,6 +430,9 @@ void forward_by_class(const Inputs& in, const Coefficients<T>& coefficients, T* 
       }
       for (int64_t c = 0; c < in.classes; ++c) {
         const T* const x = read_tile(in.input.first, begin, count, buffers[0], c * in.input.stride);
+        if (in.input.stride >= kTile) {
+          prefetch_tile(in.input.first, begin, count, (c + 1) * in.input.stride);
+        }
         c == 0 ? start(x, count, sums.m.data, sums.log_sum.data)
                : update(x, count, sums.m.data, sums.log_sum.data);
         if (!coefficients.any) continue;
