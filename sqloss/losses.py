@@ -212,8 +212,8 @@ def cvar_cross_entropy(
     extra = _extra(name, extra, input, shape)
     if extra is not None and input.dim() == 1:
         extra = extra.unsqueeze(0)
-    value, losses = _op.cvar_cross_entropy(fraction, extra, *arguments)
-    return (value, losses.reshape(shape)) if return_losses else value
+    value, losses = _op.cvar_cross_entropy(fraction, extra, *arguments, return_losses)
+    return value if losses is None else (value, losses.reshape(shape))
 
 
 def cross_entropy(
@@ -650,8 +650,8 @@ def _cvar_pointwise(
     fraction = resolve_tail_fraction(function, alpha, tail_fraction)
     _, input, *_, sample_dims, _ = arguments
     extra = _extra(function, extra, input, input.shape[:sample_dims])
-    value, losses = _op.cvar_pointwise(fraction, extra, *arguments)
-    return (value, losses) if return_losses else value
+    value, losses = _op.cvar_pointwise(fraction, extra, *arguments, return_losses)
+    return value if losses is None else (value, losses)
 
 
 def _extra(function: str, extra: Tensor | None, input: Tensor, shape: torch.Size) -> Tensor | None:
