@@ -83,8 +83,8 @@ void scatter(const T* values, int64_t count, scalar_t* target, int64_t stride) {
   for (; i < count; ++i) target[i] = static_cast<scalar_t>(values[i]);
 }
 
-// `count` <= kTile elements of `dtype`, `stride` apart: where they lie if they are adjacent Ts, else
-// in the buffer.
+// `count` <= kTile elements of `dtype`, `stride` apart: where they lie if they are adjacent Ts,
+// else in the buffer.
 template <typename T>
 const T* read_tile(const void* source, at::ScalarType dtype, int64_t stride, int64_t count,
                    Tile<T>& buffer) {

@@ -100,11 +100,10 @@ inline T log(T x) {
   const Bits one = Type::kExponentOfOne << Type::kMantissaBits;
   const Bits root = bits_as<Bits>(T(0.70710678118654752440));
   const Bits shifted = bits_as<Bits>(normal) + (one - root);
-  const T m = bits_as<T>(
-      Bits((shifted & ((Bits(1) << Type::kMantissaBits) - 1)) + root));
+  const T m = bits_as<T>(Bits((shifted & ((Bits(1) << Type::kMantissaBits) - 1)) + root));
   // The biased exponent as the lowest bits of a number 2^kMantissaBits
-  const T biased = bits_as<T>(Bits((shifted >> Type::kMantissaBits) |
-                                   bits_as<Bits>(kTwoToMantissaBits)));
+  const T biased =
+      bits_as<T>(Bits((shifted >> Type::kMantissaBits) | bits_as<Bits>(kTwoToMantissaBits)));
   const T e = biased - (kTwoToMantissaBits + T(Type::kExponentOfOne)) -
               (subnormal ? T(Type::kMantissaBits) : T(0));
   const T s = (m - T(1)) / (m + T(1));

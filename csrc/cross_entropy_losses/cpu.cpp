@@ -38,7 +38,8 @@ bool walk_by_sample(const Inputs& in) {
   return in.samples == 1 || in.input.stride <= in.input.first.strides.back();
 }
 
-// --- loops ----------------------------------------------------------------------------------------
+// --- loops
+// ----------------------------------------------------------------------------------------
 // Functions of their own: the compiler believes __restrict of parameters alone.
 
 template <typename T>
@@ -185,7 +186,8 @@ template <typename T>
   }
 }
 
-// --- what the walks share -------------------------------------------------------------------------
+// --- what the walks share
+// -------------------------------------------------------------------------
 
 // The values at these offsets.
 template <typename T>
@@ -269,7 +271,8 @@ struct Coefficients {
   }
 };
 
-// --- by sample ------------------------------------------------------------------------------------
+// --- by sample
+// ------------------------------------------------------------------------------------
 
 // Logits and probabilities of a run of classes of one sample.
 template <typename T>
@@ -368,9 +371,8 @@ void backward_by_sample(const Inputs& in, const Coefficients<T>& coefficients, c
       const auto grad_at = [&](int64_t c) {
         return grad_input.first.at(grad_offset + c * grad_input.stride);
       };
-      const int64_t target = coefficients.probabilities()
-                                 ? -1
-                                 : coefficients.target(in.target.offset(sample));
+      const int64_t target =
+          coefficients.probabilities() ? -1 : coefficients.target(in.target.offset(sample));
       const bool has_target = !coefficients.probabilities();
       if (grad_losses[sample] == T(0) || (has_target && coefficients.is_ignored(target))) {
         write_zeros(grad_at(0), grad_input.first.dtype, grad_input.stride, in.classes);
@@ -405,7 +407,8 @@ void backward_by_sample(const Inputs& in, const Coefficients<T>& coefficients, c
   });
 }
 
-// --- by class -------------------------------------------------------------------------------------
+// --- by class
+// -------------------------------------------------------------------------------------
 
 template <typename T>
 void forward_by_class(const Inputs& in, const Coefficients<T>& coefficients, T* losses,
@@ -426,16 +429,14 @@ void forward_by_class(const Inputs& in, const Coefficients<T>& coefficients, T* 
         std::fill_n(sums.dot_t.data, count, 0.0);
       }
       for (int64_t c = 0; c < in.classes; ++c) {
-        const T* const x =
-            read_tile(in.input.first, begin, count, buffers[0], c * in.input.stride);
+        const T* const x = read_tile(in.input.first, begin, count, buffers[0], c * in.input.stride);
         c == 0 ? start(x, count, sums.m.data, sums.log_sum.data)
                : update(x, count, sums.m.data, sums.log_sum.data);
         if (!coefficients.any) continue;
-        const T* const probabilities =
-            coefficients.probabilities()
-                ? read_tile(in.probabilities.first, begin, count, buffers[1],
-                            c * in.probabilities.stride)
-                : coefficients.zeros.data;
+        const T* const probabilities = coefficients.probabilities()
+                                           ? read_tile(in.probabilities.first, begin, count,
+                                                       buffers[1], c * in.probabilities.stride)
+                                           : coefficients.zeros.data;
         const T* const t = coefficients.of_samples(probabilities, c, count, buffers[2]);
         accumulate(t, x, count, sums.sum_t.data, sums.dot_t.data);
       }
@@ -459,6 +460,18 @@ void forward_by_class(const Inputs& in, const Coefficients<T>& coefficients, T* 
       finish(sums, count, losses + begin, log_sum_exp + begin);
     }
   });
+}
+
+// Zeros for all classes of `count` samples.
+void write_zeros(const Classes& target, int64_t classes, int64_t begin, int64_t count) {
+  const Strided& first = target.first;
+  if (target.stride == 1 && first.sizes.size() == 1 && first.strides.back() == classes) {
+    core::CPU_CAPABILITY::write_zeros(first.at(begin * classes), first.dtype, 1, count * classes);
+    return;
+  }
+  for (int64_t c = 0; c < classes; ++c) {
+    core::CPU_CAPABILITY::write_zeros(first, begin, count, c * target.stride);
+  }
 }
 
 // Which samples of a tile have a gradient. Where they are at most half of it they are picked out;
@@ -500,11 +513,14 @@ class Columns {
   const T* read(const Tail& tail, int64_t c, Tile<T>& buffer) const {
     const int64_t shift = c * classes_.stride;
     if (!tail.picked) return read_tile(classes_.first, tail.begin, tail.size, buffer, shift);
+    for (int64_t j = 0; j < tail.count; ++j) {  // the next class, which no hardware foresees
+      __builtin_prefetch(classes_.first.at(offsets_.data[j] + shift + classes_.stride));
+    }
     gather_at(classes_.first, offsets_.data, tail.count, buffer.data, shift);
     return buffer.data;
   }
 
-  // Where to put a class, and put() with zeros for the samples that were not picked.
+  // Where to put a class, and put(), which leaves the samples that were not picked.
   template <typename T>
   T* place(const Tail& tail, int64_t c, Tile<T>& buffer) const {
     if (tail.picked) return buffer.data;
@@ -514,7 +530,6 @@ class Columns {
   void put(const T* values, const Tail& tail, int64_t c) const {
     const int64_t shift = c * classes_.stride;
     if (tail.picked) {
-      write_zeros(classes_.first, tail.begin, tail.size, shift);
       scatter_at(values, tail.count, classes_.first, offsets_.data, shift);
     } else {
       write_tile(values, classes_.first, tail.begin, tail.size, shift);
@@ -572,11 +587,10 @@ void backward_by_class(const Inputs& in, const Coefficients<T>& coefficients, co
         return grad_losses[begin + i] != T(0) && (!has_target || targets.data[i] >= 0);
       });
       if (tail.count == 0) {
-        for (int64_t c = 0; c < in.classes; ++c) {
-          write_zeros(grad_input.first, begin, size, c * grad_input.stride);
-        }
+        write_zeros(grad_input, in.classes, begin, size);
         continue;
       }
+      if (tail.picked) write_zeros(grad_input, in.classes, begin, size);
       input.point_at(tail);
       gradient.point_at(tail);
 
@@ -635,9 +649,8 @@ template <typename T>
 void backward_typed(const Inputs& in, const T* grad_losses, const double* log_sum_exp,
                     const Classes& grad_input) {
   const Coefficients<T> coefficients(in);
-  walk_by_sample(in)
-      ? backward_by_sample(in, coefficients, grad_losses, log_sum_exp, grad_input)
-      : backward_by_class(in, coefficients, grad_losses, log_sum_exp, grad_input);
+  walk_by_sample(in) ? backward_by_sample(in, coefficients, grad_losses, log_sum_exp, grad_input)
+                     : backward_by_class(in, coefficients, grad_losses, log_sum_exp, grad_input);
 }
 
 void forward(const Inputs& in, at::ScalarType dtype, void* losses, double* log_sum_exp) {

@@ -30,9 +30,9 @@ struct Classes {
 struct Inputs {
   int64_t samples, classes;  // at least 1 class
   Classes input;
-  core::Strided target;         // int64, or absent
-  Classes probabilities;        // or absent
-  const void* weight;           // [classes] of the computation's dtype; null: ones
+  core::Strided target;   // int64, or absent
+  Classes probabilities;  // or absent
+  const void* weight;     // [classes] of the computation's dtype; null: ones
   int64_t ignore_index;
   double label_smoothing;
 };

@@ -25,7 +25,8 @@ constexpr int64_t kShort = 64;
 // A part of a long sample, for one thread: 256 KiB of floats.
 constexpr int64_t kChunk = 64 * kTile;
 
-// --- the losses: plain arithmetic on numbers, from which the compiler makes that on vectors -------
+// --- the losses: plain arithmetic on numbers, from which the compiler makes that on vectors
+// -------
 
 template <typename T>
 struct Derivatives {
@@ -62,9 +63,7 @@ struct Mse {
   explicit Mse(const Inputs&) {}
 
   static T loss(T x, T y, T) { return (x - y) * (x - y); }
-  static Derivatives<T> derivatives(T x, T y, T) {
-    return {T(2) * (x - y), T(2) * (y - x), T(0)};
-  }
+  static Derivatives<T> derivatives(T x, T y, T) { return {T(2) * (x - y), T(2) * (y - x), T(0)}; }
 };
 
 template <typename T>
@@ -146,7 +145,8 @@ void for_loss(Loss loss, const F& f) {
   }
 }
 
-// --- tiles ----------------------------------------------------------------------------------------
+// --- tiles
+// ----------------------------------------------------------------------------------------
 
 // A tile of each input, and the buffers it may need.
 template <typename T>
@@ -217,35 +217,36 @@ template <typename Function, typename T>
   }
 }
 
-// --- forward --------------------------------------------------------------------------------------
+// --- forward
+// --------------------------------------------------------------------------------------
 
 // Tiles of whole samples.
 template <typename Function, typename T>
 void forward_short(const Inputs& in, const Function& loss, T* losses) {
   const int64_t n = in.elements, per_tile = kTile / n;
-  const T divisor = static_cast<T>(in.divisor);
   at::parallel_for(0, (in.samples + per_tile - 1) / per_tile, std::max<int64_t>(1, kGrain / kTile),
                    [&](int64_t begin, int64_t end) {
-    InputTiles<T> tiles(in);
-    Tile<T> elements;
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * per_tile;
-      const int64_t samples = std::min(per_tile, in.samples - first);
-      tiles.read(first * n, samples * n);
-      if (n == 1) {  // the sum and mean of one
-        loss_tile(loss, tiles.input, tiles.target, tiles.weight, tiles.other, samples,
-                  losses + first);
-        continue;
-      }
-      loss_tile(loss, tiles.input, tiles.target, tiles.weight, tiles.other, samples * n,
-                elements.data);
-      for (int64_t s = 0; s < samples; ++s) {
-        double sum = 0;
-        for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(elements.data[s * n + i]);
-        losses[first + s] = static_cast<T>(sum / static_cast<double>(divisor));
-      }
-    }
-  });
+                     InputTiles<T> tiles(in);
+                     Tile<T> elements;
+                     for (int64_t tile = begin; tile < end; ++tile) {
+                       const int64_t first = tile * per_tile;
+                       const int64_t samples = std::min(per_tile, in.samples - first);
+                       tiles.read(first * n, samples * n);
+                       if (n == 1) {  // the sum and mean of one
+                         loss_tile(loss, tiles.input, tiles.target, tiles.weight, tiles.other,
+                                   samples, losses + first);
+                         continue;
+                       }
+                       loss_tile(loss, tiles.input, tiles.target, tiles.weight, tiles.other,
+                                 samples * n, elements.data);
+                       for (int64_t s = 0; s < samples; ++s) {
+                         double sum = 0;
+                         for (int64_t i = 0; i < n; ++i)
+                           sum += static_cast<double>(elements.data[s * n + i]);
+                         losses[first + s] = static_cast<T>(sum / in.divisor);
+                       }
+                     }
+                   });
 }
 
 // Chunks of one sample, whose sums are added in their order.
@@ -285,7 +286,8 @@ void forward_typed(const Inputs& in, T* losses) {
   });
 }
 
-// --- backward -------------------------------------------------------------------------------------
+// --- backward
+// -------------------------------------------------------------------------------------
 
 // Writes the gradients of tiles.
 template <typename T>
@@ -329,33 +331,41 @@ class GradientTiles {
   Tile<T> buffers_[3];
 };
 
+template <typename T>
+bool all_zero(const T* values, int64_t count) {
+  int64_t others = 0;
+  for (int64_t i = 0; i < count; ++i) others += values[i] != T(0);
+  return others == 0;
+}
+
 // Tiles of whole samples, with the gradient of each of their elements.
 template <typename Function, typename T>
 void backward_short(const Inputs& in, const Function& loss, const T* grad_losses,
                     const Gradients& gradients) {
   const int64_t n = in.elements, per_tile = kTile / n;
+  const T divisor = static_cast<T>(in.divisor);
   at::parallel_for(0, (in.samples + per_tile - 1) / per_tile, std::max<int64_t>(1, kGrain / kTile),
                    [&](int64_t begin, int64_t end) {
-    InputTiles<T> tiles(in);
-    GradientTiles<T> outputs(gradients);
-    Tile<T> grads;
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * per_tile;
-      const int64_t samples = std::min(per_tile, in.samples - first);
-      bool any = false;
-      for (int64_t s = 0; s < samples; ++s) {
-        const T grad = static_cast<T>(static_cast<double>(grad_losses[first + s]) / in.divisor);
-        any |= grad != T(0);
-        for (int64_t i = 0; i < n; ++i) grads.data[s * n + i] = grad;
-      }
-      if (any) {
-        tiles.read(first * n, samples * n);
-        outputs.write(loss, tiles, grads.data, first * n, samples * n);
-      } else {
-        outputs.write_zeros(first * n, samples * n);
-      }
-    }
-  });
+                     InputTiles<T> tiles(in);
+                     GradientTiles<T> outputs(gradients);
+                     Tile<T> grads;
+                     for (int64_t tile = begin; tile < end; ++tile) {
+                       const int64_t first = tile * per_tile;
+                       const int64_t samples = std::min(per_tile, in.samples - first);
+                       const T* grad = grad_losses + first;
+                       if (all_zero(grad, samples)) {
+                         outputs.write_zeros(first * n, samples * n);
+                         continue;
+                       }
+                       if (n > 1) {
+                         for (int64_t s = 0; s < samples; ++s)
+                           std::fill_n(grads.data + s * n, n, grad[s] / divisor);
+                         grad = grads.data;
+                       }
+                       tiles.read(first * n, samples * n);
+                       outputs.write(loss, tiles, grad, first * n, samples * n);
+                     }
+                   });
 }
 
 // Chunks of one sample.
@@ -364,6 +374,7 @@ void backward_long(const Inputs& in, const Function& loss, const T* grad_losses,
                    const Gradients& gradients) {
   const int64_t chunks = (in.elements + kChunk - 1) / kChunk;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::min(in.elements, kChunk));
+  const T divisor = static_cast<T>(in.divisor);
   at::parallel_for(0, in.samples * chunks, grain, [&](int64_t begin, int64_t end) {
     InputTiles<T> tiles(in);
     GradientTiles<T> outputs(gradients);
@@ -371,7 +382,7 @@ void backward_long(const Inputs& in, const Function& loss, const T* grad_losses,
     for (int64_t task = begin; task < end; ++task) {
       const int64_t sample = task / chunks;
       const int64_t from = task % chunks * kChunk, to = std::min(from + kChunk, in.elements);
-      const T grad = static_cast<T>(static_cast<double>(grad_losses[sample]) / in.divisor);
+      const T grad = grad_losses[sample] / divisor;
       if (grad == T(0)) {
         outputs.write_zeros(sample * in.elements + from, to - from);
         continue;
@@ -402,9 +413,8 @@ void forward(const Inputs& in, at::ScalarType dtype, void* losses) {
 
 void backward(const Inputs& in, at::ScalarType dtype, const void* grad_losses,
               const Gradients& gradients) {
-  dtype == at::kDouble
-      ? backward_typed(in, static_cast<const double*>(grad_losses), gradients)
-      : backward_typed(in, static_cast<const float*>(grad_losses), gradients);
+  dtype == at::kDouble ? backward_typed(in, static_cast<const double*>(grad_losses), gradients)
+                       : backward_typed(in, static_cast<const float*>(grad_losses), gradients);
 }
 
 }  // namespace

@@ -103,8 +103,7 @@ at::Tensor forward_cpu(std::string_view loss, const at::Tensor& input, const at:
                        const OptionalTensor& weight, const OptionalTensor& other, double parameter,
                        bool full, int64_t sample_dims, bool mean) {
   const Sequences sequences(loss, input, target, weight, other, parameter, full, sample_dims, mean);
-  at::Tensor losses =
-      at::detail::empty_cpu(input.sizes().slice(0, sample_dims), sequences.dtype);
+  at::Tensor losses = at::detail::empty_cpu(input.sizes().slice(0, sample_dims), sequences.dtype);
   if (sequences.inputs.elements == 0) {  // no tile of a sample
     losses.fill_(0.0 / sequences.inputs.divisor);
   } else if (losses.numel() > 0) {

@@ -5,8 +5,8 @@
 //   binary_cross_entropy_with_logits  (1 - y) * softplus(x) + o * y * softplus(-x)   o: pos_weight
 //   mse                               (x - y)^2
 //   smooth_l1                         (x - y)^2 / (2 beta) if |x - y| < beta, else |x - y| - beta/2
-//   huber                             (x - y)^2 / 2 if |x - y| < delta, else delta (|x-y| - delta/2)
-//   gaussian_nll                      (log v + (x - y)^2 / v) / 2, v = max(o, eps)         o: var
+//   huber                             (x - y)^2 / 2 if |x - y| < delta, else delta (|x-y| -
+//   delta/2) gaussian_nll                      (log v + (x - y)^2 / v) / 2, v = max(o, eps) o: var
 //                                     and log(2 pi) / 2 more if `full`
 //
 // times its weight. The derivative of gaussian_nll in var is taken as if it were not clamped.
