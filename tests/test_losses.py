@@ -354,7 +354,7 @@ def draw_classes(*shape, dtype=torch.float64, device="cpu", probabilities=False,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_cross_entropy_by_number_of_classes(device, dtype, probabilities):
-    for n in (1, 2, 50):
+    for n in (1, 2, 20):
         for classes in (1, 2, 3, 15, 16, 17, 31, 1000, 1025, 3000):
             tensors = draw_classes(
                 n, classes, dtype=dtype, device=device, probabilities=probabilities
@@ -365,7 +365,7 @@ def test_cross_entropy_by_number_of_classes(device, dtype, probabilities):
 
 
 @pytest.mark.parametrize(
-    "shape", [(40, 5), (6, 5, 7), (3, 5, 4, 6), (2, 5, 3, 2, 4), (2, 19, 33, 65)]
+    "shape", [(40, 5), (6, 5, 7), (3, 5, 4, 6), (2, 5, 3, 2, 4), (2, 19, 9, 13)]
 )
 @pytest.mark.parametrize("weight", [False, True])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
