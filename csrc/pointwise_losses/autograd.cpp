@@ -75,7 +75,10 @@ struct Call {
         break;
       case Loss::kSmoothL1: {
         const at::Tensor difference = x - y;
-        in_x = at::where(difference.abs() < parameter, difference / parameter, difference.sign());
+        in_x = difference.sign();
+        if (parameter > 0) {
+          in_x = at::where(difference.abs() < parameter, difference / parameter, in_x);
+        }
         in_y = -in_x;
         break;
       }
