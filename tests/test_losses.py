@@ -354,7 +354,7 @@ def draw_classes(*shape, dtype=torch.float64, device="cpu", probabilities=False,
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_cross_entropy_by_number_of_classes(device, dtype, probabilities):
-    for n in (1, 2, 50):
+    for n in (1, 2, 20):
         for classes in (1, 2, 3, 15, 16, 17, 31, 1000, 1025, 3000):
             tensors = draw_classes(
                 n, classes, dtype=dtype, device=device, probabilities=probabilities
@@ -365,7 +365,7 @@ def test_cross_entropy_by_number_of_classes(device, dtype, probabilities):
 
 
 @pytest.mark.parametrize(
-    "shape", [(40, 5), (6, 5, 7), (3, 5, 4, 6), (2, 5, 3, 2, 4), (2, 19, 33, 65)]
+    "shape", [(40, 5), (6, 5, 7), (3, 5, 4, 6), (2, 5, 3, 2, 4), (2, 19, 9, 13)]
 )
 @pytest.mark.parametrize("weight", [False, True])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
@@ -836,9 +836,9 @@ def test_gradcheck_and_gradgradcheck(case):
 @pytest.mark.parametrize("probabilities", [False, True])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}])
 def test_gradcheck_and_gradgradcheck_of_the_cross_entropy(probabilities, options):
-    tensors = draw_classes(4, 5, 3, probabilities=probabilities, weight=True)
+    tensors = draw_classes(4, 3, 2, probabilities=probabilities, weight=True)
     if not probabilities:
-        tensors["target"][1, 2] = -100
+        tensors["target"][1, 1] = -100
     x = tensors.pop("input").requires_grad_()
 
     def value(x):
@@ -1108,16 +1108,15 @@ POINTWISE = [
 def pointwise_arguments(device="cpu"):
     """Arguments of the operator, small and of every kind."""
     for index, (loss, parameter, full) in enumerate(POINTWISE):
-        x, y = torch.randn(4, 3, 5, device=device), torch.rand(4, 3, 5, device=device)
-        w, o = torch.rand_like(x) + 0.1, torch.rand_like(x) + 0.1
-        has_other = loss in ("gaussian_nll", "binary_cross_entropy_with_logits")
-        other = o if has_other else None
-        yield loss, x, y, None, other, parameter, full, 1 + index % 3, index % 2 == 0
-        strided = [t.movedim(0, 2) for t in (x, y, w)]
-        other = o[:1].expand_as(o).movedim(0, 2) if has_other else None
-        yield loss, *strided, other, parameter, full, 2, True
-        other = o.double() if loss == "gaussian_nll" else None
-        yield loss, x.bfloat16(), y, w.half(), other, parameter, full, 1, False
+        x, y, w, o = torch.rand(4, 4, 3, 5, device=device) + 0.1
+        other = o if loss in ("gaussian_nll", "binary_cross_entropy_with_logits") else None
+        weight = w if index % 2 else None
+        if index % 3 == 0:
+            x, y = x.bfloat16(), y.double()
+        if index % 3 == 1:
+            x, y, weight = (t if t is None else t.movedim(0, 2) for t in (x, y, weight))
+            other = None if other is None else other[:1].expand_as(other).movedim(0, 2)
+        yield loss, x, y, weight, other, parameter, full, 1 + index % 3, index % 2 == 0
 
 
 def cross_entropy_arguments(device="cpu"):
@@ -1134,19 +1133,17 @@ def cross_entropy_arguments(device="cpu"):
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(device, requires_grad):
-    forward, backward = (
-        torch.ops.sqloss.pointwise_losses,
-        torch.ops.sqloss.pointwise_losses_backward,
-    )
+    ops = torch.ops.sqloss
     for loss, input, target, weight, other, *rest in pointwise_arguments(device):
         input, target = (t.detach().requires_grad_(requires_grad) for t in (input, target))
         if loss == "gaussian_nll":
             other = other.detach().requires_grad_(requires_grad)
         arguments = (loss, input, target, weight, other, *rest)
-        torch.library.opcheck(forward, arguments)
-        grad = torch.rand_like(forward(*arguments).detach()).requires_grad_(requires_grad)
-        for mask in ([True, True, loss == "gaussian_nll"], [True, False, False]):
-            torch.library.opcheck(backward, (grad, *arguments, mask))
+        torch.library.opcheck(ops.pointwise_losses, arguments)
+        losses = ops.pointwise_losses(*arguments).detach()
+        grad = torch.rand_like(losses).requires_grad_(requires_grad)
+        mask = [True, requires_grad, loss == "gaussian_nll"]
+        torch.library.opcheck(ops.pointwise_losses_backward, (grad, *arguments, mask))
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -1310,12 +1307,12 @@ def test_func_grad_vmap_and_their_compositions(case):
     alone = vmap(grad(f), in_dims=(0, *(None for _ in rest)))(x, *first)
     torch.testing.assert_close(alone, torch.stack([by_autograd(row, *first) for row in x]))
     torch.testing.assert_close(grad(lambda x: vmap(f)(x, *rest).sum())(x), gradients)
-    pull_back = vjp(f, x[0], *first)[1]
-    torch.testing.assert_close(pull_back(torch.tensor(2.0).double())[0], 2 * gradients[0])
 
     def at_first(x):
         return f(x, *first)
 
+    pull_back = vjp(at_first, x[0])[1]
+    torch.testing.assert_close(pull_back(torch.tensor(2.0).double())[0], 2 * gradients[0])
     along = jvp(at_first, (x[0],), (x[1],))[1]
     torch.testing.assert_close(along, (gradients[0] * x[1]).sum())
     torch.testing.assert_close(jacrev(at_first)(x[0]), gradients[0])
