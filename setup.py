@@ -23,14 +23,16 @@ if CUDA_WISH not in ("", "0", "1"):
 
 # csrc/*/cpu.cpp is compiled once for each of these and picked at run time (core/cpu_capability.h).
 # No contraction into fused multiply-adds: every capability rounds alike, bit for bit. Nobody traps
-# floating-point exceptions, which compilers must otherwise keep by not vectorising selections.
+# floating-point exceptions or reads errno, which compilers must otherwise keep by not vectorising.
 # gcc 12 calls its own AVX-512 intrinsics maybe-uninitialized, and warns of vectors in the interface
 # of functions that are inlined.
 KERNEL_FLAGS = [
     "-ffp-contract=off",
     "-fno-trapping-math",
+    "-fno-math-errno",
     "-Wno-maybe-uninitialized",
     "-Wno-psabi",
+]
 ]
 CPU_CAPABILITIES = {"DEFAULT": []}
 if platform.machine().lower() in ("x86_64", "amd64"):

@@ -9,6 +9,9 @@
 #include <torch/library.h>
 
 #include "core/cpu_capability.h"
+#include "core/find_operator.h"
+#include "cross_entropy_losses/cross_entropy_losses.h"
+#include "pointwise_losses/pointwise_losses.h"
 #include "superquantile/superquantile.h"
 
 namespace sqloss {
@@ -27,9 +30,34 @@ TORCH_LIBRARY(sqloss, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
+TORCH_LIBRARY_FRAGMENT(sqloss, m) {
+  m.set_python_module("sqloss._ops.losses");
+  m.def(
+      "pointwise_losses(str loss, Tensor input, Tensor target, Tensor? weight, Tensor? other, "
+      "float parameter, bool full, int sample_dims, bool mean) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "pointwise_losses_backward(Tensor grad_losses, str loss, Tensor input, Tensor target, "
+      "Tensor? weight, Tensor? other, float parameter, bool full, int sample_dims, bool mean, "
+      "bool[3] output_mask) -> (Tensor grad_input, Tensor grad_target, Tensor grad_other)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "cross_entropy_losses(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
+      "float label_smoothing) -> (Tensor losses, Tensor log_sum_exp)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "cross_entropy_losses_backward(Tensor grad_losses, Tensor input, Tensor target, "
+      "Tensor? weight, Tensor log_sum_exp, int ignore_index, float label_smoothing) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+}
+
 TORCH_LIBRARY_IMPL(sqloss, CPU, m) {
   m.impl("superquantile", superquantile::forward_cpu);
   m.impl("superquantile_backward", superquantile::backward_cpu);
+  m.impl("pointwise_losses", pointwise_losses::forward_cpu);
+  m.impl("pointwise_losses_backward", pointwise_losses::backward_cpu);
+  m.impl("cross_entropy_losses", cross_entropy_losses::forward_cpu);
+  m.impl("cross_entropy_losses_backward", cross_entropy_losses::backward_cpu);
 }
 
 #ifdef SQLOSS_WITH_CUDA
@@ -52,10 +80,57 @@ at::Tensor superquantile_eager(const at::Tensor& losses, double tail_fraction,
                                const std::optional<at::Tensor>& weight,
                                const std::optional<at::Tensor>& mask,
                                const std::vector<int64_t>& dim, bool keepdim) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("sqloss::superquantile", "")
-                             .typed<decltype(superquantile::forward_cpu)>();
+  static const auto op =
+      core::find_operator<decltype(superquantile::forward_cpu)>("sqloss::superquantile");
   return std::get<output>(op.call(losses, scalar(tail_fraction), weight, mask, dim, keepdim));
+}
+
+at::Tensor pointwise_losses_eager(std::string_view loss, const at::Tensor& input,
+                                  const at::Tensor& target, const std::optional<at::Tensor>& weight,
+                                  const std::optional<at::Tensor>& other, double parameter,
+                                  bool full, int64_t sample_dims, bool mean) {
+  static const auto op =
+      core::find_operator<decltype(pointwise_losses::forward_cpu)>("sqloss::pointwise_losses");
+  return op.call(loss, input, target, weight, other, parameter, full, sample_dims, mean);
+}
+
+at::Tensor cross_entropy_losses_eager(const at::Tensor& input, const at::Tensor& target,
+                                      const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                                      double label_smoothing) {
+  static const auto op = core::find_operator<decltype(cross_entropy_losses::forward_cpu)>(
+      "sqloss::cross_entropy_losses");
+  return std::get<0>(op.call(input, target, weight, ignore_index, label_smoothing));
+}
+
+// The superquantile of all losses + extra, and these where they are wanted.
+using ValueAndLosses = std::tuple<at::Tensor, std::optional<at::Tensor>>;
+ValueAndLosses cvar_of(at::Tensor losses, const std::optional<at::Tensor>& extra,
+                       double tail_fraction, const std::optional<at::Tensor>& mask,
+                       bool return_losses) {
+  if (extra) losses = losses + *extra;
+  at::Tensor value = superquantile_eager<0>(losses, tail_fraction, {}, mask, {}, false);
+  if (!return_losses) return {std::move(value), std::nullopt};
+  return {std::move(value), losses.detach()};
+}
+
+ValueAndLosses cvar_pointwise(double tail_fraction, const std::optional<at::Tensor>& extra,
+                              std::string_view loss, const at::Tensor& input,
+                              const at::Tensor& target, const std::optional<at::Tensor>& weight,
+                              const std::optional<at::Tensor>& other, double parameter, bool full,
+                              int64_t sample_dims, bool mean, bool return_losses) {
+  return cvar_of(pointwise_losses_eager(loss, input, target, weight, other, parameter, full,
+                                        sample_dims, mean),
+                 extra, tail_fraction, {}, return_losses);
+}
+
+ValueAndLosses cvar_cross_entropy(double tail_fraction, const std::optional<at::Tensor>& extra,
+                                  const at::Tensor& input, const at::Tensor& target,
+                                  const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                                  double label_smoothing, bool return_losses) {
+  std::optional<at::Tensor> mask;
+  if (!target.is_floating_point()) mask = target != ignore_index;
+  return cvar_of(cross_entropy_losses_eager(input, target, weight, ignore_index, label_smoothing),
+                 extra, tail_fraction, mask, return_losses);
 }
 
 }  // namespace
@@ -64,6 +139,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_capability", core::cpu_capability);
   m.def("cvar", torch::wrap_pybind_function_no_gil(superquantile_eager<0>));
   m.def("value_at_risk", torch::wrap_pybind_function_no_gil(superquantile_eager<1>));
+  m.def("pointwise_losses", torch::wrap_pybind_function_no_gil(pointwise_losses_eager));
+  m.def("cross_entropy_losses", torch::wrap_pybind_function_no_gil(cross_entropy_losses_eager));
+  m.def("cvar_pointwise", torch::wrap_pybind_function_no_gil(cvar_pointwise));
+  m.def("cvar_cross_entropy", torch::wrap_pybind_function_no_gil(cvar_cross_entropy));
 }
 
 }  // namespace sqloss

@@ -21,3 +21,41 @@ def value_at_risk(
     dim: Sequence[int],
     keepdim: bool,
 ) -> Tensor: ...
+def pointwise_losses(
+    loss: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    other: Tensor | None,
+    parameter: float,
+    full: bool,
+    sample_dims: int,
+    mean: bool,
+) -> Tensor: ...
+def cross_entropy_losses(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+) -> Tensor: ...
+def cvar_pointwise(
+    tail_fraction: float,
+    extra: Tensor | None,
+    loss: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    other: Tensor | None,
+    parameter: float,
+    full: bool,
+    sample_dims: int,
+    mean: bool,
+    return_losses: bool,
+) -> tuple[Tensor, Tensor | None]: ...
+def cvar_cross_entropy(
+    tail_fraction: float,
+    extra: Tensor | None,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    return_losses: bool,
+) -> tuple[Tensor, Tensor | None]: ...

@@ -1,6 +1,7 @@
 """sqloss: train PyTorch models on the worst tail of the loss instead of its mean.
 
-sqloss.cvar(losses, alpha=0.8)    # the mean of the worst 20 % of the losses
+sqloss.cvar(losses, alpha=0.8)              # the mean of the worst 20 % of the losses
+sqloss.cvar_cross_entropy(x, y, alpha=0.8)  # the same, fused with the losses
 """
 
 from pkgutil import extend_path
@@ -9,10 +10,18 @@ from pkgutil import extend_path
 # sys.path it is found there too.
 __path__ = extend_path(__path__, __name__)
 
+from sqloss import losses as losses
 from sqloss import nn as nn
 from sqloss import reference as reference
 from sqloss._ops import __version__ as __version__
 from sqloss._ops import show_config as show_config
+from sqloss.losses import (
+    cvar_binary_cross_entropy_with_logits as cvar_binary_cross_entropy_with_logits,
+)
+from sqloss.losses import cvar_cross_entropy as cvar_cross_entropy
+from sqloss.losses import cvar_gaussian_nll_loss as cvar_gaussian_nll_loss
+from sqloss.losses import cvar_mse_loss as cvar_mse_loss
+from sqloss.losses import cvar_smooth_l1_loss as cvar_smooth_l1_loss
 from sqloss.superquantile import cvar as cvar
 from sqloss.superquantile import superquantile as superquantile
 from sqloss.superquantile import tail_weights as tail_weights
@@ -20,6 +29,12 @@ from sqloss.superquantile import value_at_risk as value_at_risk
 
 __all__ = [
     "cvar",
+    "cvar_binary_cross_entropy_with_logits",
+    "cvar_cross_entropy",
+    "cvar_gaussian_nll_loss",
+    "cvar_mse_loss",
+    "cvar_smooth_l1_loss",
+    "losses",
     "nn",
     "reference",
     "show_config",

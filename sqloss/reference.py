@@ -1,13 +1,14 @@
 """The plain-PyTorch twin of every operator: the specification that its kernels are tested against,
 and what serves tensors on devices that have no kernel.
 
-Everything is computed in float64, whatever the dtype of the losses; nothing waits for the device.
+Everything is computed in float64, whatever the dtypes of the tensors; nothing waits for the device.
 """
 
 import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # How far alpha in [0, 1) and 1 - alpha can be from the decimal that was meant, as a share of W.
@@ -162,3 +163,205 @@ def output_shape(losses: Tensor, dim: Sequence[int], keepdim: bool) -> list[int]
     kept, _ = _split(losses, dim)
     sizes = enumerate(losses.shape)
     return [size if d in kept else 1 for d, size in sizes if keepdim or d in kept]
+
+
+# --- per-sample losses ----------------------------------------------------------------------------
+
+
+def pointwise_losses(
+    loss: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    other: Tensor | None,
+    parameter: float,
+    full: bool,
+    sample_dims: int,
+    mean: bool,
+) -> Tensor:
+    """One loss per sample: the sum or mean of its element losses, each times ``weight``.
+
+    The element losses are those of torch.nn.functional with ``reduction="none"``::
+
+        loss                               other          parameter
+        binary_cross_entropy_with_logits   pos_weight
+        mse
+        smooth_l1                                         beta; L1 where it is 0
+        huber                                             delta
+        gaussian_nll                       var            eps; and full
+
+    All tensors have one shape, whose first ``sample_dims`` dimensions are those of the samples.
+    Returns float64 if one of the tensors is, else float32.
+    """
+    x, y, z = input.double(), target.double(), None if other is None else other.double()
+    elements = _element_losses(loss, x, y, z, parameter, full)
+    if weight is not None:
+        elements = elements * weight.double()
+    samples = elements.unsqueeze(-1).flatten(sample_dims)
+    losses = samples.mean(-1) if mean else samples.sum(-1)
+    return losses.to(losses_dtype(input, target, weight, other))
+
+
+def pointwise_losses_backward(
+    grad_losses: Tensor,
+    loss: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    other: Tensor | None,
+    parameter: float,
+    full: bool,
+    sample_dims: int,
+    mean: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of input, target and other that ``output_mask`` wants; else empty tensors.
+
+    A sample whose ``grad_losses`` is 0 gets zeros, even where a derivative of its elements is not
+    finite. ``weight`` and ``pos_weight`` have no gradient.
+    """
+    x, y, z = input.double(), target.double(), None if other is None else other.double()
+    derivatives = _element_derivatives(loss, x, y, z, parameter)
+    grad = grad_losses.double()[(...,) + (None,) * (input.dim() - sample_dims)]
+    scale = grad / max(math.prod(input.shape[sample_dims:]), 1) if mean else grad
+    if weight is not None:
+        scale = scale * weight.double()
+
+    def gradient(of: Tensor | None, derivative: Tensor | None, wanted: bool) -> Tensor:
+        if of is None or derivative is None or not wanted:
+            return input.new_empty(0)
+        return torch.where(grad == 0, 0.0, scale * derivative).to(of.dtype)
+
+    tensors = (input, target, other)
+    grad_input, grad_target, grad_other = map(gradient, tensors, derivatives, output_mask)
+    return grad_input, grad_target, grad_other
+
+
+def cross_entropy_losses(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """One loss per target element, and the log-sum-exp of its logits.
+
+    ``input`` is ``[N, C, d1, ...]``, ``target`` int64 classes ``[N, d1, ...]`` or probabilities of
+    the shape of input, ``weight`` ``[C]``. With the coefficients ``t`` of the classes::
+
+        classes:        t[c] = (1 - label_smoothing) * weight[c] * (c == target)
+                               + label_smoothing / C * weight[c],    0 where target is ignore_index
+        probabilities:  t[c] = ((1 - label_smoothing) * target[c] + label_smoothing / C) * weight[c]
+        loss          = sum over c of t[c] * (log_sum_exp - input[c])
+
+    Returns losses ``[N, d1, ...]``, float64 if one of the tensors is, else float32, and
+    log_sum_exp ``[N, d1, ...]`` in float64: backward subtracts it from logits of any size.
+    """
+    x, w = input.double(), None if weight is None else weight.double()
+    if target.is_floating_point():
+        losses = F.cross_entropy(
+            x, target.double(), w, reduction="none", label_smoothing=label_smoothing
+        )
+    else:
+        _require_classes(target, input.shape[1], ignore_index)
+        losses = F.cross_entropy(
+            x,
+            target,
+            w,
+            ignore_index=ignore_index,
+            reduction="none",
+            label_smoothing=label_smoothing,
+        )
+    return losses.to(losses_dtype(input, target, weight)), x.logsumexp(1)
+
+
+def cross_entropy_losses_backward(
+    grad_losses: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    log_sum_exp: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """The gradient of input: ``grad_losses * (softmax(input) * sum of t - t)``.
+
+    Targets whose ``grad_losses`` is 0 and ignored ones get zeros, even where the softmax is not
+    finite.
+    """
+    x = input.double()
+    classes = input.shape[1]
+    w = torch.ones(classes, device=x.device) if weight is None else weight
+    w = w.double().view(-1, *[1] * (input.dim() - 2))
+    grad = grad_losses.double().unsqueeze(1)
+    skipped = grad == 0
+    if target.is_floating_point():
+        smoothed = target.double() * (1 - label_smoothing) + label_smoothing / classes
+    else:
+        index = target.unsqueeze(1)
+        skipped = skipped | (index == ignore_index)
+        is_target = (index == torch.arange(classes, device=x.device).view_as(w)).double()
+        smoothed = is_target * (1 - label_smoothing) + label_smoothing / classes
+    t = smoothed * w
+    softmax = (x - log_sum_exp.double().unsqueeze(1)).exp()
+    gradient = grad * (softmax * t.sum(1, keepdim=True) - t)
+    return torch.where(skipped, 0.0, gradient).to(input.dtype)
+
+
+def losses_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype of the per-sample losses of these tensors."""
+    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def _element_losses(
+    loss: str, x: Tensor, y: Tensor, other: Tensor | None, parameter: float, full: bool
+) -> Tensor:
+    match loss:
+        case "binary_cross_entropy_with_logits":
+            # F's is inf - inf where this is inf
+            positive = y if other is None else other * y
+            return -(1 - y) * F.logsigmoid(-x) - positive * F.logsigmoid(x)
+        case "mse":
+            return F.mse_loss(x, y, reduction="none")
+        case "smooth_l1":
+            return F.smooth_l1_loss(x, y, reduction="none", beta=parameter)
+        case "huber":
+            return F.huber_loss(x, y, reduction="none", delta=parameter)
+        case "gaussian_nll" if other is not None:
+            # not F's, which waits for the device to look for negative variances
+            var = other.clamp(min=parameter)
+            return 0.5 * (var.log() + (x - y) ** 2 / var + full * math.log(2 * math.pi))
+    raise ValueError(f"pointwise_losses: loss: expected the name of one, got {loss!r}")
+
+
+def _element_derivatives(
+    loss: str, x: Tensor, y: Tensor, other: Tensor | None, parameter: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The derivatives of the element losses in input, in target and, of gaussian_nll, in var."""
+    if loss == "binary_cross_entropy_with_logits":
+        pos_weight = 1.0 if other is None else other
+        in_x = (1 - y) * x.sigmoid() - pos_weight * y * (-x).sigmoid()
+        return in_x, F.logsigmoid(-x) - pos_weight * F.logsigmoid(x), None
+    difference = x - y
+    if loss == "gaussian_nll" and other is not None:
+        var = other.clamp(min=parameter)  # the derivative in var is taken as if not clamped
+        return difference / var, -difference / var, 0.5 * (1 - difference**2 / var) / var
+    if loss == "mse":
+        in_x = 2 * difference
+    elif loss == "huber":
+        in_x = difference.clamp(-parameter, parameter)
+    elif parameter > 0:
+        in_x = (difference / parameter).clamp(-1, 1)
+    else:
+        in_x = difference.sign().where(~difference.isnan(), difference)  # torch's sign of NaN is 0
+    return in_x, -in_x, None
+
+
+def _require_classes(target: Tensor, classes: int, ignore_index: int) -> None:
+    """An IndexError on the CPU, an assertion on the device elsewhere: no wait for it."""
+    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    message = (
+        f"cross_entropy: target: expected class indices in [0, {classes}) or ignore_index "
+        f"({ignore_index})"
+    )
+    if target.device.type != "cpu":
+        torch._assert_async(~bad.any(), message)
+    elif bad.any():
+        raise IndexError(f"{message}, got {target[bad][0]}")

@@ -13,10 +13,15 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from sqloss._checks import (
+    check_broadcasts,
+    check_device,
+    check_floating,
+    check_no_gradient,
+    check_tensor,
+    resolve_tail_fraction,
+)
 from sqloss._ops import superquantile as _op
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_STRIDED = torch.strided
 
 
 def cvar(
@@ -165,13 +170,7 @@ def _arguments(
     mask: Tensor | None,
 ) -> tuple[float, Tensor | None, Tensor | None, tuple[int, ...]]:
     """The operator's (tail_fraction, weight, mask, dim), everything checked; dim empty for all."""
-    if not isinstance(losses, Tensor):
-        raise TypeError(f"{function}: losses: expected a tensor, got {type(losses).__name__}")
-    if losses.dtype not in _DTYPES or losses.layout is not _STRIDED:
-        raise TypeError(
-            f"{function}: losses: expected a dense tensor of float16, bfloat16, float32 or "
-            f"float64, got {losses.dtype}, {losses.layout}"
-        )
+    check_floating(function, "losses", losses)
     if tail_fraction is None and type(alpha) is float and 0 <= alpha < 1:
         fraction = 1 - alpha  # without another call: this function is most of the time of a small n
     else:
@@ -194,34 +193,6 @@ def _check_not_empty(function: str, losses: Tensor, dims: tuple[int, ...]) -> No
         )
 
 
-def resolve_tail_fraction(function: str, alpha: float | None, tail_fraction: float | None) -> float:
-    """The size of the tail that one of alpha and tail_fraction gives."""
-    if (alpha is None) == (tail_fraction is None):
-        got = "neither" if alpha is None else "both"
-        raise TypeError(f"{function}: alpha, tail_fraction: expected one of them, got {got}")
-    if alpha is not None:
-        if not isinstance(alpha, float):
-            alpha = _number(function, "alpha", alpha)
-        if not 0 <= alpha < 1:
-            raise ValueError(
-                f"{function}: alpha: expected a confidence level in [0, 1) (the tail is the worst "
-                f"1 - alpha), got {alpha}"
-            )
-        return 1 - alpha
-    fraction = _number(function, "tail_fraction", tail_fraction)
-    if not 0 < fraction <= 1:
-        raise ValueError(f"{function}: tail_fraction: expected a number in (0, 1], got {fraction}")
-    return fraction
-
-
-def _number(function: str, argument: str, number: object) -> float:
-    if isinstance(number, (float, int)):
-        return float(number)
-    if isinstance(number, Tensor) or not hasattr(number, "__float__"):
-        raise TypeError(f"{function}: {argument}: expected a number, got {type(number).__name__}")
-    return float(number)
-
-
 def _dims(function: str, losses: Tensor, dim: int | Sequence[int]) -> tuple[int, ...]:
     ndim = max(losses.dim(), 1)  # as in torch, a scalar has dimensions 0 and -1
     try:
@@ -241,41 +212,22 @@ def _dims(function: str, losses: Tensor, dim: int | Sequence[int]) -> tuple[int,
 
 
 def _weight(function: str, losses: Tensor, weight: Tensor) -> Tensor:
-    _check_companion(function, "weight", losses, weight)
+    check_tensor(function, "weight", weight)
+    check_device(function, "weight", weight, "losses", losses)
+    check_broadcasts(function, "weight", weight, "losses", losses)
     if weight.is_complex() or weight.dtype == torch.bool:
         raise TypeError(
             f"{function}: weight: expected a floating-point or integer tensor (a bool tensor is a "
             f"mask), got {weight.dtype}"
         )
-    if weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{function}: weight: expected a tensor without gradient (the derivative in the "
-            f"weights is not implemented; detach() it), got requires_grad=True"
-        )
+    check_no_gradient(function, "weight", weight)
     return weight.expand_as(losses)
 
 
 def _mask(function: str, losses: Tensor, mask: Tensor) -> Tensor:
-    _check_companion(function, "mask", losses, mask)
+    check_tensor(function, "mask", mask)
+    check_device(function, "mask", mask, "losses", losses)
+    check_broadcasts(function, "mask", mask, "losses", losses)
     if mask.dtype != torch.bool:
         raise TypeError(f"{function}: mask: expected a bool tensor, got {mask.dtype}")
     return mask.expand_as(losses)
-
-
-def _check_companion(function: str, argument: str, losses: Tensor, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{function}: {argument}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.device != losses.device:
-        raise ValueError(
-            f"{function}: {argument}: expected the device of losses, {losses.device}, got "
-            f"{tensor.device}"
-        )
-    missing = losses.dim() - tensor.dim()
-    if missing < 0 or any(
-        size not in (1, of_losses)
-        for size, of_losses in zip(tensor.shape, losses.shape[missing:], strict=True)
-    ):
-        raise ValueError(
-            f"{function}: {argument}: expected a shape that broadcasts to that of losses, "
-            f"{tuple(losses.shape)}, got {tuple(tensor.shape)}"
-        )

@@ -23,9 +23,17 @@ def test_docstring_examples(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
-@pytest.mark.parametrize("name", ["cvar", "value_at_risk", "tail_weights", "show_config"])
-def test_public_functions_have_examples(name):
-    assert ">>> " in getattr(sqloss, name).__doc__
+PUBLIC = {f"sqloss.{name}": getattr(sqloss, name) for name in sqloss.__all__} | {
+    f"{module.__name__}.{name}": found
+    for module in (sqloss.losses, sqloss.nn)
+    for name, found in vars(module).items()
+    if getattr(found, "__module__", None) == module.__name__ and not name.startswith("_")
+}
+
+
+@pytest.mark.parametrize("name", [name for name, found in PUBLIC.items() if callable(found)])
+def test_public_functions_and_classes_have_examples(name):
+    assert ">>> " in PUBLIC[name].__doc__
 
 
 def test_readme_examples():

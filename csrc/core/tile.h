@@ -13,6 +13,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "core/strided.h"
+
 #ifdef __F16C__
 #include <immintrin.h>
 #endif
@@ -110,5 +112,99 @@ void write_tile(const T* values, void* target, at::ScalarType dtype, int64_t str
     scatter(values, count, static_cast<decltype(zero)*>(target), stride);
   });
 }
+
+// The same for `count` <= kTile elements of a Strided from `begin` on, `shift` elements further in
+// memory: without the buffer where they are adjacent Ts.
+template <typename T>
+const T* read_tile(const Strided& source, int64_t begin, int64_t count, Tile<T>& buffer,
+                   int64_t shift = 0) {
+  const T* values = buffer.data;
+  source.for_runs(begin, count, [&](int64_t position, int64_t offset, int64_t run) {
+    const void* from = source.at(offset + shift);
+    if (run == count) {
+      values = read_tile<T>(from, source.dtype, source.strides.back(), run, buffer);
+    } else {
+      for_dtype(source.dtype, [&](auto zero) {
+        gather(static_cast<const decltype(zero)*>(from), source.strides.back(), run,
+               buffer.data + position);
+      });
+    }
+  });
+  return values;
+}
+
+// Asks for a tile that is read soon. Worth it where tiles lie pages apart, which the hardware does
+// not foresee.
+inline void prefetch_tile(const Strided& source, int64_t begin, int64_t count, int64_t shift) {
+  const int64_t stride = source.strides.back();
+  const int64_t per_line = 64 / static_cast<int64_t>(c10::elementSize(source.dtype));
+  const int64_t step = std::max<int64_t>(1, per_line / std::max<int64_t>(1, stride));
+  source.for_runs(begin, count, [&](int64_t, int64_t offset, int64_t run) {
+    for (int64_t i = 0; i < run; i += step) {
+      __builtin_prefetch(source.at(offset + shift + i * stride));
+    }
+  });
+}
+
+template <typename T>
+T* tile_to_write(const Strided& target, int64_t begin, int64_t count, Tile<T>& buffer,
+                 int64_t shift = 0) {
+  const int64_t inner = target.sizes.back();
+  if (begin % inner + count > inner) return buffer.data;  // in several runs
+  return tile_to_write<T>(target.at(target.offset(begin) + shift), target.dtype,
+                          target.strides.back(), buffer);
+}
+
+template <typename T>
+void write_tile(const T* values, const Strided& target, int64_t begin, int64_t count,
+                int64_t shift = 0) {
+  target.for_runs(begin, count, [&](int64_t position, int64_t offset, int64_t run) {
+    write_tile(values + position, target.at(offset + shift), target.dtype, target.strides.back(),
+               run);
+  });
+}
+
+// Zeros, any count of them.
+inline void write_zeros(void* target, at::ScalarType dtype, int64_t stride, int64_t count) {
+  for_dtype(dtype, [&](auto zero) {
+    auto* const to = static_cast<decltype(zero)*>(target);
+    if (stride == 1) {
+      std::memset(target, 0, count * sizeof(zero));
+    } else {
+      for (int64_t i = 0; i < count; ++i) to[i * stride] = zero;
+    }
+  });
+}
+inline void write_zeros(const Strided& target, int64_t begin, int64_t count, int64_t shift = 0) {
+  target.for_runs(begin, count, [&](int64_t, int64_t offset, int64_t run) {
+    write_zeros(target.at(offset + shift), target.dtype, target.strides.back(), run);
+  });
+}
+
+// kLanes partial sums in double, whose order of additions is the same for every vector width.
+struct OrderedSum {
+  static constexpr int64_t kLanes = 16;  // divides kTile
+  double sum[kLanes] = {};
+
+  template <typename T>
+  void add(const T* values, int64_t count) {
+    const int64_t whole = count - count % kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        sum[lane] += static_cast<double>(values[i + lane]);
+      }
+    }
+    for (int64_t i = whole; i < count; ++i) sum[i - whole] += static_cast<double>(values[i]);
+  }
+
+  double total() const {
+    double halves[kLanes];
+    std::memcpy(halves, sum, sizeof(sum));
+    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+      for (int64_t lane = 0; lane < half; ++lane) halves[lane] += halves[lane + half];
+    }
+    return halves[0];
+  }
+};
 
 }  // namespace sqloss::core::CPU_CAPABILITY

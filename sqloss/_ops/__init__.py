@@ -5,6 +5,7 @@ usable from everywhere in torch: eager mode, torch.compile, torch.func, other de
 import json
 import shlex
 import sys
+import warnings
 from importlib import metadata
 from importlib.util import find_spec
 from urllib.parse import unquote, urlparse
@@ -72,6 +73,24 @@ def cuda_build() -> str:
     if _build_info.cuda_toolkit:
         return f"CUDA {_build_info.cuda_toolkit} for {_build_info.cuda_archs}"
     return f"not built ({_build_info.why_no_cuda}); to build it: SQLOSS_CUDA=1 {_rebuild_command()}"
+
+
+_warned: set[tuple[str, str]] = set()  # operations and device types
+
+
+def warn_without_kernel(operation: str, device: torch.device, why_not_cuda: str) -> None:
+    """Says once that an operation runs in plain PyTorch on this type of device."""
+    if (operation, device.type) in _warned:
+        return
+    _warned.add((operation, device.type))
+    why = "sqloss has kernels for the CPU and for CUDA"
+    if device.type == "cuda":
+        why = why_not_cuda if _build_info.cuda_toolkit is not None else cuda_build()
+    warnings.warn(
+        f"sqloss: {operation} has no kernel for device type {device.type} here and runs in plain "
+        f"PyTorch, with the same results but slower ({why})",
+        stacklevel=4,
+    )
 
 
 def show_config() -> None:

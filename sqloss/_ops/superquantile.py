@@ -5,7 +5,6 @@ Autograd is in csrc. Here is what the dispatcher takes from Python: the rules of
 fake tensors, and the reference for devices without a kernel.
 """
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from sqloss import _C, _build_info, reference
-from sqloss._ops import cuda_build
+from sqloss import _C, reference
+from sqloss._ops import warn_without_kernel
 
 Outputs = tuple[Tensor, Tensor, Tensor]
 
@@ -205,33 +204,20 @@ torch.library.register_fake("sqloss::superquantile_backward", _superquantile_bac
 
 # --- devices without a kernel ---------------------------------------------------------------------
 
-_warned: set[str] = set()  # device types
 
-
-def _warn_once(device: torch.device) -> None:
-    if device.type in _warned:
-        return
-    _warned.add(device.type)
-    why = "sqloss has kernels for the CPU and for CUDA"
-    if device.type == "cuda":
-        built = _build_info.cuda_toolkit is not None
-        why = "its forward pass on CUDA is not written yet" if built else cuda_build()
-    warnings.warn(
-        f"sqloss: superquantile has no kernel for device type {device.type} here and runs in plain "
-        f"PyTorch, with the same results but slower ({why})",
-        stacklevel=3,
-    )
+def _warn(device: torch.device) -> None:
+    warn_without_kernel("superquantile", device, "its forward pass on CUDA is not written yet")
 
 
 def _reference_forward(losses: Tensor, *args: Any) -> Outputs:
-    _warn_once(losses.device)
+    _warn(losses.device)
     return reference.superquantile(losses, *args)
 
 
 def _reference_backward(
     grad_value: Tensor | None, grad_threshold: Tensor | None, losses: Tensor, *args: Any
 ) -> Tensor:
-    _warn_once(losses.device)
+    _warn(losses.device)
     gradient = reference.superquantile_backward(grad_value, grad_threshold, losses, *args)
     return torch.empty_like(losses).copy_(gradient)  # with the strides that the fake tensor has
 

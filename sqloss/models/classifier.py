@@ -55,6 +55,7 @@ def train_classifier(images: Tensor, labels: Tensor, classes: int, seed: int) ->
     draws = generator(seed, "classifier", "batches")
     for _ in range(STEPS):
         batch = torch.randint(len(images), (BATCH_SIZE,), generator=draws).to(images.device)
+        # torch's own, and its mean: an instrument does not depend on what it is to measure
         loss = F.cross_entropy(classifier(pixels(images[batch])), labels[batch])
         optimiser.zero_grad()
         loss.backward()

@@ -10,8 +10,9 @@ posterior and prior (Student-t, say) is another class with the two methods of ``
 import math
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sqloss.losses import binary_cross_entropy_with_logits
 
 
 class Gaussian(NamedTuple):
@@ -47,8 +48,8 @@ class VAE(nn.Module):
         """
         posterior = self.encode(x)
         logits = self.decode(posterior.sample(noise))
-        per_pixel = F.binary_cross_entropy_with_logits(logits, x, reduction="none")
-        return {"reconstruction": per_pixel.flatten(1).sum(1), "kl": posterior.kl()}
+        reconstruction = binary_cross_entropy_with_logits(logits, x, reduction="sum")
+        return {"reconstruction": reconstruction, "kl": posterior.kl()}
 
     def encode(self, x: Tensor) -> Gaussian:
         return Gaussian(*self.encoder(x.flatten(1)).chunk(2, dim=1))

@@ -1,0 +1,119 @@
+// exp and logarithms in which the compiler finds vectors: no branch, no table, no call. Every CPU
+// capability computes the same bits, within three units in the last place of the true value.
+//
+// Included by csrc/*/cpu.cpp alone; compiled once per CPU capability, in its namespace.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace sqloss::core::CPU_CAPABILITY {
+
+template <typename To, typename From>
+inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+template <typename T>
+struct Float;
+
+template <>
+struct Float<float> {
+  using Bits = uint32_t;
+  static constexpr int kMantissaBits = 23;
+  static constexpr Bits kExponentOfOne = 127;
+  // ln 2 in two parts, the first so short that its products with exponents are exact
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr float kExpOfLessIsZero = -87.0f;  // below, exp has no normal value
+  // Terms of the series below whose remainder is under half a unit in the last place
+  static constexpr int kExpTerms = 8, kLogTerms = 5, kLog1pTerms = 7;
+};
+
+template <>
+struct Float<double> {
+  using Bits = uint64_t;
+  static constexpr int kMantissaBits = 52;
+  static constexpr Bits kExponentOfOne = 1023;
+  static constexpr double kLn2High = 6.93147180369123816490e-01,
+                          kLn2Low = 1.90821492927058770002e-10;
+  static constexpr double kExpOfLessIsZero = -708.0;
+  static constexpr int kExpTerms = 14, kLogTerms = 11, kLog1pTerms = 17;
+};
+
+// sum of x^k / k! for k < kTerms, by Horner's rule; factor is 1 / k!
+template <int kTerms, int k = 0, typename T>
+inline T exp_series(T x, double factor = 1.0) {
+  if constexpr (k + 1 == kTerms) {
+    return T(factor);
+  } else {
+    return T(factor) + x * exp_series<kTerms, k + 1>(x, factor / (k + 1));
+  }
+}
+
+// sum of z^k / (2 k + 1) for k < kTerms
+template <int kTerms, int k = 0, typename T>
+inline T atanh_series(T z) {
+  if constexpr (k + 1 == kTerms) {
+    return T(1.0 / (2 * k + 1));
+  } else {
+    return T(1.0 / (2 * k + 1)) + z * atanh_series<kTerms, k + 1>(z);
+  }
+}
+
+// exp(x) for x <= 1 as 2^n * exp(x - n ln 2), |x - n ln 2| <= ln 2 / 2; 0 where it is not normal.
+template <typename T>
+inline T exp_small(T x) {
+  using Type = Float<T>;
+  using Bits = typename Type::Bits;
+  // Added to a number, this leaves it rounded to an integer in the lowest bits of the sum.
+  constexpr T rounder = T(Bits(3) << (Type::kMantissaBits - 1));
+  const T rounded = x * T(1.44269504088896340736) + rounder;
+  const T n = rounded - rounder;
+  const T rest = (x - n * Type::kLn2High) - n * Type::kLn2Low;
+  const T mantissa = exp_series<Type::kExpTerms>(rest);
+  const Bits exponent = bits_as<Bits>(rounded) << Type::kMantissaBits;
+  const T result = bits_as<T>(Bits(bits_as<Bits>(mantissa) + exponent));
+  return x < Type::kExpOfLessIsZero ? T(0) : result;
+}
+
+// log(1 + t) for t in [0, 1], as 2 atanh(t / (2 + t))
+template <typename T>
+inline T log1p_of_fraction(T t) {
+  const T s = t / (T(2) + t);
+  return T(2) * s * atanh_series<Float<T>::kLog1pTerms>(s * s);
+}
+
+// log(x) = e ln 2 + 2 atanh((m - 1) / (m + 1)) for x = m 2^e, m in [sqrt(1/2), sqrt(2))
+template <typename T>
+inline T log(T x) {
+  using Type = Float<T>;
+  using Bits = typename Type::Bits;
+  constexpr T kTiny = std::numeric_limits<T>::min();
+  constexpr T kTwoToMantissaBits = T(Bits(1) << Type::kMantissaBits);
+  const bool subnormal = x < kTiny;
+  const T normal = subnormal ? x * kTwoToMantissaBits : x;
+
+  const Bits one = Type::kExponentOfOne << Type::kMantissaBits;
+  const Bits root = bits_as<Bits>(T(0.70710678118654752440));
+  const Bits shifted = bits_as<Bits>(normal) + (one - root);
+  const T m = bits_as<T>(Bits((shifted & ((Bits(1) << Type::kMantissaBits) - 1)) + root));
+  // The biased exponent as the lowest bits of a number 2^kMantissaBits
+  const T biased =
+      bits_as<T>(Bits((shifted >> Type::kMantissaBits) | bits_as<Bits>(kTwoToMantissaBits)));
+  const T e = biased - (kTwoToMantissaBits + T(Type::kExponentOfOne)) -
+              (subnormal ? T(Type::kMantissaBits) : T(0));
+  const T s = (m - T(1)) / (m + T(1));
+  const T log_m = T(2) * s * atanh_series<Type::kLogTerms>(s * s);
+  const T finite = e * Type::kLn2High + (log_m + e * Type::kLn2Low);
+
+  constexpr T infinity = std::numeric_limits<T>::infinity();
+  const T positive = x < infinity ? finite : x;  // also NaN
+  const T non_negative = x == T(0) ? -infinity : positive;
+  return x < T(0) ? std::numeric_limits<T>::quiet_NaN() : non_negative;
+}
+
+}  // namespace sqloss::core::CPU_CAPABILITY

@@ -1,0 +1,146 @@
+// From tensors to the kernels' samples and classes: everything of the cross-entropy that is neither
+// kernel nor autograd.
+#include "cross_entropy_losses/cross_entropy_losses.h"
+
+#include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
+#include <c10/util/irange.h>
+
+#include "core/cpu_capability.h"
+
+namespace sqloss::cross_entropy_losses {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+const CpuKernels& cpu_kernels() {
+#if defined(__x86_64__)
+  static const CpuKernels& chosen =
+      core::for_this_cpu(DEFAULT::kernels, &AVX2::kernels, &AVX512::kernels);
+#else
+  static const CpuKernels& chosen =
+      core::for_this_cpu<CpuKernels>(DEFAULT::kernels, nullptr, nullptr);
+#endif
+  return chosen;
+}
+
+at::DimVector sample_sizes(const at::Tensor& input) {
+  at::DimVector sizes(input.sizes().begin(), input.sizes().end());
+  sizes.erase(sizes.begin() + 1);
+  return sizes;
+}
+
+void check_floating(const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.is_floating_point() && c10::elementSize(tensor.scalar_type()) > 1,
+                   "cross_entropy: ", name, ": expected float16, bfloat16, float32 or float64, ",
+                   "got ", tensor.scalar_type());
+}
+
+void check_shape(const char* name, const at::Tensor& tensor, at::IntArrayRef sizes,
+                 const at::Tensor& input) {
+  TORCH_CHECK_VALUE(tensor.sizes() == sizes, "cross_entropy: ", name, ": expected shape ", sizes,
+                    " for input of shape ", input.sizes(), ", got ", tensor.sizes());
+  TORCH_CHECK_VALUE(tensor.device() == input.device(), "cross_entropy: ", name,
+                    ": expected the device of input ", input.device(), ", got ", tensor.device());
+}
+
+// A tensor [N, C, d1, ...] by class and sample.
+Classes by_class(const at::Tensor& tensor) {
+  at::DimVector order;
+  for (const int64_t d : c10::irange(tensor.dim())) {
+    if (d != 1) order.push_back(d);
+  }
+  return {core::Strided(tensor, order), tensor.stride(1)};
+}
+
+// The tensors of one call as the kernels take them.
+struct Samples {
+  Inputs inputs;
+  at::ScalarType dtype = at::kFloat;
+  at::DimVector sizes;
+  at::Tensor weight;  // owns inputs.weight
+
+  Samples(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight_,
+          int64_t ignore_index, double label_smoothing) {
+    TORCH_CHECK_VALUE(input.dim() >= 2, "cross_entropy: input: expected shape [N, C, ...], got ",
+                      input.sizes());
+    sizes = sample_sizes(input);
+    check_floating("input", input);
+    const bool probabilities = target.is_floating_point();
+    TORCH_CHECK_TYPE(probabilities || target.scalar_type() == at::kLong,
+                     "cross_entropy: target: expected int64 classes or floating-point ",
+                     "probabilities, got ", target.scalar_type());
+    check_shape("target", target, probabilities ? input.sizes() : at::IntArrayRef(sizes), input);
+    if (probabilities) check_floating("target", target);
+    if (weight_) {
+      check_floating("weight", *weight_);
+      check_shape("weight", *weight_, input.sizes().slice(1, 1), input);
+    }
+    TORCH_CHECK_VALUE(0 <= label_smoothing && label_smoothing <= 1,
+                      "cross_entropy: label_smoothing: expected a number in [0, 1], got ",
+                      label_smoothing);
+    const auto is_double = [](const at::Tensor& t) { return t.scalar_type() == at::kDouble; };
+    if (is_double(input) || is_double(target) || (weight_ && is_double(*weight_))) {
+      dtype = at::kDouble;
+    }
+    inputs.samples = c10::multiply_integers(sizes);
+    inputs.classes = input.size(1);
+    TORCH_CHECK_VALUE(inputs.classes > 0 || inputs.samples == 0,
+                      "cross_entropy: input: expected at least one class, got shape ",
+                      input.sizes());
+    inputs.input = by_class(input);
+    if (probabilities) {
+      inputs.probabilities = by_class(target);
+    } else {
+      at::DimVector order(target.dim());
+      for (const int64_t d : c10::irange(target.dim())) order[d] = d;
+      inputs.target = core::Strided(target, order);
+    }
+    if (weight_) weight = weight_->to(dtype).contiguous();
+    inputs.weight = weight_ ? weight.data_ptr() : nullptr;
+    inputs.ignore_index = ignore_index;
+    inputs.label_smoothing = label_smoothing;
+  }
+};
+
+}  // namespace
+
+Outputs forward_cpu(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                    int64_t ignore_index, double label_smoothing) {
+  const Samples samples(input, target, weight, ignore_index, label_smoothing);
+  Outputs outputs{at::detail::empty_cpu(samples.sizes, samples.dtype),
+                  at::detail::empty_cpu(samples.sizes, at::kDouble)};
+  const auto& [losses, log_sum_exp] = outputs;
+  if (samples.inputs.samples > 0) {
+    cpu_kernels().forward(samples.inputs, samples.dtype, losses.data_ptr(),
+                          static_cast<double*>(log_sum_exp.data_ptr()));
+  }
+  return outputs;
+}
+
+at::Tensor backward_cpu(const at::Tensor& grad_losses, const at::Tensor& input,
+                        const at::Tensor& target, const OptionalTensor& weight,
+                        const at::Tensor& log_sum_exp, int64_t ignore_index,
+                        double label_smoothing) {
+  const Samples samples(input, target, weight, ignore_index, label_smoothing);
+  const auto check = [&](const char* name, const at::Tensor& tensor, at::ScalarType dtype) {
+    TORCH_CHECK_VALUE(tensor.sizes() == at::IntArrayRef(samples.sizes) &&
+                          tensor.scalar_type() == dtype && tensor.device() == input.device(),
+                      "cross_entropy_losses_backward: ", name, ": expected ", dtype, " of shape ",
+                      at::IntArrayRef(samples.sizes), " on ", input.device(), ", got ",
+                      tensor.scalar_type(), " of shape ", tensor.sizes(), " on ", tensor.device());
+  };
+  check("grad_losses", grad_losses, samples.dtype);
+  check("log_sum_exp", log_sum_exp, at::kDouble);
+  const bool usual = input.is_contiguous();  // can do without the dispatcher
+  at::Tensor grad_input =
+      usual ? at::detail::empty_cpu(input.sizes(), input.scalar_type()) : at::empty_like(input);
+  if (grad_input.numel() > 0) {
+    const at::Tensor grads = grad_losses.contiguous(), exponents = log_sum_exp.contiguous();
+    cpu_kernels().backward(samples.inputs, samples.dtype, grads.data_ptr(),
+                           static_cast<const double*>(exponents.data_ptr()), by_class(grad_input));
+  }
+  return grad_input;
+}
+
+}  // namespace sqloss::cross_entropy_losses

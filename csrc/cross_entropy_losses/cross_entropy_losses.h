@@ -1,0 +1,75 @@
+// Cross-entropy of samples, one loss each: what its kernels take and promise.
+//
+// With logits x [classes] of a sample, log_sum_exp = log(sum of exp(x)), and coefficients t,
+//
+//   loss = sum over c of t[c] * (log_sum_exp - x[c])
+//   t[c] = (1 - label_smoothing) * weight[c] * (c == target) + label_smoothing / C * weight[c]
+//   t[c] = ((1 - label_smoothing) * target[c] + label_smoothing / C) * weight[c]
+//
+// for a target class and for target probabilities. A class without coefficient may have the logit
+// -inf. Where the target class is ignore_index the loss is 0, as is its gradient.
+// Logits are computed in float, or in double where one of the tensors is of it. The same bits for
+// any number of threads, capability and repetition.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "core/strided.h"
+
+namespace sqloss::cross_entropy_losses {
+
+// One number per class of each sample: `first` are those of class 0, in the order of the samples.
+struct Classes {
+  core::Strided first;
+  int64_t stride = 0;  // from a class to the next, in elements
+};
+
+struct Inputs {
+  int64_t samples, classes;  // at least 1 class
+  Classes input;
+  core::Strided target;   // int64, or absent
+  Classes probabilities;  // or absent
+  const void* weight;     // [classes] of the computation's dtype; null: ones
+  int64_t ignore_index;
+  double label_smoothing;
+};
+
+// The kernels of one CPU capability. `dtype` is that of the computation, the losses and their
+// gradient [samples]. Both raise IndexError for a target that is no class.
+struct CpuKernels {
+  void (*forward)(const Inputs&, at::ScalarType dtype, void* losses, double* log_sum_exp);
+  // Samples of zero gradient are not read, and get zeros.
+  void (*backward)(const Inputs&, at::ScalarType dtype, const void* grad_losses,
+                   const double* log_sum_exp, const Classes& grad_input);
+};
+
+namespace DEFAULT {
+extern const CpuKernels kernels;
+}
+#if defined(__x86_64__)
+namespace AVX2 {
+extern const CpuKernels kernels;
+}
+namespace AVX512 {
+extern const CpuKernels kernels;
+}
+#endif
+
+// From tensors to kernels. input is [N, C, d1, ...], of any strides, which are never copied; target
+// int64 [N, d1, ...] or of input's shape; weight [C]. Returns losses [N, d1, ...] and log_sum_exp
+// of that shape, in float64 because it is subtracted from logits of any size.
+using Outputs = std::tuple<at::Tensor, at::Tensor>;
+Outputs forward_cpu(const at::Tensor& input, const at::Tensor& target,
+                    const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                    double label_smoothing);
+
+// The gradient of input.
+at::Tensor backward_cpu(const at::Tensor& grad_losses, const at::Tensor& input,
+                        const at::Tensor& target, const std::optional<at::Tensor>& weight,
+                        const at::Tensor& log_sum_exp, int64_t ignore_index,
+                        double label_smoothing);
+
+}  // namespace sqloss::cross_entropy_losses

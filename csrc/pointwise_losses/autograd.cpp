@@ -1,0 +1,241 @@
+// Autograd of the pointwise losses. The only file that knows both directions.
+//
+// The first derivatives are the backward operator's. What it returns is differentiable too: where
+// that is asked for it is computed by formulas of differentiable operators instead, which is slower
+// and takes temporary tensors, but leaves every further derivative to torch. Tangents of forward
+// mode take the same formulas.
+#include "core/autograd.h"
+
+#include <torch/library.h>
+
+#include <array>
+#include <string>
+
+#include "pointwise_losses/pointwise_losses.h"
+
+namespace sqloss::pointwise_losses {
+namespace {
+
+using core::OptionalTensor;
+using torch::autograd::variable_list;
+
+// The losses of a call.
+struct Call {
+  std::string loss;
+  at::Tensor input, target;
+  OptionalTensor weight, other;
+  double parameter;
+  bool full;
+  int64_t sample_dims;
+  bool mean;
+
+  at::Tensor losses() const {
+    static const auto op = core::find_operator<decltype(forward_cpu)>("sqloss::pointwise_losses");
+    return op.call(loss, input, target, weight, other, parameter, full, sample_dims, mean);
+  }
+
+  InputGradients gradients(const at::Tensor& grad_losses, std::array<bool, 3> output_mask) const {
+    static const auto op =
+        core::find_operator<decltype(backward_cpu)>("sqloss::pointwise_losses_backward");
+    return op.call(grad_losses, loss, input, target, weight, other, parameter, full, sample_dims,
+                   mean, output_mask);
+  }
+
+  void refuse_gradients() const {
+    core::refuse_gradient("pointwise_losses", "weight", weight);
+    if (loss_named(loss) == Loss::kBinaryCrossEntropyWithLogits) {
+      core::refuse_gradient("pointwise_losses", "pos_weight", other);
+    }
+  }
+
+  // input, target and other without tangents.
+  Call primals() const {
+    Call call = *this;
+    call.input = core::primal(input);
+    call.target = core::primal(target);
+    if (other) call.other = core::primal(*other);
+    return call;
+  }
+
+  // Of a sample's loss in the elements of input, target and other; formulas as in cpu.cpp.
+  std::array<at::Tensor, 3> derivatives() const {
+    const at::Tensor x = computed(input), y = computed(target);
+    std::array<at::Tensor, 3> result;
+    auto& [in_x, in_y, in_other] = result;
+    switch (loss_named(loss)) {
+      case Loss::kBinaryCrossEntropyWithLogits: {
+        const at::Tensor pos_weight = other ? computed(*other) : at::ones_like(x);
+        in_x = (1 - y) * at::sigmoid(x) - pos_weight * y * at::sigmoid(-x);
+        in_y = at::log_sigmoid(-x) - pos_weight * at::log_sigmoid(x);
+        break;
+      }
+      case Loss::kMse:
+        in_x = 2 * (x - y);
+        in_y = -in_x;
+        break;
+      case Loss::kSmoothL1: {
+        const at::Tensor difference = x - y;
+        in_x = difference.sign();
+        if (parameter > 0) {
+          in_x = at::where(difference.abs() < parameter, difference / parameter, in_x);
+        }
+        in_y = -in_x;
+        break;
+      }
+      case Loss::kHuber:
+        in_x = at::clamp(x - y, -parameter, parameter);
+        in_y = -in_x;
+        break;
+      case Loss::kGaussianNll: {
+        const at::Tensor var = computed(*other);
+        // max(var, eps), but with the derivative 1 everywhere
+        const at::Tensor v = at::where(var < parameter, var - var.detach() + parameter, var);
+        in_x = (x - y) / v;
+        in_y = -in_x;
+        in_other = 0.5 * (1 - in_x * (x - y)) / v;
+        break;
+      }
+    }
+    c10::SymInt elements = 1;
+    for (int64_t d = sample_dims; d < input.dim(); ++d) elements *= input.sym_size(d);
+    for (at::Tensor& derivative : result) {
+      if (!derivative.defined()) continue;
+      if (weight) derivative = derivative * computed(*weight);
+      if (mean) derivative = derivative / at::Scalar(elements);
+    }
+    return result;
+  }
+
+  // How the losses move with input, target and other: the adjoint of their gradients.
+  at::Tensor losses_tangent() const {
+    const std::array<OptionalTensor, 3> tangents{core::tangent(input), core::tangent(target),
+                                                 core::tangent(other)};
+    const auto in = primals().derivatives();
+    at::Tensor sum;
+    for (size_t i = 0; i < in.size(); ++i) {
+      if (!tangents[i]) continue;
+      const at::Tensor moved = in[i] * tangents[i]->to(dtype());
+      sum = sum.defined() ? sum + moved : moved;
+    }
+    at::DimVector elements;
+    for (int64_t d = sample_dims; d < input.dim(); ++d) elements.push_back(d);
+    return elements.empty() ? sum : sum.sum(elements);
+  }
+
+  // The gradients, differentiable in grad_losses, input, target and other.
+  InputGradients differentiable_gradients(const at::Tensor& grad_losses,
+                                          std::array<bool, 3> output_mask) const {
+    at::Tensor grad = grad_losses;
+    for (int64_t d = sample_dims; d < input.dim(); ++d) grad = grad.unsqueeze(-1);
+    const auto in = derivatives();
+    const auto gradient = [&](size_t i, const OptionalTensor& of) {
+      if (!output_mask[i]) return at::empty({0}, input.options());
+      // Only a derivative that is not finite is masked: the gradient moves with that of a loss
+      // also from 0.
+      const at::Tensor masked = (grad == 0).logical_and(in[i].isfinite().logical_not());
+      return (grad * in[i].masked_fill(masked, 0)).to(of->scalar_type());
+    };
+    return {gradient(0, input), gradient(1, target), gradient(2, other)};
+  }
+
+ private:
+  at::ScalarType dtype() const {
+    const auto is_double = [](const OptionalTensor& tensor) {
+      return tensor && tensor->scalar_type() == at::kDouble;
+    };
+    return is_double(input) || is_double(target) || is_double(weight) || is_double(other)
+               ? at::kDouble
+               : at::kFloat;
+  }
+  at::Tensor computed(const at::Tensor& tensor) const { return tensor.to(dtype()); }
+};
+
+struct PointwiseLossesBackward final : core::SavingNode {
+  void save(const Call& call) {
+    SavingNode::save({call.input, call.target, call.weight, call.other});
+    call_ = call;
+    call_.input = call_.target = at::Tensor();  // saved, and freed with what is
+    call_.weight = call_.other = std::nullopt;
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const std::array<bool, 3> wanted{task_should_compute_output(0), task_should_compute_output(1),
+                                     task_should_compute_output(2)};
+    variable_list gradients(3);
+    if (!grads[0].defined() || !(wanted[0] || wanted[1] || wanted[2])) return gradients;
+    Call call = call_;
+    const auto saved = unpack();
+    call.input = saved[0];
+    call.target = saved[1];
+    call.weight = core::optional(saved[2]);
+    call.other = core::optional(saved[3]);
+    const auto [input, target, other] = call.gradients(grads[0], wanted);
+    if (wanted[0]) gradients[0] = input;
+    if (wanted[1]) gradients[1] = target;
+    if (wanted[2]) gradients[2] = other;
+    return gradients;
+  }
+  std::string name() const override { return "PointwiseLossesBackward"; }
+
+ protected:
+  void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(call_.loss);
+    args.collect(call_.parameter);
+    args.collect(call_.full);
+    args.collect(call_.sample_dims);
+    args.collect(call_.mean);
+  }
+
+ private:
+  Call call_;
+};
+
+at::Tensor forward_autograd(std::string_view loss, const at::Tensor& input,
+                            const at::Tensor& target, const OptionalTensor& weight,
+                            const OptionalTensor& other, double parameter, bool full,
+                            int64_t sample_dims, bool mean) {
+  const Call call{std::string(loss), input, target,      weight, other,
+                  parameter,         full,  sample_dims, mean};
+  call.refuse_gradients();
+  const at::Tensor losses = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return call.losses();
+  }();
+  if (torch::autograd::isFwGradDefined(input) || torch::autograd::isFwGradDefined(target) ||
+      torch::autograd::isFwGradDefined(other)) {
+    core::set_tangent(losses, call.losses_tangent());
+  }
+  if (torch::autograd::compute_requires_grad(input, target, other)) {
+    const auto node = core::make_node<PointwiseLossesBackward>();
+    node->set_next_edges(torch::autograd::collect_next_edges(input, target, other));
+    node->save(call);
+    torch::autograd::set_history(losses, node);
+  }
+  return losses;
+}
+
+InputGradients backward_autograd(const at::Tensor& grad_losses, std::string_view loss,
+                                 const at::Tensor& input, const at::Tensor& target,
+                                 const OptionalTensor& weight, const OptionalTensor& other,
+                                 double parameter, bool full, int64_t sample_dims, bool mean,
+                                 std::array<bool, 3> output_mask) {
+  const Call call{std::string(loss), input, target,      weight, other,
+                  parameter,         full,  sample_dims, mean};
+  call.refuse_gradients();
+  if (torch::autograd::compute_requires_grad(grad_losses, input, target, other) ||
+      torch::autograd::isFwGradDefined(grad_losses) || torch::autograd::isFwGradDefined(input) ||
+      torch::autograd::isFwGradDefined(target) || torch::autograd::isFwGradDefined(other)) {
+    return call.differentiable_gradients(grad_losses, output_mask);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return call.gradients(grad_losses, output_mask);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(sqloss, Autograd, m) {
+  m.impl("pointwise_losses", forward_autograd);
+  m.impl("pointwise_losses_backward", backward_autograd);
+}
+
+}  // namespace sqloss::pointwise_losses

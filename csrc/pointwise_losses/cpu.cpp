@@ -1,0 +1,424 @@
+// CPU kernels of the pointwise losses; compiled once per CPU capability.
+//
+// forward   one read of the inputs, tile by tile: element losses into a tile, summed from there.
+//           Short samples share tiles, long ones are split into chunks over the threads.
+// backward  one read of the inputs of samples with gradient, one write of each gradient.
+#include <ATen/Parallel.h>
+
+#include <cmath>
+#include <memory>
+
+#include "core/tile.h"
+#include "core/vector_math.h"
+#include "pointwise_losses/pointwise_losses.h"
+
+namespace sqloss::pointwise_losses::CPU_CAPABILITY {
+namespace {
+
+using core::Strided;
+using namespace core::CPU_CAPABILITY;
+
+// Fewer elements than this are not worth another thread.
+constexpr int64_t kGrain = 16384;
+// Samples of no more elements share a tile: a tile of their own would be mostly its overhead.
+constexpr int64_t kShort = 64;
+// A part of a long sample, for one thread: 256 KiB of floats.
+constexpr int64_t kChunk = 64 * kTile;
+
+// --- the losses: plain arithmetic on numbers, from which the compiler makes that on vectors
+// -------
+
+template <typename T>
+struct Derivatives {
+  T input, target, other;
+};
+
+template <typename T>
+T positive_part(T x) {
+  return x > T(0) ? x : T(0);
+}
+
+template <typename T>
+struct BinaryCrossEntropyWithLogits {
+  explicit BinaryCrossEntropyWithLogits(const Inputs&) {}
+
+  // softplus(x) = max(x, 0) + log(1 + exp(-|x|)): nothing cancels where y is 0 or 1
+  static T loss(T x, T y, T pos_weight) {
+    const T log_term = log1p_of_fraction(exp_small(-std::abs(x)));
+    return (T(1) - y) * (positive_part(x) + log_term) +
+           pos_weight * y * (positive_part(-x) + log_term);
+  }
+  static Derivatives<T> derivatives(T x, T y, T pos_weight) {
+    const T e = exp_small(-std::abs(x));
+    const T large = T(1) / (T(1) + e), small = e * large;  // sigmoid(|x|), sigmoid(-|x|)
+    const T sigmoid = x > T(0) ? large : small, rest = x > T(0) ? small : large;
+    const T log_term = log1p_of_fraction(e);
+    return {(T(1) - y) * sigmoid - pos_weight * y * rest,
+            pos_weight * (positive_part(-x) + log_term) - (positive_part(x) + log_term), T(0)};
+  }
+};
+
+template <typename T>
+struct Mse {
+  explicit Mse(const Inputs&) {}
+
+  static T loss(T x, T y, T) { return (x - y) * (x - y); }
+  static Derivatives<T> derivatives(T x, T y, T) { return {T(2) * (x - y), T(2) * (y - x), T(0)}; }
+};
+
+template <typename T>
+struct SmoothL1 {
+  T beta;
+  explicit SmoothL1(const Inputs& in) : beta(static_cast<T>(in.parameter)) {}
+
+  T loss(T x, T y, T) const {
+    const T distance = std::abs(x - y);
+    const T near = T(0.5) * distance * distance / beta;
+    const T far = distance - T(0.5) * beta;
+    return distance < beta ? near : far;
+  }
+  Derivatives<T> derivatives(T x, T y, T) const {
+    const T difference = x - y;
+    const T near = difference / beta;
+    const T below = difference < T(0) ? T(-1) : difference;  // 0 and NaN stay
+    const T far = difference > T(0) ? T(1) : below;
+    const T in_x = std::abs(difference) < beta ? near : far;
+    return {in_x, -in_x, T(0)};
+  }
+};
+
+template <typename T>
+struct Huber {
+  T delta;
+  explicit Huber(const Inputs& in) : delta(static_cast<T>(in.parameter)) {}
+
+  T loss(T x, T y, T) const {
+    const T distance = std::abs(x - y);
+    const T near = T(0.5) * distance * distance;
+    const T far = delta * (distance - T(0.5) * delta);
+    return distance < delta ? near : far;
+  }
+  Derivatives<T> derivatives(T x, T y, T) const {
+    const T difference = x - y;
+    const T at_most = difference > delta ? delta : difference;
+    const T in_x = at_most < -delta ? -delta : at_most;
+    return {in_x, -in_x, T(0)};
+  }
+};
+
+template <typename T>
+struct GaussianNll {
+  T eps, constant;
+  explicit GaussianNll(const Inputs& in)
+      : eps(static_cast<T>(in.parameter)),
+        constant(in.full ? T(0.5 * 1.83787706640934548356) : T(0)) {}  // log(2 pi)
+
+  T loss(T x, T y, T var) const {
+    const T v = clamped(var);
+    return T(0.5) * (log(v) + (x - y) * (x - y) / v) + constant;
+  }
+  Derivatives<T> derivatives(T x, T y, T var) const {
+    const T v = clamped(var);
+    const T in_x = (x - y) / v;
+    return {in_x, -in_x, T(0.5) * (T(1) - in_x * (x - y)) / v};
+  }
+
+ private:
+  T clamped(T var) const { return var < eps ? eps : var; }
+};
+
+template <typename F>
+void for_loss(Loss loss, const F& f) {
+  switch (loss) {
+    case Loss::kBinaryCrossEntropyWithLogits:
+      return f([](auto zero, const Inputs& in) {
+        return BinaryCrossEntropyWithLogits<decltype(zero)>(in);
+      });
+    case Loss::kMse:
+      return f([](auto zero, const Inputs& in) { return Mse<decltype(zero)>(in); });
+    case Loss::kSmoothL1:
+      return f([](auto zero, const Inputs& in) { return SmoothL1<decltype(zero)>(in); });
+    case Loss::kHuber:
+      return f([](auto zero, const Inputs& in) { return Huber<decltype(zero)>(in); });
+    case Loss::kGaussianNll:
+      return f([](auto zero, const Inputs& in) { return GaussianNll<decltype(zero)>(in); });
+  }
+}
+
+// --- tiles
+// ----------------------------------------------------------------------------------------
+
+// A tile of each input, and the buffers it may need.
+template <typename T>
+class InputTiles {
+ public:
+  const T *input, *target, *weight, *other;
+
+  explicit InputTiles(const Inputs& in) : in_(in) {
+    if (in.weight.data == nullptr || in.other.data == nullptr) {
+      std::fill_n(ones_.data, kTile, T(1));
+    }
+  }
+
+  void read(int64_t begin, int64_t count) {
+    input = read_tile(in_.input, begin, count, buffers_[0]);
+    target = read_tile(in_.target, begin, count, buffers_[1]);
+    weight = read_or_ones(in_.weight, begin, count, buffers_[2]);
+    other = read_or_ones(in_.other, begin, count, buffers_[3]);
+  }
+
+ private:
+  const T* read_or_ones(const Strided& source, int64_t begin, int64_t count, Tile<T>& buffer) {
+    return source.data == nullptr ? ones_.data : read_tile(source, begin, count, buffer);
+  }
+
+  const Inputs& in_;
+  Tile<T> buffers_[4], ones_;
+};
+
+// The loops below are functions of their own: the compiler believes __restrict of parameters alone.
+
+template <typename Function, typename T>
+[[gnu::noinline]] void loss_tile(const Function& loss, const T* __restrict x, const T* __restrict y,
+                                 const T* __restrict weight, const T* __restrict other,
+                                 int64_t count, T* __restrict losses) {
+  for (int64_t i = 0; i < count; ++i) losses[i] = loss.loss(x[i], y[i], other[i]) * weight[i];
+}
+
+// A gradient of 0 takes all with it, also what is not finite.
+template <typename T>
+T chain(T grad, T scale, T derivative) {
+  const T product = scale * derivative;
+  return grad == T(0) ? T(0) : product;
+}
+
+template <typename Function, typename T>
+[[gnu::noinline]] void gradient_tile(const Function& loss, const T* __restrict x,
+                                     const T* __restrict y, const T* __restrict weight,
+                                     const T* __restrict other, const T* __restrict grad,
+                                     int64_t count, T* __restrict grad_x) {
+  for (int64_t i = 0; i < count; ++i) {
+    grad_x[i] = chain(grad[i], grad[i] * weight[i], loss.derivatives(x[i], y[i], other[i]).input);
+  }
+}
+
+template <typename Function, typename T>
+[[gnu::noinline]] void gradient_tiles(const Function& loss, const T* __restrict x,
+                                      const T* __restrict y, const T* __restrict weight,
+                                      const T* __restrict other, const T* __restrict grad,
+                                      int64_t count, T* __restrict grad_x, T* __restrict grad_y,
+                                      T* __restrict grad_other) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Derivatives<T> d = loss.derivatives(x[i], y[i], other[i]);
+    const T scale = grad[i] * weight[i];
+    grad_x[i] = chain(grad[i], scale, d.input);
+    grad_y[i] = chain(grad[i], scale, d.target);
+    grad_other[i] = chain(grad[i], scale, d.other);
+  }
+}
+
+// --- forward
+// --------------------------------------------------------------------------------------
+
+// Tiles of whole samples.
+template <typename Function, typename T>
+void forward_short(const Inputs& in, const Function& loss, T* losses) {
+  const int64_t n = in.elements, per_tile = kTile / n;
+  at::parallel_for(0, (in.samples + per_tile - 1) / per_tile, std::max<int64_t>(1, kGrain / kTile),
+                   [&](int64_t begin, int64_t end) {
+                     InputTiles<T> tiles(in);
+                     Tile<T> elements;
+                     for (int64_t tile = begin; tile < end; ++tile) {
+                       const int64_t first = tile * per_tile;
+                       const int64_t samples = std::min(per_tile, in.samples - first);
+                       tiles.read(first * n, samples * n);
+                       if (n == 1) {  // the sum and mean of one
+                         loss_tile(loss, tiles.input, tiles.target, tiles.weight, tiles.other,
+                                   samples, losses + first);
+                         continue;
+                       }
+                       loss_tile(loss, tiles.input, tiles.target, tiles.weight, tiles.other,
+                                 samples * n, elements.data);
+                       for (int64_t s = 0; s < samples; ++s) {
+                         double sum = 0;
+                         for (int64_t i = 0; i < n; ++i)
+                           sum += static_cast<double>(elements.data[s * n + i]);
+                         losses[first + s] = static_cast<T>(sum / in.divisor);
+                       }
+                     }
+                   });
+}
+
+// Chunks of one sample, whose sums are added in their order.
+template <typename Function, typename T>
+void forward_long(const Inputs& in, const Function& loss, T* losses) {
+  const int64_t chunks = (in.elements + kChunk - 1) / kChunk;
+  const std::unique_ptr<double[]> sums(new double[in.samples * chunks]);
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::min(in.elements, kChunk));
+  at::parallel_for(0, in.samples * chunks, grain, [&](int64_t begin, int64_t end) {
+    InputTiles<T> tiles(in);
+    Tile<T> elements;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t sample = task / chunks;
+      const int64_t from = task % chunks * kChunk, to = std::min(from + kChunk, in.elements);
+      OrderedSum lanes;
+      for (int64_t i = from; i < to; i += kTile) {
+        const int64_t count = std::min(kTile, to - i);
+        tiles.read(sample * in.elements + i, count);
+        loss_tile(loss, tiles.input, tiles.target, tiles.weight, tiles.other, count, elements.data);
+        lanes.add(elements.data, count);
+      }
+      sums[task] = lanes.total();
+    }
+  });
+  for (int64_t s = 0; s < in.samples; ++s) {
+    double sum = 0;
+    for (int64_t c = 0; c < chunks; ++c) sum += sums[s * chunks + c];
+    losses[s] = static_cast<T>(sum / in.divisor);
+  }
+}
+
+template <typename T>
+void forward_typed(const Inputs& in, T* losses) {
+  for_loss(in.loss, [&](const auto& make) {
+    const auto loss = make(T(), in);
+    in.elements <= kShort ? forward_short(in, loss, losses) : forward_long(in, loss, losses);
+  });
+}
+
+// --- backward
+// -------------------------------------------------------------------------------------
+
+// Writes the gradients of tiles.
+template <typename T>
+class GradientTiles {
+ public:
+  explicit GradientTiles(const Gradients& gradients) : gradients_(gradients) {}
+
+  template <typename Function>
+  void write(const Function& loss, const InputTiles<T>& in, const T* grad, int64_t begin,
+             int64_t count) {
+    T* const x = place(gradients_.input, begin, count, buffers_[0]);
+    if (gradients_.target.data == nullptr && gradients_.other.data == nullptr) {
+      gradient_tile(loss, in.input, in.target, in.weight, in.other, grad, count, x);
+    } else {
+      T* const y = place(gradients_.target, begin, count, buffers_[1]);
+      T* const other = place(gradients_.other, begin, count, buffers_[2]);
+      gradient_tiles(loss, in.input, in.target, in.weight, in.other, grad, count, x, y, other);
+      put(y, gradients_.target, begin, count);
+      put(other, gradients_.other, begin, count);
+    }
+    put(x, gradients_.input, begin, count);
+  }
+
+  void write_zeros(int64_t begin, int64_t count) {
+    for (const Strided* gradient : {&gradients_.input, &gradients_.target, &gradients_.other}) {
+      if (gradient->data != nullptr) {
+        core::CPU_CAPABILITY::write_zeros(*gradient, begin, count);
+      }
+    }
+  }
+
+ private:
+  static T* place(const Strided& gradient, int64_t begin, int64_t count, Tile<T>& buffer) {
+    return gradient.data == nullptr ? buffer.data : tile_to_write(gradient, begin, count, buffer);
+  }
+  static void put(const T* values, const Strided& gradient, int64_t begin, int64_t count) {
+    if (gradient.data != nullptr) write_tile(values, gradient, begin, count);
+  }
+
+  const Gradients& gradients_;
+  Tile<T> buffers_[3];
+};
+
+template <typename T>
+bool all_zero(const T* values, int64_t count) {
+  int64_t others = 0;
+  for (int64_t i = 0; i < count; ++i) others += values[i] != T(0);
+  return others == 0;
+}
+
+// Tiles of whole samples, with the gradient of each of their elements.
+template <typename Function, typename T>
+void backward_short(const Inputs& in, const Function& loss, const T* grad_losses,
+                    const Gradients& gradients) {
+  const int64_t n = in.elements, per_tile = kTile / n;
+  const T divisor = static_cast<T>(in.divisor);
+  at::parallel_for(0, (in.samples + per_tile - 1) / per_tile, std::max<int64_t>(1, kGrain / kTile),
+                   [&](int64_t begin, int64_t end) {
+                     InputTiles<T> tiles(in);
+                     GradientTiles<T> outputs(gradients);
+                     Tile<T> grads;
+                     for (int64_t tile = begin; tile < end; ++tile) {
+                       const int64_t first = tile * per_tile;
+                       const int64_t samples = std::min(per_tile, in.samples - first);
+                       const T* grad = grad_losses + first;
+                       if (all_zero(grad, samples)) {
+                         outputs.write_zeros(first * n, samples * n);
+                         continue;
+                       }
+                       if (n > 1) {
+                         for (int64_t s = 0; s < samples; ++s)
+                           std::fill_n(grads.data + s * n, n, grad[s] / divisor);
+                         grad = grads.data;
+                       }
+                       tiles.read(first * n, samples * n);
+                       outputs.write(loss, tiles, grad, first * n, samples * n);
+                     }
+                   });
+}
+
+// Chunks of one sample.
+template <typename Function, typename T>
+void backward_long(const Inputs& in, const Function& loss, const T* grad_losses,
+                   const Gradients& gradients) {
+  const int64_t chunks = (in.elements + kChunk - 1) / kChunk;
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::min(in.elements, kChunk));
+  const T divisor = static_cast<T>(in.divisor);
+  at::parallel_for(0, in.samples * chunks, grain, [&](int64_t begin, int64_t end) {
+    InputTiles<T> tiles(in);
+    GradientTiles<T> outputs(gradients);
+    Tile<T> grads;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t sample = task / chunks;
+      const int64_t from = task % chunks * kChunk, to = std::min(from + kChunk, in.elements);
+      const T grad = grad_losses[sample] / divisor;
+      if (grad == T(0)) {
+        outputs.write_zeros(sample * in.elements + from, to - from);
+        continue;
+      }
+      std::fill_n(grads.data, std::min(kTile, to - from), grad);
+      for (int64_t i = from; i < to; i += kTile) {
+        const int64_t first = sample * in.elements + i, count = std::min(kTile, to - i);
+        tiles.read(first, count);
+        outputs.write(loss, tiles, grads.data, first, count);
+      }
+    }
+  });
+}
+
+template <typename T>
+void backward_typed(const Inputs& in, const T* grad_losses, const Gradients& gradients) {
+  for_loss(in.loss, [&](const auto& make) {
+    const auto loss = make(T(), in);
+    in.elements <= kShort ? backward_short(in, loss, grad_losses, gradients)
+                          : backward_long(in, loss, grad_losses, gradients);
+  });
+}
+
+void forward(const Inputs& in, at::ScalarType dtype, void* losses) {
+  dtype == at::kDouble ? forward_typed(in, static_cast<double*>(losses))
+                       : forward_typed(in, static_cast<float*>(losses));
+}
+
+void backward(const Inputs& in, at::ScalarType dtype, const void* grad_losses,
+              const Gradients& gradients) {
+  dtype == at::kDouble ? backward_typed(in, static_cast<const double*>(grad_losses), gradients)
+                       : backward_typed(in, static_cast<const float*>(grad_losses), gradients);
+}
+
+}  // namespace
+
+const CpuKernels kernels{forward, backward};
+
+}  // namespace sqloss::pointwise_losses::CPU_CAPABILITY

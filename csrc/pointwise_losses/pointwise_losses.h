@@ -1,0 +1,84 @@
+// Losses of samples that are sums or means of element losses: what their kernels take and promise.
+//
+// With x, y and o an element of input, target and other, its loss is
+//
+//   binary_cross_entropy_with_logits  (1 - y) * softplus(x) + o * y * softplus(-x)   o: pos_weight
+//   mse                               (x - y)^2
+//   smooth_l1                         (x - y)^2 / (2 beta) if |x - y| < beta, else |x - y| - beta/2
+//   huber                             (x - y)^2 / 2 if |x - y| < delta, else delta (|x-y| -
+//   delta/2) gaussian_nll                      (log v + (x - y)^2 / v) / 2, v = max(o, eps) o: var
+//                                     and log(2 pi) / 2 more if `full`
+//
+// times its weight. The derivative of gaussian_nll in var is taken as if it were not clamped.
+// Elements are computed in float, or in double where one of the tensors is of it; sums are in
+// double and in an order that depends on the data alone: the same bits for any number of threads,
+// capability and repetition.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "core/strided.h"
+
+namespace sqloss::pointwise_losses {
+
+enum class Loss { kBinaryCrossEntropyWithLogits, kMse, kSmoothL1, kHuber, kGaussianNll };
+
+// The loss of this name; raises ValueError.
+Loss loss_named(std::string_view name);
+
+// Tensors as sequences of samples * elements numbers. Absent weight and other are ones.
+struct Inputs {
+  Loss loss;
+  double parameter;  // beta, delta or eps
+  bool full;
+  int64_t samples, elements;
+  double divisor;  // a sample's loss is its sum over this
+  core::Strided input, target, weight, other;
+};
+
+// The gradients wanted, in the sequence of the inputs; the others absent.
+struct Gradients {
+  core::Strided input, target, other;
+};
+
+// The kernels of one CPU capability. `dtype` is that of the computation, the losses and their
+// gradient [samples].
+struct CpuKernels {
+  void (*forward)(const Inputs&, at::ScalarType dtype, void* losses);
+  // Samples of zero gradient are not read, and get zeros.
+  void (*backward)(const Inputs&, at::ScalarType dtype, const void* grad_losses, const Gradients&);
+};
+
+namespace DEFAULT {
+extern const CpuKernels kernels;
+}
+#if defined(__x86_64__)
+namespace AVX2 {
+extern const CpuKernels kernels;
+}
+namespace AVX512 {
+extern const CpuKernels kernels;
+}
+#endif
+
+// From tensors to kernels. All tensors are of one shape and of any strides, which are never copied;
+// its first `sample_dims` dimensions are those of the samples and of the losses returned.
+at::Tensor forward_cpu(std::string_view loss, const at::Tensor& input, const at::Tensor& target,
+                       const std::optional<at::Tensor>& weight,
+                       const std::optional<at::Tensor>& other, double parameter, bool full,
+                       int64_t sample_dims, bool mean);
+
+// The gradients of input, target and other that output_mask wants; the others are empty.
+using InputGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+InputGradients backward_cpu(const at::Tensor& grad_losses, std::string_view loss,
+                            const at::Tensor& input, const at::Tensor& target,
+                            const std::optional<at::Tensor>& weight,
+                            const std::optional<at::Tensor>& other, double parameter, bool full,
+                            int64_t sample_dims, bool mean, std::array<bool, 3> output_mask);
+
+}  // namespace sqloss::pointwise_losses

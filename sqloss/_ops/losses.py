@@ -1,0 +1,382 @@
+"""The operators of csrc/pointwise_losses and csrc/cross_entropy_losses for every way torch calls
+them, and with them the superquantile of their losses. As in superquantile.py: eager calls take the
+pybind11 binding, torch.compile traces the operators; here are the rules of vmap, the shapes of fake
+tensors, and the reference for devices without a kernel.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from sqloss import _C, reference
+from sqloss._ops import warn_without_kernel
+from sqloss._ops.superquantile import cvar
+
+_ops = torch.ops.sqloss
+
+
+def pointwise_losses(
+    loss: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    other: Tensor | None,
+    parameter: float,
+    full: bool,
+    sample_dims: int,
+    mean: bool,
+) -> Tensor:
+    """The losses of csrc/pointwise_losses/pointwise_losses.h."""
+    if is_compiling():
+        losses: Tensor = _ops.pointwise_losses(
+            loss, input, target, weight, other, parameter, full, sample_dims, mean
+        )
+        return losses
+    return _C.pointwise_losses(
+        loss, input, target, weight, other, parameter, full, sample_dims, mean
+    )
+
+
+def cross_entropy_losses(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+) -> Tensor:
+    """The losses of csrc/cross_entropy_losses/cross_entropy_losses.h."""
+    if is_compiling():
+        losses: Tensor
+        losses, _ = _ops.cross_entropy_losses(input, target, weight, ignore_index, label_smoothing)
+        return losses
+    return _C.cross_entropy_losses(input, target, weight, ignore_index, label_smoothing)
+
+
+def cvar_pointwise(
+    tail_fraction: float,
+    extra: Tensor | None,
+    loss: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    other: Tensor | None,
+    parameter: float,
+    full: bool,
+    sample_dims: int,
+    mean: bool,
+    return_losses: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The superquantile of all pointwise losses + extra; and these, detached, if they are wanted:
+    every tensor that reaches Python costs.
+    """
+    if is_compiling():
+        losses = pointwise_losses(
+            loss, input, target, weight, other, parameter, full, sample_dims, mean
+        )
+        return _cvar(tail_fraction, extra, losses, None, return_losses)
+    return _C.cvar_pointwise(
+        tail_fraction,
+        extra,
+        loss,
+        input,
+        target,
+        weight,
+        other,
+        parameter,
+        full,
+        sample_dims,
+        mean,
+        return_losses,
+    )
+
+
+def cvar_cross_entropy(
+    tail_fraction: float,
+    extra: Tensor | None,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    return_losses: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As cvar_pointwise; targets equal to ignore_index are no losses."""
+    if is_compiling():
+        losses = cross_entropy_losses(input, target, weight, ignore_index, label_smoothing)
+        mask = None if target.is_floating_point() else target != ignore_index
+        return _cvar(tail_fraction, extra, losses, mask, return_losses)
+    return _C.cvar_cross_entropy(
+        tail_fraction,
+        extra,
+        input,
+        target,
+        weight,
+        ignore_index,
+        label_smoothing,
+        return_losses,
+    )
+
+
+def _cvar(
+    tail_fraction: float,
+    extra: Tensor | None,
+    losses: Tensor,
+    mask: Tensor | None,
+    return_losses: bool,
+) -> tuple[Tensor, Tensor | None]:
+    if extra is not None:
+        losses = losses + extra
+    value = cvar(losses, tail_fraction, None, mask, (), False)
+    return value, losses.detach() if return_losses else None
+
+
+# --- torch.func.vmap ------------------------------------------------------------------------------
+
+
+def _in_front(info: Any, tensor: Tensor | None, bdim: int | None) -> Tensor | None:
+    """The tensor with vmap's dimension in front."""
+    if tensor is None:
+        return None
+    if bdim is None:
+        return tensor.expand(info.batch_size, *tensor.shape)
+    return tensor.movedim(bdim, 0)
+
+
+def _pointwise_losses_vmap(
+    info: Any,
+    in_dims: Any,
+    loss: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    other: Tensor | None,
+    parameter: float,
+    full: bool,
+    sample_dims: int,
+    mean: bool,
+) -> Any:
+    tensors = zip((input, target, weight, other), in_dims[1:5], strict=True)
+    batched = (_in_front(info, tensor, bdim) for tensor, bdim in tensors)
+    return _ops.pointwise_losses(loss, *batched, parameter, full, sample_dims + 1, mean), 0
+
+
+def _pointwise_losses_backward_vmap(
+    info: Any,
+    in_dims: Any,
+    grad_losses: Tensor,
+    loss: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    other: Tensor | None,
+    parameter: float,
+    full: bool,
+    sample_dims: int,
+    mean: bool,
+    output_mask: Sequence[bool],
+) -> Any:
+    tensors = zip((input, target, weight, other), in_dims[2:6], strict=True)
+    batched = (_in_front(info, tensor, bdim) for tensor, bdim in tensors)
+    gradients = _ops.pointwise_losses_backward(
+        _in_front(info, grad_losses, in_dims[0]),
+        loss,
+        *batched,
+        parameter,
+        full,
+        sample_dims + 1,
+        mean,
+        output_mask,
+    )
+    return gradients, tuple(0 if wanted else None for wanted in output_mask)
+
+
+class _Folded:
+    """vmap's dimension as part of the first one, N of the cross-entropy."""
+
+    def __init__(self, info: Any, input: Tensor, bdim: int | None) -> None:
+        self.info = info
+        self.n = input.shape[0 if bdim is None or bdim > 0 else 1]
+
+    def __call__(self, tensor: Tensor, bdim: int | None) -> Tensor:
+        in_front = _in_front(self.info, tensor, bdim)
+        assert in_front is not None
+        return in_front.flatten(0, 1)
+
+    def unfold(self, tensor: Tensor) -> Tensor:
+        return tensor.reshape(self.info.batch_size, self.n, *tensor.shape[1:])
+
+
+def _check_weight(bdim: int | None) -> None:
+    if bdim is not None:
+        raise ValueError(
+            "cross_entropy: weight: expected one for all of vmap's batch, got a batched tensor"
+        )
+
+
+def _cross_entropy_losses_vmap(
+    info: Any,
+    in_dims: Any,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Any:
+    _check_weight(in_dims[2])
+    folded = _Folded(info, input, in_dims[0])
+    outputs = _ops.cross_entropy_losses(
+        folded(input, in_dims[0]), folded(target, in_dims[1]), weight, ignore_index, label_smoothing
+    )
+    return tuple(map(folded.unfold, outputs)), (0, 0)
+
+
+def _cross_entropy_losses_backward_vmap(
+    info: Any,
+    in_dims: Any,
+    grad_losses: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    log_sum_exp: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Any:
+    _check_weight(in_dims[3])
+    folded = _Folded(info, input, in_dims[1])
+    grad_input = _ops.cross_entropy_losses_backward(
+        folded(grad_losses, in_dims[0]),
+        folded(input, in_dims[1]),
+        folded(target, in_dims[2]),
+        weight,
+        folded(log_sum_exp, in_dims[4]),
+        ignore_index,
+        label_smoothing,
+    )
+    return folded.unfold(grad_input), 0
+
+
+torch.library.register_vmap("sqloss::pointwise_losses", _pointwise_losses_vmap)
+torch.library.register_vmap("sqloss::pointwise_losses_backward", _pointwise_losses_backward_vmap)
+torch.library.register_vmap("sqloss::cross_entropy_losses", _cross_entropy_losses_vmap)
+torch.library.register_vmap(
+    "sqloss::cross_entropy_losses_backward", _cross_entropy_losses_backward_vmap
+)
+
+
+# --- fake tensors ---------------------------------------------------------------------------------
+
+
+def _pointwise_losses_fake(
+    loss: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    other: Tensor | None,
+    parameter: float,
+    full: bool,
+    sample_dims: int,
+    mean: bool,
+) -> Tensor:
+    dtype = reference.losses_dtype(input, target, weight, other)
+    return input.new_empty(input.shape[:sample_dims], dtype=dtype)
+
+
+def _pointwise_losses_backward_fake(
+    grad_losses: Tensor,
+    loss: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    other: Tensor | None,
+    parameter: float,
+    full: bool,
+    sample_dims: int,
+    mean: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty_like(tensor) if wanted and tensor is not None else input.new_empty(0)
+        for tensor, wanted in zip((input, target, other), output_mask, strict=True)
+    )
+
+
+def _cross_entropy_losses_fake(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    shape = (input.shape[0], *input.shape[2:])
+    dtype = reference.losses_dtype(input, target, weight)
+    return input.new_empty(shape, dtype=dtype), input.new_empty(shape, dtype=torch.float64)
+
+
+def _cross_entropy_losses_backward_fake(grad_losses: Tensor, input: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(input)
+
+
+torch.library.register_fake("sqloss::pointwise_losses", _pointwise_losses_fake)
+torch.library.register_fake("sqloss::pointwise_losses_backward", _pointwise_losses_backward_fake)
+torch.library.register_fake("sqloss::cross_entropy_losses", _cross_entropy_losses_fake)
+torch.library.register_fake(
+    "sqloss::cross_entropy_losses_backward", _cross_entropy_losses_backward_fake
+)
+
+
+# --- devices without a kernel ---------------------------------------------------------------------
+
+
+def _warn(device: torch.device) -> None:
+    warn_without_kernel("losses", device, "it has no kernels for CUDA yet")
+
+
+def _as_empty_like(gradient: Tensor, tensor: Tensor) -> Tensor:
+    """With the strides that the fake tensor has."""
+    return torch.empty_like(tensor).copy_(gradient)
+
+
+def _pointwise_losses_reference(loss: str, input: Tensor, *args: Any) -> Tensor:
+    _warn(input.device)
+    return reference.pointwise_losses(loss, input, *args).contiguous()
+
+
+def _pointwise_losses_backward_reference(
+    grad_losses: Tensor,
+    loss: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    other: Tensor | None,
+    *args: Any,
+) -> tuple[Tensor, ...]:
+    _warn(input.device)
+    gradients = reference.pointwise_losses_backward(
+        grad_losses, loss, input, target, weight, other, *args
+    )
+    output_mask = args[-1]
+    return tuple(
+        _as_empty_like(gradient, tensor) if wanted and tensor is not None else gradient
+        for gradient, tensor, wanted in zip(
+            gradients, (input, target, other), output_mask, strict=True
+        )
+    )
+
+
+def _cross_entropy_losses_reference(input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    _warn(input.device)
+    losses, log_sum_exp = reference.cross_entropy_losses(input, *args)
+    return losses.contiguous(), log_sum_exp.contiguous()
+
+
+def _cross_entropy_losses_backward_reference(
+    grad_losses: Tensor, input: Tensor, *args: Any
+) -> Tensor:
+    _warn(input.device)
+    gradient = reference.cross_entropy_losses_backward(grad_losses, input, *args)
+    return _as_empty_like(gradient, input)
+
+
+_library = torch.library.Library("sqloss", "IMPL")
+for _name, _twin in {
+    "pointwise_losses": _pointwise_losses_reference,
+    "pointwise_losses_backward": _pointwise_losses_backward_reference,
+    "cross_entropy_losses": _cross_entropy_losses_reference,
+    "cross_entropy_losses_backward": _cross_entropy_losses_backward_reference,
+}.items():
+    _library.impl(_name, _twin, "CompositeExplicitAutograd")
