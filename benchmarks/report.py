@@ -1,0 +1,275 @@
+"""What was measured, as Markdown and as plots: pure functions of the report that run.py makes."""
+
+import itertools
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from measure import BOTH, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Report = dict[str, Any]
+Quartiles = tuple[float, float, float]
+
+NOTE = """\
+Each time is the median over interleaved rounds, with its quartiles; each ratio is the median of the
+rounds' own ratios. The floor is the time that reading the inputs and writing the gradients once
+takes at the measured bandwidth (inputs that still lie in a cache can be faster). Memory is the peak
+that torch's allocator holds beyond the inputs, as a multiple of the gradients' bytes. The errors of
+the value and of the gradient are sums of differences relative to what the float64 twin says.
+"""
+
+
+def quartiles(values: Sequence[float]) -> Quartiles:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
+
+
+def ratio(row: Row, peer: Row) -> Quartiles:
+    """Quartiles of the ratio in each round."""
+    return quartiles([a / b for a, b in zip(row["seconds"], peer["seconds"], strict=True)])
+
+
+def verdicts(row: Row, table: Sequence[Row]) -> list[tuple[str, bool]]:
+    """What the row may cost, what it does cost, and whether that is within it."""
+    timed = {peer["function"]: peer for peer in table if peer["seconds"]}
+    said = []
+    for peer, most in row["bars"].items():
+        text = f"<= {most:.3g} x {peer}"
+        if row["function"] in timed and peer in timed:
+            cost = ratio(row, timed[peer])[1]
+            said.append((f"{text}: {cost:.3g}", cost <= most))
+        else:
+            said.append((f"{text}: not measured", False))
+    if "peak_bytes_allowed" in row:
+        peak, allowed = row["peak_bytes"], row["peak_bytes_allowed"]
+        said.append((f"memory <= {allowed:,} bytes: {peak:,}", peak <= allowed))
+    return said
+
+
+def is_wrong(row: Row) -> bool:
+    return row["exact"] and row["status"] != "ok"
+
+
+def floor_seconds(row: Row, bandwidth: dict[str, float]) -> float:
+    if row["bytes_written"]:
+        return (row["bytes_read"] + row["bytes_written"]) / bandwidth["copy"]
+    return row["bytes_read"] / bandwidth["read"]
+
+
+def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
+    wrong = [r for r in report["rows"] if is_wrong(r)]
+    said = [(t, v) for t in _tables(report["rows"]) for r in t for v in verdicts(r, t)]
+    missed = [f"- {_place(table[0])}: {text}" for table, (text, met) in said if not met]
+    lines = [
+        f"# Benchmarks: {report['machine']['name']}",
+        "",
+        f"{report['date']}. `{report['command']}`",
+        "",
+        *(f"- {key}: {value}" for key, value in report["machine"].items()),
+        "",
+        "```",
+        *report["config"].splitlines(),
+        "```",
+        "",
+        NOTE,
+        *(f"Wrong: {_place(r)}: {r['function']}: {r['status']}" for r in wrong),
+        f"Acceptance bars: {len(said) - len(missed)} of {len(said)} met"
+        + ("; not met:" if missed else "."),
+        "",
+        *missed,
+        "",
+        *(f"![{Path(picture).stem}]({picture})" for picture in pictures),
+    ]
+    for threads, of_threads in itertools.groupby(report["rows"], lambda r: r["threads"]):
+        bandwidth = report["bandwidth"][str(threads)]
+        speeds = " and ".join(f"{name} {speed / 1e9:.1f} GB/s" for name, speed in bandwidth.items())
+        lines += ["", f"## {threads} threads", "", f"Bandwidth: {speeds}."]
+        for (title, mode), rows in _grouped(of_threads, "title", "mode"):
+            lines += ["", f"### {title}: {mode}", "", *_table(rows, bandwidth)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: Sequence[Row], bandwidth: dict[str, float]) -> Iterator[str]:
+    price = rows[0]["function"]
+    memory = "peak_bytes" in rows[0]
+    header = [
+        "n",
+        "function",
+        "us",
+        "quartiles",
+        f"x {price}",
+        "quartiles",
+        "floor us",
+        "% of floor",
+    ]
+    header += [*["memory"] * memory, "error", "bar"]
+    yield _line(header)
+    yield _line(["--:", ":--", *["--:"] * (len(header) - 3), ":--"])
+    for table in _tables(rows):
+        for row in table:
+            yield _line([_shape(row), *_cells(row, table, bandwidth, memory)])
+
+
+def _cells(
+    row: Row, table: Sequence[Row], bandwidth: dict[str, float], memory: bool
+) -> Iterator[str]:
+    yield row["function"]
+    floor = floor_seconds(row, bandwidth)
+    if row["seconds"]:
+        low, median, high = (1e6 * q for q in quartiles(row["seconds"]))
+        yield from (f"{median:,.1f}", f"{low:,.1f} - {high:,.1f}")
+        if table[0]["seconds"]:
+            low, cost, high = ratio(row, table[0])
+            yield from (f"{cost:.3g}", f"{low:.3g} - {high:.3g}")
+        else:
+            yield from ("", "")
+        yield from (f"{1e6 * floor:,.1f}", f"{1e8 * floor / median:.0f}")
+    else:
+        yield from (f"**{row['status']}**" if is_wrong(row) else row["status"], *[""] * 5)
+    if memory:
+        gradient = row["bytes_written"]
+        yield f"{row['peak_bytes'] / gradient:.2f}" if "peak_bytes" in row else ""
+    yield " / ".join(f"{error:.0e}" for error in row["errors"])
+    yield "; ".join(
+        f"{text}, {'met' if met else '**not met**'}" for text, met in verdicts(row, table)
+    )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _shape(row: Row) -> str:
+    return " x ".join(f"{size:,}" for size in row["shape"])
+
+
+def _place(row: Row) -> str:
+    return f"{row['op']}, {_shape(row)}, {row['mode']}, {row['threads']} threads"
+
+
+def _tables(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows that are compared with each other, the price first."""
+    return [of for _, of in _grouped(rows, "threads", "op", "size", "mode")]
+
+
+def _grouped(rows: Any, *keys: str) -> list[tuple[Any, list[Row]]]:
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return list(groups.items())
+
+
+# --- plots ----------------------------------------------------------------------------------------
+
+# Okabe and Ito's palette, told apart with any colour vision; the markers differ too.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vP*"
+
+
+def figures(report: Report) -> dict[str, "Figure"]:
+    """Name -> figure: one for an operation over its sizes, one for the bars of a file."""
+    rows = [r for r in report["rows"] if r["seconds"]]
+    lines = _grouped((r for r in rows if r["plot"] == "lines"), "op", "title")
+    bars = _grouped((r for r in rows if r["plot"] == "bars"), "file")
+    return {
+        **{op: _line_figure(title, of) for (op, title), of in lines},
+        **{file: _bar_figure(of) for (file,), of in bars},
+    }
+
+
+def _line_figure(title: str, rows: Sequence[Row]) -> "Figure":
+    modes = _grouped(rows, "mode")
+    figure, axes = _panels(rows, len(modes))
+    figure.suptitle(title)
+    style = _styles(rows)
+    for (mode, of_mode), axes_of_mode in zip(((m, r) for (m,), r in modes), axes, strict=True):
+        for ((threads,), of_threads), ax in zip(
+            _grouped(of_mode, "threads"), axes_of_mode, strict=True
+        ):
+            tables = _tables(of_threads)
+            for function, look in style.items():
+                points = [
+                    (row["size"], *ratio(row, table[0]))
+                    for table in tables
+                    for row in table
+                    if row["function"] == function and len(table) > 1
+                ]
+                if points:
+                    size, low, median, high = zip(*sorted(points), strict=True)
+                    ax.plot(size, median, label=function, markersize=4, **look)
+                    ax.fill_between(size, low, high, color=look["color"], alpha=0.2, linewidth=0)
+            ax.set_xscale("log", base=2)
+            ax.set_yscale("log")
+            ax.set_title(f"{mode}, {threads} threads", fontsize="medium")
+            ax.set_xlabel("n")
+            ax.set_ylabel(f"time / time of {tables[0][0]['function']}")
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.grid(alpha=0.3)
+    _legend(figure, axes[0][0])
+    return figure
+
+
+def _bar_figure(rows: Sequence[Row]) -> "Figure":
+    rows = [row for row in rows if row["mode"] == BOTH]
+    figure, axes = _panels(rows, 1, height=0.9 * len(_grouped(rows, "op")) + 1.2)
+    style = _styles(rows)
+    for ((threads,), of_threads), ax in zip(_grouped(rows, "threads"), axes[0], strict=True):
+        tables = _tables(of_threads)
+        thickness = 0.8 / len(style)
+        for i, (function, look) in enumerate(style.items()):
+            for y, table in enumerate(tables):
+                for row in (r for r in table if r["function"] == function):
+                    low, median, high = ratio(row, table[0])
+                    ax.barh(
+                        y + (i + 0.5) * thickness - 0.4,
+                        median,
+                        thickness,
+                        xerr=[[median - low], [high - median]],
+                        color=look["color"],
+                        label=function if y == 0 else None,
+                    )
+                    ax.annotate(
+                        f"{median:.2f}",
+                        (high, y + (i + 0.5) * thickness - 0.4),
+                        (4, 0),
+                        textcoords="offset points",
+                        verticalalignment="center",
+                        fontsize="small",
+                    )
+        labels = [f"{table[0]['op']}\n{_shape(table[0])}" for table in tables]
+        ax.set_yticks(range(len(tables)), labels)
+        ax.invert_yaxis()
+        ax.margins(x=0.12)
+        ax.set_title(f"{BOTH}, {threads} threads", fontsize="medium")
+        ax.set_xlabel(f"time / time of {tables[0][0]['function']}")
+        ax.grid(axis="x", alpha=0.3)
+        ax.set_axisbelow(True)
+    _legend(figure, axes[0][0])
+    return figure
+
+
+def _panels(rows: Sequence[Row], height_in_panels: int, height: float = 3.4) -> Any:
+    """A figure and its axes, a column for each number of threads."""
+    from matplotlib.figure import Figure
+
+    columns = len(_grouped(rows, "threads"))
+    figure = Figure((5.2 * columns + 1.5, height * height_in_panels + 0.6), layout="constrained")
+    return figure, figure.subplots(
+        height_in_panels, columns, squeeze=False, sharey="row" if columns > 1 else False
+    )
+
+
+def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    functions = dict.fromkeys(row["function"] for row in rows)
+    looks = itertools.cycle(zip(COLORS, MARKERS, strict=True))
+    return {f: {"color": c, "marker": m} for f, (c, m) in zip(functions, looks, strict=False)}
+
+
+def _legend(figure: "Figure", ax: "Axes") -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
