@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Contender:
     name: str
     function: Callable[..., Tensor]
     twin: Callable[..., Sequence[Tensor]] | None = None
-    """From inputs in float64 to the value and the gradients of its sum. None: the function itself."""
+    """From inputs in float64 to the value and the its sum's gradients; else the function itself."""
     exact: bool = True
     """False for a peer that is off by design: its error is printed, not judged."""
     bars: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -110,7 +111,7 @@ def measure(
                 "bars": dict(c.bars.get(mode, {})),
             }
             if mode == BOTH and c in sound:
-                row["peak_bytes"] = peak_bytes(lambda c=c, x=first: calls[c.name](*x), device)
+                row["peak_bytes"] = peak_bytes(partial(calls[c.name], *first), device)
                 if c.extra_bytes is not None:
                     row["peak_bytes_allowed"] = gradients + c.extra_bytes
             rows.append(row)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measure import BOTH, Row
+from measure import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,9 +18,9 @@ Quartiles = tuple[float, float, float]
 NOTE = """\
 Each time is the median over interleaved rounds, with its quartiles; each ratio is the median of the
 rounds' own ratios. The floor is the time that reading the inputs and writing the gradients once
-takes at the measured bandwidth (inputs that still lie in a cache can be faster). Memory is the peak
-that torch's allocator holds beyond the inputs, as a multiple of the gradients' bytes. The errors of
-the value and of the gradient are sums of differences relative to what the float64 twin says.
+takes at the measured bandwidth, and its share of the median (what lies in a cache can be faster).
+Memory is the peak that torch's allocator holds beyond the inputs, over the gradients' bytes. The
+errors of value / gradient are sums of differences relative to the float64 twin, in their dtype.
 """
 
 
@@ -68,9 +68,9 @@ def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
     lines = [
         f"# Benchmarks: {report['machine']['name']}",
         "",
-        f"{report['date']}. `{report['command']}`",
+        f"{report['date']}, {report['dtype']} on {report['device']}: `{report['command']}`",
         "",
-        *(f"- {key}: {value}" for key, value in report["machine"].items()),
+        *(f"- {key}: {value}" for key, value in report["machine"].items() if key != "name"),
         "",
         "```",
         *report["config"].splitlines(),
@@ -88,7 +88,7 @@ def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
     for threads, of_threads in itertools.groupby(report["rows"], lambda r: r["threads"]):
         bandwidth = report["bandwidth"][str(threads)]
         speeds = " and ".join(f"{name} {speed / 1e9:.1f} GB/s" for name, speed in bandwidth.items())
-        lines += ["", f"## {threads} threads", "", f"Bandwidth: {speeds}."]
+        lines += ["", f"## Threads: {threads}", "", f"Bandwidth: {speeds}."]
         for (title, mode), rows in _grouped(of_threads, "title", "mode"):
             lines += ["", f"### {title}: {mode}", "", *_table(rows, bandwidth)]
     return "\n".join(lines) + "\n"
@@ -105,7 +105,7 @@ def _table(rows: Sequence[Row], bandwidth: dict[str, float]) -> Iterator[str]:
         f"x {price}",
         "quartiles",
         "floor us",
-        "% of floor",
+        "share",
     ]
     header += [*["memory"] * memory, "error", "bar"]
     yield _line(header)
@@ -128,13 +128,13 @@ def _cells(
             yield from (f"{cost:.3g}", f"{low:.3g} - {high:.3g}")
         else:
             yield from ("", "")
-        yield from (f"{1e6 * floor:,.1f}", f"{1e8 * floor / median:.0f}")
+        yield from (f"{1e6 * floor:,.1f}", f"{1e8 * floor / median:.0f} %")
     else:
         yield from (f"**{row['status']}**" if is_wrong(row) else row["status"], *[""] * 5)
     if memory:
         gradient = row["bytes_written"]
         yield f"{row['peak_bytes'] / gradient:.2f}" if "peak_bytes" in row else ""
-    yield " / ".join(f"{error:.0e}" for error in row["errors"])
+    yield " / ".join(f"{error:.0e}" for error in row["errors"][: 1 if not memory else None])
     yield "; ".join(
         f"{text}, {'met' if met else '**not met**'}" for text, met in verdicts(row, table)
     )
@@ -149,7 +149,7 @@ def _shape(row: Row) -> str:
 
 
 def _place(row: Row) -> str:
-    return f"{row['op']}, {_shape(row)}, {row['mode']}, {row['threads']} threads"
+    return f"{row['op']}, {_shape(row)}, {row['mode']}, threads: {row['threads']}"
 
 
 def _tables(rows: Sequence[Row]) -> list[list[Row]]:
@@ -173,95 +173,87 @@ MARKERS = "osD^vP*"
 
 def figures(report: Report) -> dict[str, "Figure"]:
     """Name -> figure: one for an operation over its sizes, one for the bars of a file."""
-    rows = [r for r in report["rows"] if r["seconds"]]
-    lines = _grouped((r for r in rows if r["plot"] == "lines"), "op", "title")
-    bars = _grouped((r for r in rows if r["plot"] == "bars"), "file")
+    lines = _grouped((r for r in report["rows"] if r["plot"] == "lines"), "op", "title")
+    bars = _grouped((r for r in report["rows"] if r["plot"] == "bars"), "file")
     return {
-        **{op: _line_figure(title, of) for (op, title), of in lines},
-        **{file: _bar_figure(of) for (file,), of in bars},
+        **{op: _line_figure(title, rows) for (op, title), rows in lines},
+        **{file: _bar_figure(rows) for (file,), rows in bars},
     }
 
 
 def _line_figure(title: str, rows: Sequence[Row]) -> "Figure":
-    modes = _grouped(rows, "mode")
-    figure, axes = _panels(rows, len(modes))
+    figure, axes = _panels(rows, 3.4)
     figure.suptitle(title)
-    style = _styles(rows)
-    for (mode, of_mode), axes_of_mode in zip(((m, r) for (m,), r in modes), axes, strict=True):
-        for ((threads,), of_threads), ax in zip(
-            _grouped(of_mode, "threads"), axes_of_mode, strict=True
-        ):
-            tables = _tables(of_threads)
-            for function, look in style.items():
-                points = [
-                    (row["size"], *ratio(row, table[0]))
-                    for table in tables
-                    for row in table
-                    if row["function"] == function and len(table) > 1
-                ]
-                if points:
-                    size, low, median, high = zip(*sorted(points), strict=True)
-                    ax.plot(size, median, label=function, markersize=4, **look)
-                    ax.fill_between(size, low, high, color=look["color"], alpha=0.2, linewidth=0)
-            ax.set_xscale("log", base=2)
-            ax.set_yscale("log")
-            ax.set_title(f"{mode}, {threads} threads", fontsize="medium")
-            ax.set_xlabel("n")
-            ax.set_ylabel(f"time / time of {tables[0][0]['function']}")
-            ax.yaxis.set_major_formatter("{x:g}")
-            ax.grid(alpha=0.3)
+    for ax, panel in axes:
+        for function, look in _styles(rows).items():
+            costs = sorted(
+                (r["size"], *cost) for r, cost in _costs(panel) if r["function"] == function
+            )
+            if costs:
+                size, low, median, high = zip(*costs, strict=True)
+                ax.plot(size, median, label=function, markersize=4, **look)
+                ax.fill_between(size, low, high, color=look["color"], alpha=0.2, linewidth=0)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xlabel("n")
+        ax.set_ylabel(f"time / time of {panel[0]['function']}")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.grid(alpha=0.3)
     _legend(figure, axes[0][0])
     return figure
 
 
 def _bar_figure(rows: Sequence[Row]) -> "Figure":
-    rows = [row for row in rows if row["mode"] == BOTH]
-    figure, axes = _panels(rows, 1, height=0.9 * len(_grouped(rows, "op")) + 1.2)
+    labels = [f"{op}\n{_shape(of[0])}" for (op, _), of in _grouped(rows, "op", "size")]
+    figure, axes = _panels(rows, 0.8 * len(labels) + 1)
     style = _styles(rows)
-    for ((threads,), of_threads), ax in zip(_grouped(rows, "threads"), axes[0], strict=True):
-        tables = _tables(of_threads)
-        thickness = 0.8 / len(style)
+    thickness = 0.8 / len(style)
+    for ax, panel in axes:
         for i, (function, look) in enumerate(style.items()):
-            for y, table in enumerate(tables):
-                for row in (r for r in table if r["function"] == function):
-                    low, median, high = ratio(row, table[0])
-                    ax.barh(
-                        y + (i + 0.5) * thickness - 0.4,
-                        median,
-                        thickness,
-                        xerr=[[median - low], [high - median]],
-                        color=look["color"],
-                        label=function if y == 0 else None,
-                    )
-                    ax.annotate(
-                        f"{median:.2f}",
-                        (high, y + (i + 0.5) * thickness - 0.4),
-                        (4, 0),
-                        textcoords="offset points",
-                        verticalalignment="center",
-                        fontsize="small",
-                    )
-        labels = [f"{table[0]['op']}\n{_shape(table[0])}" for table in tables]
-        ax.set_yticks(range(len(tables)), labels)
-        ax.invert_yaxis()
+            costs = [
+                (labels.index(f"{r['op']}\n{_shape(r)}") + (i + 0.5) * thickness - 0.4, *cost)
+                for r, cost in _costs(panel)
+                if r["function"] == function
+            ]
+            for y, low, median, high in costs:
+                spread = [[median - low], [high - median]]
+                ax.barh(y, median, thickness, xerr=spread, color=look["color"], label=function)
+                ax.annotate(f" {median:.2f}", (high, y), va="center", fontsize="small")
+        ax.set_yticks(range(len(labels)), labels)
+        ax.set_ylim(len(labels) - 0.5, -0.5)
         ax.margins(x=0.12)
-        ax.set_title(f"{BOTH}, {threads} threads", fontsize="medium")
-        ax.set_xlabel(f"time / time of {tables[0][0]['function']}")
+        ax.set_xlabel(f"time / time of {panel[0]['function']}")
         ax.grid(axis="x", alpha=0.3)
         ax.set_axisbelow(True)
     _legend(figure, axes[0][0])
     return figure
 
 
-def _panels(rows: Sequence[Row], height_in_panels: int, height: float = 3.4) -> Any:
-    """A figure and its axes, a column for each number of threads."""
+def _costs(rows: Sequence[Row]) -> list[tuple[Row, Quartiles]]:
+    """The ratio to its price of every row that was timed beside it."""
+    return [
+        (row, ratio(row, table[0]))
+        for table in _tables(rows)
+        for row in table
+        if row["seconds"] and table[0]["seconds"]
+    ]
+
+
+def _panels(rows: Sequence[Row], height: float) -> tuple["Figure", list[tuple["Axes", list[Row]]]]:
+    """A figure with a row of axes for each mode and a column for each number of threads."""
     from matplotlib.figure import Figure
 
-    columns = len(_grouped(rows, "threads"))
-    figure = Figure((5.2 * columns + 1.5, height * height_in_panels + 0.6), layout="constrained")
-    return figure, figure.subplots(
-        height_in_panels, columns, squeeze=False, sharey="row" if columns > 1 else False
-    )
+    modes, threads = _grouped(rows, "mode"), _grouped(rows, "threads")
+    size = (5.2 * len(threads) + 1.5, height * len(modes) + 0.8)
+    figure = Figure(size, layout="constrained")
+    axes = figure.subplots(len(modes), len(threads), squeeze=False, sharey="row")
+    panels = []
+    for ((mode, count), panel), ax in zip(
+        sorted(_grouped(rows, "mode", "threads")), axes.flat, strict=True
+    ):
+        ax.set_title(f"{mode}, threads: {count}", fontsize="medium")
+        panels.append((ax, panel))
+    return figure, panels
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
@@ -271,5 +263,5 @@ def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
 
 def _legend(figure: "Figure", ax: "Axes") -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
+    handles = {label: handle for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)

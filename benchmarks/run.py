@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import importlib
 import io
-import json
 import os
 import platform
 import re
@@ -43,12 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "machine": machine(device),
         "config": config(),
         "dtype": args.dtype,
+        "device": args.device,
         "bandwidth": {},
         "rows": [],
     }
     for threads in args.threads:
         torch.set_num_threads(threads)
-        say(f"{threads} threads: bandwidth")
+        say(f"threads {threads}: bandwidth")
         report["bandwidth"][str(threads)] = bandwidth(device)
         for file, of_file in files.items():
             for name in [name for name in of_file if name in args.op]:
@@ -67,7 +67,7 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     rows = []
     for size in args.sizes or (operation.quick if args.quick else operation.sizes):
-        where = f"{threads} threads: {name} {size:,}"
+        where = f"threads {threads}: {name} {size:,}"
         say(where)
         case = operation.case(size, dtype=getattr(torch, args.dtype), device=device)
         seconds = QUICK_SECONDS if args.quick else SECONDS
