@@ -142,21 +142,19 @@ OPERATIONS = {
     "binary_cross_entropy_with_logits": Operation(
         "binary_cross_entropy_with_logits, summed over pixels",
         binary_cross_entropy_with_logits,
-        sizes=[512],
-        quick=[128],
+        [512],
         plot="bars",
     ),
-    "cross_entropy": Operation("cross_entropy", cross_entropy, [1024], [128], plot="bars"),
+    "cross_entropy": Operation("cross_entropy", cross_entropy, [1024], plot="bars"),
     "segmentation": Operation(
-        "cross_entropy of pixels, alpha = 0.9", segmentation, [2], [1], plot="bars"
+        "cross_entropy of pixels, alpha = 0.9", segmentation, [2], plot="bars"
     ),
-    "mse_loss": Operation("mse_loss", mse_loss, [512], [128], plot="bars"),
-    "smooth_l1_loss": Operation("smooth_l1_loss", smooth_l1_loss, [512], [128], plot="bars"),
+    "mse_loss": Operation("mse_loss", mse_loss, [512], plot="bars"),
+    "smooth_l1_loss": Operation("smooth_l1_loss", smooth_l1_loss, [512], plot="bars"),
     "gaussian_nll_loss": Operation(
         "gaussian_nll_loss, gradients of input and var",
         gaussian_nll_loss,
         [512],
-        [128],
         plot="bars",
     ),
 }

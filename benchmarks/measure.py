@@ -70,7 +70,7 @@ class Operation:
     title: str
     case: Callable[..., Case]
     sizes: Sequence[int]
-    quick: Sequence[int]
+    quick: Sequence[int] | None = None  # else the same
     plot: str | None = None
     """"lines": the cost over the size; "bars": beside the other operations of its file."""
 

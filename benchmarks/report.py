@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measure import Row
+from measure import BOTH, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,9 +96,9 @@ def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
 
 def _table(rows: Sequence[Row], bandwidth: dict[str, float]) -> Iterator[str]:
     price = rows[0]["function"]
-    memory = "peak_bytes" in rows[0]
+    memory = rows[0]["mode"] == BOTH
     header = [
-        "n",
+        "shape",
         "function",
         "us",
         "quartiles",
@@ -134,7 +134,7 @@ def _cells(
     if memory:
         gradient = row["bytes_written"]
         yield f"{row['peak_bytes'] / gradient:.2f}" if "peak_bytes" in row else ""
-    yield " / ".join(f"{error:.0e}" for error in row["errors"][: 1 if not memory else None])
+    yield " / ".join(f"{error:.1g}" for error in row["errors"][: 1 if not memory else None])
     yield "; ".join(
         f"{text}, {'met' if met else '**not met**'}" for text, met in verdicts(row, table)
     )

@@ -66,7 +66,7 @@ def rows_of(
     args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     rows = []
-    for size in args.sizes or (operation.quick if args.quick else operation.sizes):
+    for size in args.sizes or (args.quick and operation.quick) or operation.sizes:
         where = f"threads {threads}: {name} {size:,}"
         say(where)
         case = operation.case(size, dtype=getattr(torch, args.dtype), device=device)
@@ -121,7 +121,7 @@ def parse(arguments: Sequence[str] | None, names: Sequence[str]) -> argparse.Nam
         "--sizes",
         type=int,
         nargs="+",
-        help="losses, or samples of the operations that have a shape",
+        help="of the --op: losses, or rows of those that take a matrix",
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -129,7 +129,13 @@ def parse(arguments: Sequence[str] | None, names: Sequence[str]) -> argparse.Nam
     parser.add_argument("--json", type=Path, metavar="FILE", help="every number, of every round")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="PNGs; needs matplotlib")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the Markdown, as a file too")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.sizes and not args.op:
+        parser.error(
+            "--sizes: expected --op as well, got none: what is small for one is huge for another"
+        )
+    args.op = args.op or names
+    return args
 
 
 def operations(folder: Path) -> dict[str, dict[str, Operation]]:

@@ -154,15 +154,15 @@ OPERATIONS = {
     "cvar": Operation(
         "sqloss.cvar of n random normal losses",
         cvar,
-        sizes=[2**6, 2**8, 2**10, 2**12, 2**14, 2**16, 2**20, 2**24, 2**27],
+        [2**6, 2**8, 2**10, 2**12, 2**14, 2**16, 2**20, 2**24, 2**27],
         quick=[2**6, 2**12, 2**20],
         plot="lines",
     ),
-    "batched": Operation("sqloss.cvar(dim=-1)", batched, sizes=[4096], quick=[512]),
-    "weighted": Operation("sqloss.cvar(weight=, mask=)", weighted, sizes=[2**20], quick=[2**16]),
-    "value_at_risk": Operation("sqloss.value_at_risk", value_at_risk, sizes=[2**20], quick=[2**16]),
+    "batched": Operation("sqloss.cvar(dim=-1)", batched, [4096]),
+    "weighted": Operation("sqloss.cvar(weight=, mask=)", weighted, [2**20]),
+    "value_at_risk": Operation("sqloss.value_at_risk", value_at_risk, [2**20]),
     "inputs": Operation(
-        "sqloss.cvar of unusual losses beside random ones", inputs, sizes=[2**20], quick=[2**16]
+        "sqloss.cvar of unusual losses beside random ones", inputs, [2**20], quick=[2**16]
     ),
 }
 
