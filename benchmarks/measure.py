@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -134,9 +135,11 @@ def interleaved(
         round_seconds += counts[name] * once
     rounds = min(ROUNDS, max(QUICK_ROUNDS, int(seconds / max(round_seconds, BLOCK_SECONDS))))
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order, shuffle = list(calls), random.Random(0).shuffle
     for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(seconds_per_call(call, rotating[name], counts[name], device))
+        shuffle(order)  # so that nobody always runs on what the same other one leaves behind
+        for name in order:
+            times[name].append(seconds_per_call(calls[name], rotating[name], counts[name], device))
     return times
 
 
