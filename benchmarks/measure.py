@@ -120,7 +120,7 @@ def measure(
 
 
 def interleaved(
-    calls: Mapping[str, Callable[..., None]],
+    calls: Mapping[str, Callable[..., Any]],
     inputs: Mapping[str, Sequence[Sequence[Tensor]]],
     device: torch.device,
     seconds: float,
@@ -144,7 +144,7 @@ def interleaved(
 
 
 def seconds_per_call(
-    call: Callable[..., None],
+    call: Callable[..., Any],
     inputs: Iterator[Sequence[Tensor]],
     count: int,
     device: torch.device,
@@ -168,18 +168,18 @@ def bandwidth(device: torch.device) -> dict[str, float]:
     """Bytes per second, read and copied (a byte copied is one read and one written)."""
     source = torch.ones(BANDWIDTH_BYTES // 4, device=device)
     target = torch.empty_like(source)
-    kinds = {
+    kinds: dict[str, tuple[Callable[[], Any], int]] = {
         "read": (source.sum, source.nbytes),
         "copy": (lambda: target.copy_(source), 2 * source.nbytes),
     }
     nothing: Iterator[Sequence[Tensor]] = itertools.repeat(())
     return {
-        name: moved / min(seconds_per_call(call, nothing, 1, device) for _ in range(8))
+        name: moved / min(seconds_per_call(call, nothing, 4, device) for _ in range(4))
         for name, (call, moved) in kinds.items()
     }
 
 
-def peak_bytes(call: Callable[[], None], device: torch.device) -> int:
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
     """The most that torch's allocator holds during the call beyond what it held before."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -229,7 +229,7 @@ def _require_grad(leaves: Sequence[Tensor], flag: bool) -> None:
         leaf.requires_grad_(flag)
 
 
-def _call(contender: Contender, inputs: Sequence[Tensor], mode: str) -> Callable[..., None]:
+def _call(contender: Contender, inputs: Sequence[Tensor], mode: str) -> Callable[..., Any]:
     function = contender.function
     if mode == FORWARD:
         return function

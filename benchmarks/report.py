@@ -77,7 +77,8 @@ def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
         "```",
         "",
         NOTE,
-        *(f"Wrong: {_place(r)}: {r['function']}: {r['status']}" for r in wrong),
+        *(f"- **Wrong**, not timed: {_place(r)}: {r['function']}: {r['status']}" for r in wrong),
+        *[""] * bool(wrong),
         f"Acceptance bars: {len(said) - len(missed)} of {len(said)} met"
         + ("; not met:" if missed else "."),
         "",
@@ -97,17 +98,8 @@ def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
 def _table(rows: Sequence[Row], bandwidth: dict[str, float]) -> Iterator[str]:
     price = rows[0]["function"]
     memory = rows[0]["mode"] == BOTH
-    header = [
-        "shape",
-        "function",
-        "us",
-        "quartiles",
-        f"x {price}",
-        "quartiles",
-        "floor us",
-        "share",
-    ]
-    header += [*["memory"] * memory, "error", "bar"]
+    header = ["shape", "function", "us", "quartiles", f"x {price}", "quartiles"]
+    header += ["floor us", "share", *["memory"] * memory, "error", "bar"]
     yield _line(header)
     yield _line(["--:", ":--", *["--:"] * (len(header) - 3), ":--"])
     for table in _tables(rows):

@@ -15,6 +15,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files = operations(HERE)
     args = parse(arguments, [name for of_file in files.values() for name in of_file])
     device = torch.device(args.device)
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     report: Report = {
         "date": datetime.date.today().isoformat(),
@@ -88,7 +89,6 @@ def rows_of(
 def write(report: Report, args: argparse.Namespace) -> None:
     pictures = []
     if args.plot:
-        args.plot.mkdir(parents=True, exist_ok=True)
         stem = args.output.stem if args.output else report["machine"]["name"]
         for name, figure in figures(report).items():
             picture = io.BytesIO()
@@ -113,7 +113,6 @@ def parse(arguments: Sequence[str] | None, names: Sequence[str]) -> argparse.Nam
         "--op",
         nargs="+",
         choices=names,
-        default=names,
         metavar="OP",
         help=f"which operations: {', '.join(names)}",
     )
@@ -134,7 +133,12 @@ def parse(arguments: Sequence[str] | None, names: Sequence[str]) -> argparse.Nam
         parser.error(
             "--sizes: expected --op as well, got none: what is small for one is huge for another"
         )
+    if args.plot and not find_spec("matplotlib"):
+        parser.error("--plot: expected matplotlib, got none: pip install '.[bench]'")
     args.op = args.op or names
+    for folder in (args.plot, args.json and args.json.parent, args.output and args.output.parent):
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
     return args
 
 

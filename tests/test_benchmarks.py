@@ -157,3 +157,9 @@ def test_relative_error(benchmark, actual, expected, error):
     expected = torch.tensor(expected, dtype=torch.float64)
     said = benchmark("measure").relative_error(torch.tensor(actual), expected)
     assert said == error or (math.isnan(said) and math.isnan(error))
+
+
+def test_sizes_are_of_an_operation(run, capsys):
+    with pytest.raises(SystemExit):
+        run("--sizes", 64)
+    assert "--sizes: expected --op as well, got none" in capsys.readouterr().err
