@@ -46,7 +46,8 @@ def case(
         shape=make()[0].shape,
         inputs=make,
         contenders=[
-            Contender(MEAN, partial(loss, reduction=price)),
+            # in halves torch rounds every step, and overflows: shown, not judged
+            Contender(MEAN, partial(loss, reduction=price), exact=False),
             Contender(
                 FUSED,
                 fused,
