@@ -186,6 +186,7 @@ def _line_figure(title: str, rows: Sequence[Row]) -> "Figure":
                 ax.plot(size, median, label=function, markersize=4, **look)
                 ax.fill_between(size, low, high, color=look["color"], alpha=0.2, linewidth=0)
         ax.set_xscale("log", base=2)
+        ax.set_xticks(sorted({row["size"] for row in rows}))
         ax.set_yscale("log")
         ax.set_xlabel("n")
         ax.set_ylabel(f"time / time of {panel[0]['function']}")
@@ -238,7 +239,7 @@ def _panels(rows: Sequence[Row], height: float) -> tuple["Figure", list[tuple["A
     modes, threads = _grouped(rows, "mode"), _grouped(rows, "threads")
     size = (5.2 * len(threads) + 1.5, height * len(modes) + 0.8)
     figure = Figure(size, layout="constrained")
-    axes = figure.subplots(len(modes), len(threads), squeeze=False, sharey="row")
+    axes = figure.subplots(len(modes), len(threads), squeeze=False, sharex="col", sharey="row")
     panels = []
     for ((mode, count), panel), ax in zip(
         sorted(_grouped(rows, "mode", "threads")), axes.flat, strict=True
