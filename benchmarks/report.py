@@ -192,6 +192,7 @@ def _line_figure(title: str, rows: Sequence[Row]) -> "Figure":
         ax.set_ylabel(f"time / time of {panel[0]['function']}")
         ax.yaxis.set_major_formatter("{x:g}")
         ax.grid(alpha=0.3)
+        ax.label_outer()
     _legend(figure, axes[0][0])
     return figure
 
