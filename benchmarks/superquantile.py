@@ -1,104 +1,221 @@
-"""What the superquantile costs beside the mean: `python benchmarks/superquantile.py`.
+"""The superquantile beside the mean, and beside what people write instead of it."""
 
-Forward + backward of one reduction of n float32 losses to a leaf, for sqloss.cvar, losses.mean()
-(the price), and what people write instead. All in one process and interleaved, on inputs that
-rotate so that no cache or branch predictor learns them; medians of many rounds and the middle half
-of their spread. Every function's value is checked against the reference before it is timed (the
-quantile mask is biased by design: it is timed, and its error is printed).
-"""
-
-import argparse
-import platform
-import statistics
-import time
-from pathlib import Path
+import math
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
 
 import torch
+from measure import BOTH, FORWARD, Case, Contender, Operation
+from torch import Tensor
 
 import sqloss
 from sqloss import reference
 
-INPUTS = 16  # rotated
-ROUND_SECONDS = 0.02  # of one function at a time: long against the clock, short against the noise
+ALPHA = 0.8
+SORTABLE = 2**24  # torch.quantile takes fewer; beyond it the peers that sort take seconds
 
 
-def contenders(n, alpha):
-    k = (1 - alpha) * n  # topk needs it whole
-    return {
-        "mean": lambda x: x.mean(),
-        "sqloss.cvar": lambda x: sqloss.cvar(x, alpha),
-        "topk().mean()": lambda x: x.topk(max(1, round(k))).values.mean(),
-        "quantile mask": lambda x: x[x >= x.detach().quantile(alpha)].mean() if n < 2**24 else None,
+def cvar(n: int, **like: Any) -> Case:
+    forward = {"sum": 1.6} if n >= 2**24 else {}
+    both = {"mean": 1.0} if n <= 2**16 else {"mean": 1.2, "topk().mean()": 1 / 20}
+    return Case(
+        shape=[n],
+        inputs=lambda: [normal(n, **like)],
+        contenders=[
+            Contender("mean", torch.mean),
+            Contender(
+                "sqloss.cvar",
+                lambda x: sqloss.cvar(x, ALPHA),
+                twin if n <= SORTABLE else twin_of_many,
+                bars={FORWARD: forward, BOTH: both},
+            ),
+            Contender("sum", torch.sum),
+            *(peers(n) if n <= SORTABLE else []),
+        ],
+        modes=[FORWARD, BOTH] if n <= SORTABLE else [FORWARD],
+    )
+
+
+def batched(rows: int, n: int = 1024, **like: Any) -> Case:
+    k = tail_size(n)
+    row_twin = partial(twin, dim=[1])
+    return Case(
+        shape=[rows, n],
+        inputs=lambda: [normal(rows, n, **like)],
+        contenders=[
+            Contender("mean", lambda x: x.mean(-1)),
+            Contender(
+                "sqloss.cvar",
+                lambda x: sqloss.cvar(x, ALPHA, dim=-1),
+                row_twin,
+                bars={BOTH: {"topk().mean()": 1 / 8}},
+            ),
+            Contender("sum", lambda x: x.sum(-1)),
+            Contender("topk().mean()", lambda x: x.topk(k).values.mean(-1), row_twin, exact=False),
+            Contender("kthvalue + relu", partial(kthvalue_and_relu, n), row_twin, exact=False),
+        ],
+    )
+
+
+def weighted(n: int, **like: Any) -> Case:
+    def inputs() -> list[Tensor]:
+        return [
+            normal(n, **like),
+            torch.rand(n, **like),
+            torch.rand(n, device=like["device"]) < 0.9,
+        ]
+
+    return Case(
+        shape=[n],
+        inputs=inputs,
+        contenders=[
+            Contender("mean", torch.mean, uses=[0]),
+            Contender("sqloss.cvar", lambda x: sqloss.cvar(x, ALPHA), twin, uses=[0]),
+            Contender(
+                "sqloss.cvar, weight",
+                lambda x, weight: sqloss.cvar(x, ALPHA, weight=weight),
+                twin,
+                uses=[0, 1],
+                bars={BOTH: {"sqloss.cvar": 2.0}},
+            ),
+            Contender(
+                "sqloss.cvar, mask",
+                lambda x, mask: sqloss.cvar(x, ALPHA, mask=mask),
+                lambda x, mask: twin(x, mask=mask),
+                uses=[0, 2],
+            ),
+            Contender("weighted mean", lambda x, w: (x * w).sum() / w.sum(), uses=[0, 1]),
+        ],
+    )
+
+
+def value_at_risk(n: int, **like: Any) -> Case:
+    rank = threshold_rank(n)
+    return Case(
+        shape=[n],
+        inputs=lambda: [normal(n, **like)],
+        contenders=[
+            Contender("kthvalue", lambda x: x.kthvalue(rank).values, threshold_twin),
+            Contender(
+                "sqloss.value_at_risk", lambda x: sqloss.value_at_risk(x, ALPHA), threshold_twin
+            ),
+            Contender("quantile", lambda x: x.quantile(ALPHA), threshold_twin, exact=False),
+            Contender("sum", torch.sum),
+        ],
+        modes=[FORWARD],
+    )
+
+
+def inputs(n: int, **like: Any) -> Case:
+    def special() -> Tensor:
+        kind = torch.rand(n, device=like["device"])
+        x = normal(n, **like).masked_fill_(kind < 0.03, torch.nan)
+        return x.masked_fill_(kind < 0.02, torch.inf).masked_fill_(kind < 0.01, -torch.inf)
+
+    def outlier() -> Tensor:
+        x = normal(n, **like)
+        x[n // 2] = torch.finfo(x.dtype).max / 4
+        return x
+
+    kinds: dict[str, Callable[[], Tensor]] = {
+        "random": lambda: normal(n, **like),
+        "sorted": lambda: normal(n, **like).sort().values,
+        "reversed": lambda: normal(n, **like).sort(descending=True).values,
+        "constant": lambda: torch.full([n], 0.7, **like),
+        "two values": lambda: (torch.rand(n, device=like["device"]) < 0.5).to(like["dtype"]),
+        "90 % ties": lambda: normal(n, **like).masked_fill_(
+            torch.rand(n, device=like["device"]) < 0.9, 1.0
+        ),
+        "period n / 64": lambda: normal(-(-n // 64), **like).repeat(64)[:n],
+        "denormal": lambda: torch.rand(n, **like) * torch.finfo(like["dtype"]).tiny,
+        "NaN, inf, -inf": special,
+        "one outlier": outlier,
     }
+    return Case(
+        shape=[n],
+        inputs=lambda: [kinds["random"]()],
+        contenders=[
+            Contender(
+                kind,
+                lambda x: sqloss.cvar(x, ALPHA),
+                twin,
+                inputs=lambda make=make: [make()],
+                bars={} if kind == "random" else {BOTH: {"random": 3.0}},
+            )
+            for kind, make in kinds.items()
+        ],
+        modes=[BOTH],
+    )
 
 
-def check(reduce, name, x, alpha):
-    """The relative error against the reference; a wrong sqloss ends the benchmark."""
-    value, _, _ = reference.superquantile(x.detach().double(), 1 - alpha)
-    error = abs(reduce(x).item() - value.item()) / abs(value.item())
-    if name == "sqloss.cvar" and error > 1e-6:
-        raise SystemExit(f"n = {x.numel()}: sqloss.cvar is wrong by {error:.1e}")
-    return error
+OPERATIONS = {
+    "cvar": Operation(
+        "sqloss.cvar of n random normal losses",
+        cvar,
+        [2**6, 2**8, 2**10, 2**12, 2**14, 2**16, 2**20, 2**24, 2**27],
+        quick=[2**6, 2**12, 2**20],
+        plot="lines",
+    ),
+    "batched": Operation("sqloss.cvar(dim=-1)", batched, [4096]),
+    "weighted": Operation("sqloss.cvar(weight=, mask=)", weighted, [2**20]),
+    "value_at_risk": Operation("sqloss.value_at_risk", value_at_risk, [2**20]),
+    "inputs": Operation(
+        "sqloss.cvar of unusual losses beside random ones", inputs, [2**20], quick=[2**16]
+    ),
+}
 
 
-def seconds_per_call(reduce, inputs, calls):
-    start = time.perf_counter()
-    for i in range(calls):
-        x = inputs[i % len(inputs)]
-        x.grad = None
-        reduce(x).backward()
-    return (time.perf_counter() - start) / calls
+def normal(*shape: int, **like: Any) -> Tensor:
+    return torch.randn(shape, **like) + 1  # a mean of 0 would have no relative error
 
 
-def measure(n, alpha, rounds):
-    """Name -> (median, lower and upper quartile in microseconds, error against the reference)."""
-    inputs = [torch.randn(n, requires_grad=True) for _ in range(max(2, min(INPUTS, 2**25 // n)))]
-    functions = {name: f for name, f in contenders(n, alpha).items() if f(inputs[0]) is not None}
-    errors = {name: check(f, name, inputs[0], alpha) for name, f in functions.items()}
-    calls = {}
-    for name, f in functions.items():
-        once = seconds_per_call(f, inputs, 2)
-        calls[name] = max(2, int(ROUND_SECONDS / once))
-    times = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, f in functions.items():
-            times[name].append(1e6 * seconds_per_call(f, inputs, calls[name]))
-    return {
-        name: (*statistics.quantiles(t, n=4, method="inclusive"), errors[name])
-        for name, t in times.items()
+def tail_size(n: int, alpha: float = ALPHA) -> int:
+    return max(1, round((1 - alpha) * n))
+
+
+def threshold_rank(n: int) -> int:
+    """Of the threshold, counted from the smallest loss."""
+    return n - math.ceil((1 - ALPHA) * n) + 1
+
+
+def peers(n: int) -> list[Contender]:
+    """What is written today. Most round k or interpolate the quantile; halves round in all."""
+    k = tail_size(n)
+    reduce: dict[str, Callable[[Tensor], Tensor]] = {
+        "topk().mean()": lambda x: x.topk(k).values.mean(),
+        "kthvalue + relu": partial(kthvalue_and_relu, n),
+        "quantile mask": lambda x: x[x >= x.detach().quantile(ALPHA)].mean(),
     }
+    if find_spec("sqwash"):
+        import sqwash
+
+        reduce["sqwash"] = lambda x: sqwash.reduce_superquantile(x, 1 - ALPHA)
+    return [Contender(name, function, twin, exact=False) for name, function in reduce.items()]
 
 
-def cpu_name():
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def kthvalue_and_relu(n: int, x: Tensor) -> Tensor:
+    threshold = x.kthvalue(threshold_rank(n), keepdim=True).values
+    return (threshold + (x - threshold).relu().mean(-1, keepdim=True) / (1 - ALPHA)).squeeze(-1)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="+", default=[128, 1024, 4096, 65536, 2**20])
-    parser.add_argument("--alpha", type=float, default=0.8)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=31)
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(args.threads)
-
-    print(f"{cpu_name()}, {args.threads} threads, Python {platform.python_version()}\n")
-    sqloss.show_config()
-    print(f"\nforward + backward, float32, random normal, alpha = {args.alpha}\n")
-    print("| n | function | median us | quartiles us | x mean | error |")
-    print("|--:|:--|--:|--:|--:|--:|")
-    for n in args.sizes:
-        results = measure(n, args.alpha, args.rounds)
-        for name, (low, median, high, error) in results.items():
-            ratio = median / results["mean"][1]
-            wrong = "" if name == "mean" else f"{error:.1e}"  # the mean is another quantity
-            spread = f"{low:.1f} - {high:.1f}"
-            print(f"| {n:,} | {name} | {median:.1f} | {spread} | {ratio:.2f} | {wrong} |")
+def twin(
+    x: Tensor, weight: Tensor | None = None, mask: Tensor | None = None, dim: Any = ()
+) -> list[Tensor]:
+    arguments = (weight, mask)
+    value, threshold, counts = reference.superquantile(x, 1 - ALPHA, *arguments, dim)
+    gradient = reference.superquantile_backward(
+        torch.ones_like(value), None, x, *arguments, threshold, counts, dim
+    )
+    return [value, gradient]
 
 
-if __name__ == "__main__":
-    main()
+def twin_of_many(x: Tensor) -> list[Tensor]:
+    """The value alone, from the tail and a little more: sorting the rest would take a minute."""
+    worst = x[x > x[: 2**20].quantile(ALPHA - 0.01)]
+    return [reference.superquantile(worst, (1 - ALPHA) * x.numel() / worst.numel())[0]]
+
+
+def threshold_twin(x: Tensor) -> list[Tensor]:
+    return [reference.superquantile(x, 1 - ALPHA)[1]]

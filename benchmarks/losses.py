@@ -1,0 +1,194 @@
+"""The fused losses beside torch's mean of the same loss, and beside the tail without fusion."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import BOTH, Case, Contender, Operation
+from superquantile import tail_size
+from torch import Tensor
+
+import sqloss
+from sqloss import reference
+
+ALPHA = 0.8
+PIXELS = 784
+CLASSES = 1000
+# Where rounding makes two losses trade places at the threshold, one sample's gradient differs.
+TOLERANCE = 1e-3
+EXTRA_BYTES_PER_SAMPLE = 32
+EXTRA_BYTES = 2**12
+
+FUSED, MEAN, UNFUSED, HALF_FUSED = "sqloss", "torch", "torch + topk().mean()", "torch + sqloss.cvar"
+
+
+def case(
+    loss: Callable[..., Tensor],
+    fused: Callable[..., Tensor],
+    twin: Callable[..., Sequence[Tensor]],
+    make: Callable[[], Sequence[Tensor]],
+    samples: int,
+    price: str = "mean",
+    alpha: float = ALPHA,
+    bars: dict[str, float] | None = None,
+    leaves: Sequence[int] = (0,),
+) -> Case:
+    """``loss(*inputs, reduction=)`` of F; ``price`` also reduces the elements of a sample."""
+
+    def losses(*inputs: Tensor) -> Tensor:
+        elements = loss(*inputs, reduction="none").reshape(samples, -1)
+        return elements.sum(1) if price == "sum" else elements.mean(1)
+
+    k = tail_size(samples, alpha)
+    return Case(
+        shape=make()[0].shape,
+        inputs=make,
+        contenders=[
+            # in halves torch rounds every step, and overflows: shown, not judged
+            Contender(MEAN, partial(loss, reduction=price), exact=False),
+            Contender(
+                FUSED,
+                fused,
+                twin,
+                bars={BOTH: bars or {}},
+                extra_bytes=EXTRA_BYTES + EXTRA_BYTES_PER_SAMPLE * samples,
+            ),
+            Contender(UNFUSED, lambda *x: losses(*x).topk(k).values.mean(), twin, exact=False),
+            Contender(HALF_FUSED, lambda *x: sqloss.cvar(losses(*x), alpha), twin, exact=False),
+        ],
+        leaves=leaves,
+        modes=[BOTH],
+        tolerance=TOLERANCE,
+    )
+
+
+def binary_cross_entropy_with_logits(n: int, **like: Any) -> Case:
+    return case(
+        F.binary_cross_entropy_with_logits,
+        partial(sqloss.cvar_binary_cross_entropy_with_logits, alpha=ALPHA, reduction="sum"),
+        partial(pointwise_twin, "binary_cross_entropy_with_logits", mean=False),
+        lambda: [torch.randn(n, PIXELS, **like), torch.rand(n, PIXELS, **like)],
+        n,
+        price="sum",
+        bars={MEAN: 0.55, UNFUSED: 0.4},
+    )
+
+
+def mse_loss(n: int, **like: Any) -> Case:
+    return case(
+        F.mse_loss,
+        partial(sqloss.cvar_mse_loss, alpha=ALPHA),
+        partial(pointwise_twin, "mse"),
+        lambda: [torch.randn(n, PIXELS, **like) for _ in range(2)],
+        n,
+    )
+
+
+def smooth_l1_loss(n: int, **like: Any) -> Case:
+    return case(
+        F.smooth_l1_loss,
+        partial(sqloss.cvar_smooth_l1_loss, alpha=ALPHA),
+        partial(pointwise_twin, "smooth_l1", parameter=1.0),
+        lambda: [torch.randn(n, PIXELS, **like) for _ in range(2)],
+        n,
+    )
+
+
+def gaussian_nll_loss(n: int, **like: Any) -> Case:
+    def make() -> list[Tensor]:
+        return [
+            *(torch.randn(n, PIXELS, **like) for _ in range(2)),
+            torch.rand(n, PIXELS, **like) + 0.5,
+        ]
+
+    return case(
+        F.gaussian_nll_loss,
+        partial(sqloss.cvar_gaussian_nll_loss, alpha=ALPHA),
+        partial(pointwise_twin, "gaussian_nll", parameter=1e-6),
+        make,
+        n,
+        leaves=[0, 2],
+    )
+
+
+def cross_entropy(n: int, **like: Any) -> Case:
+    return classification([n, CLASSES], ALPHA, {MEAN: 0.7}, **like)
+
+
+def segmentation(n: int, **like: Any) -> Case:
+    return classification([n, 21, 256, 256], 0.9, {UNFUSED: 0.6}, **like)
+
+
+def classification(shape: list[int], alpha: float, bars: dict[str, float], **like: Any) -> Case:
+    n, classes, *pixels = shape
+
+    def make() -> list[Tensor]:
+        target = torch.randint(classes, (n, *pixels), device=like["device"])
+        return [torch.randn(shape, **like), target]
+
+    return case(
+        F.cross_entropy,
+        partial(sqloss.cvar_cross_entropy, alpha=alpha),
+        partial(cross_entropy_twin, alpha),
+        make,
+        n * torch.Size(pixels).numel(),
+        alpha=alpha,
+        bars=bars,
+    )
+
+
+OPERATIONS = {
+    "binary_cross_entropy_with_logits": Operation(
+        "binary_cross_entropy_with_logits, summed over pixels",
+        binary_cross_entropy_with_logits,
+        [512],
+        plot="bars",
+    ),
+    "cross_entropy": Operation("cross_entropy", cross_entropy, [1024], plot="bars"),
+    "segmentation": Operation(
+        "cross_entropy of pixels, alpha = 0.9", segmentation, [2], plot="bars"
+    ),
+    "mse_loss": Operation("mse_loss", mse_loss, [512], plot="bars"),
+    "smooth_l1_loss": Operation("smooth_l1_loss", smooth_l1_loss, [512], plot="bars"),
+    "gaussian_nll_loss": Operation(
+        "gaussian_nll_loss, gradients of input and var",
+        gaussian_nll_loss,
+        [512],
+        plot="bars",
+    ),
+}
+
+
+def pointwise_twin(
+    loss: str,
+    input: Tensor,
+    target: Tensor,
+    other: Tensor | None = None,
+    parameter: float = 0.0,
+    mean: bool = True,
+) -> list[Tensor]:
+    arguments = (loss, input, target, None, other, parameter, False, 1, mean)
+    value, grad_losses = tail(reference.pointwise_losses(*arguments), ALPHA)
+    wanted = [True, False, other is not None]
+    gradients = reference.pointwise_losses_backward(grad_losses, *arguments, wanted)
+    return [value, *(g for g, want in zip(gradients, wanted, strict=True) if want)]
+
+
+def cross_entropy_twin(alpha: float, input: Tensor, target: Tensor) -> list[Tensor]:
+    losses, log_sum_exp = reference.cross_entropy_losses(input, target, None, -100, 0.0)
+    value, grad_losses = tail(losses, alpha)
+    gradient = reference.cross_entropy_losses_backward(
+        grad_losses, input, target, None, log_sum_exp, -100, 0.0
+    )
+    return [value, gradient]
+
+
+def tail(losses: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """The value, and its gradient in the losses."""
+    value, threshold, counts = reference.superquantile(losses, 1 - alpha)
+    grad_losses = reference.superquantile_backward(
+        torch.ones_like(value), None, losses, None, None, threshold, counts
+    )
+    return value, grad_losses

@@ -1,0 +1,166 @@
+"""The benchmarks run from end to end, refuse to time what is wrong, and count right."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import sqloss
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Imports a file of benchmarks/, as `python benchmarks/run.py` does."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def run(benchmark, monkeypatch):
+    measure = benchmark("measure")
+    monkeypatch.setattr(measure, "BLOCK_SECONDS", 1e-5)
+    monkeypatch.setattr(measure, "ROUNDS", 5)
+    monkeypatch.setattr(measure, "POOL_BYTES", 2**12)
+    monkeypatch.setattr(measure, "BANDWIDTH_BYTES", 2**20)
+    threads = torch.get_num_threads()
+    yield lambda *arguments: benchmark("run").main(["--quick", *map(str, arguments)])
+    torch.set_num_threads(threads)
+
+
+def test_a_run_writes_tables_numbers_and_plots(run, tmp_path, capsys):
+    sizes, files = [64, 100], [tmp_path / "it.md", tmp_path / "it.json"]
+    status = run(
+        *("--op", "cvar", "mse_loss", "--sizes", *sizes, "--threads", 1, 2),
+        *("--output", files[0], "--json", files[1], "--plot", tmp_path / "plots"),
+    )
+    text, progress = capsys.readouterr()
+    assert status == 0
+    assert text == files[0].read_text() + "\n"
+    assert "threads 2: mse_loss 100: forward + backward" in progress
+    assert "![it-cvar](plots/it-cvar.png)" in text
+    assert "### sqloss.cvar of n random normal losses: forward + backward" in text
+    assert {p.name for p in (tmp_path / "plots").iterdir()} == {"it-cvar.png", "it-losses.png"}
+
+    rows = json.loads(files[1].read_text())["rows"]
+    assert {(r["op"], r["size"], r["threads"]) for r in rows} == {
+        (op, n, t) for op in ("cvar", "mse_loss") for n in sizes for t in (1, 2)
+    }
+    for row in rows:
+        assert row["status"] == "ok"
+        assert len(row["seconds"]) == 5 and min(row["seconds"]) > 0
+    cvar = [r for r in rows if r["function"] == "sqloss.cvar" and r["mode"] == "forward + backward"]
+    assert {(r["bytes_read"], r["bytes_written"]) for r in cvar} == {(4 * n, 4 * n) for n in sizes}
+    assert all(r["peak_bytes"] >= r["bytes_written"] for r in cvar)
+
+
+def cvar_of_nothing(x, alpha):
+    return x.mean()
+
+
+def cvar_without_its_gradient(x, alpha):
+    return sqloss.superquantile(x.detach(), alpha) + 0 * x.sum()
+
+
+def cvar_that_raises(x, alpha):
+    raise RuntimeError("not today")
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (cvar_of_nothing, "wrong"),
+        (cvar_without_its_gradient, "wrong"),
+        (cvar_that_raises, "not today"),
+    ],
+)
+def test_a_wrong_function_is_not_timed(run, tmp_path, capsys, monkeypatch, wrong, said):
+    monkeypatch.setattr(sqloss, "cvar", wrong)
+    assert run("--op", "cvar", "--sizes", 64, "--json", tmp_path / "it.json") == 1
+    assert f"| 64 | sqloss.cvar | **{said}** |" in capsys.readouterr().out
+    for row in json.loads((tmp_path / "it.json").read_text())["rows"]:
+        assert (row["status"], bool(row["seconds"])) == (
+            (said, False) if row["function"] == "sqloss.cvar" else ("ok", True)
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_dtypes(run, dtype):
+    operations = ("cvar", "batched", "weighted", "value_at_risk", "inputs")
+    assert run("--dtype", dtype, "--sizes", 64, "--op", *operations) == 0
+
+
+def test_a_new_file_takes_part(benchmark, tmp_path, monkeypatch):
+    (tmp_path / "student_t_of_a_test.py").write_text("OPERATIONS = {'sample': None}")
+    (tmp_path / "helper_of_a_test.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = benchmark("run").operations(tmp_path)
+    assert found == {"student_t_of_a_test": {"sample": None}}
+
+
+def row(function, seconds, **more):
+    return {"function": function, "seconds": seconds, "bars": {}, **more}
+
+
+def test_ratios_are_those_of_each_round(benchmark):
+    report = benchmark("report")
+    # the machine slows down by 10: the ratio of the medians would be 2 / 20
+    peer, mine = row("mean", [1, 1, 20, 20, 20]), row("mine", [2, 2, 2, 40, 40])
+    assert report.ratio(mine, peer) == (2, 2, 2)
+    assert report.quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2, 3, 4)
+
+
+def test_bars(benchmark):
+    report = benchmark("report")
+    mean, slow = row("mean", [1.0] * 5), row("topk", [])
+    mine = row("mine", [1.1] * 5, bars={"mean": 1.2, "topk": 0.05})
+    table = [mean, mine, slow]
+    assert report.verdicts(mean, table) == []
+    assert report.verdicts(mine, table) == [
+        ("<= 1.2 x mean: 1.1", True),
+        ("<= 0.05 x topk: not measured", False),
+    ]
+    mine["seconds"] = [1.3] * 5
+    assert report.verdicts(mine, table)[0] == ("<= 1.2 x mean: 1.3", False)
+    mine.update(bars={}, peak_bytes=2000, peak_bytes_allowed=1999)
+    assert report.verdicts(mine, table) == [("memory <= 1,999 bytes: 2,000", False)]
+
+
+def test_floors(benchmark):
+    floor_seconds, bandwidth = benchmark("report").floor_seconds, {"read": 4.0, "copy": 2.0}
+    assert floor_seconds({"bytes_read": 8, "bytes_written": 0}, bandwidth) == 2
+    assert floor_seconds({"bytes_read": 8, "bytes_written": 4}, bandwidth) == 6
+
+
+def test_peak_bytes_sees_what_is_freed_within(benchmark):
+    def call():
+        return torch.empty(1000, dtype=torch.uint8).add(1).add(1).sum(dtype=torch.uint8)
+
+    assert 2000 <= benchmark("measure").peak_bytes(call, torch.device("cpu")) < 2100
+
+
+@pytest.mark.parametrize(
+    "actual, expected, error",
+    [
+        ([1.0, 2.0], [1.0, 2.0], 0),
+        ([1.0, 2.5], [1.0, 1.0], 0.75),
+        ([torch.nan, -torch.inf], [torch.nan, -torch.inf], 0),
+        ([torch.nan, 1.0], [1.0, 1.0], torch.nan),
+        ([torch.inf, 1.0], [1.0, 1.0], torch.inf),
+        ([1.0, 0.0], [0.0, 0.0], 1),
+    ],
+)
+def test_relative_error(benchmark, actual, expected, error):
+    expected = torch.tensor(expected, dtype=torch.float64)
+    said = benchmark("measure").relative_error(torch.tensor(actual), expected)
+    assert said == error or (math.isnan(said) and math.isnan(error))
+
+
+def test_sizes_are_of_an_operation(run, capsys):
+    with pytest.raises(SystemExit):
+        run("--sizes", 64)
+    assert "--sizes: expected --op as well, got none" in capsys.readouterr().err
