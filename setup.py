@@ -33,7 +33,6 @@ KERNEL_FLAGS = [
     "-Wno-maybe-uninitialized",
     "-Wno-psabi",
 ]
-]
 CPU_CAPABILITIES = {"DEFAULT": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     CPU_CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
