@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import sqloss
-from sqloss import reference
+from sqloss import _ops, reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INF, NAN = math.inf, math.nan
@@ -159,7 +159,7 @@ def assert_cross_entropy_matches_torch(tensors, alpha, **options):
 SHAPES = [
     *((rows, size) for rows in (1, 2, 1000) for size in (1, 2, 15, 16, 17, 31)),
     *((rows, size) for rows in (1, 3) for size in (1023, 1024, 1025, 3000)),
-    (200, 1025),
+    (50, 1025),
     (2, 70_001),
 ]
 
@@ -1425,6 +1425,16 @@ def test_devices_without_a_kernel_get_the_twins():
         expected = ops.cross_entropy_losses_backward(*arguments)
         torch.testing.assert_close(gradient, expected)
         assert gradient.stride() == expected.stride()
+
+
+def test_devices_without_a_kernel_warn_once(monkeypatch):
+    monkeypatch.setattr(_ops, "_warned", set())
+    key = torch._C.DispatchKey.CompositeExplicitAutograd
+    operator = torch.ops.sqloss.pointwise_losses.default
+    with pytest.warns(UserWarning, match="losses has no kernel for device type cpu") as caught:
+        for arguments in pointwise_arguments():
+            operator._op_dk(key, *arguments)
+    assert len(caught) == 1
 
 
 # --- errors ---------------------------------------------------------------------------------------
