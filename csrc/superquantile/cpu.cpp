@@ -158,8 +158,8 @@ class Row {
   // In place where nothing has to change. Losses of no weight become -inf, so that their product
   // with it is never added.
   Run<T, kWeighted> read(int64_t begin, int64_t count, Buffer& buffer) const {
-    const T* losses = read_tile<T>(at(in_.losses, row_, begin), in_.losses.dtype,
-                                   in_.losses.stride, count, buffer.losses);
+    const T* losses = read_tile<T>(at(in_.losses, row_, begin), in_.losses.dtype, in_.losses.stride,
+                                   count, buffer.losses);
     const double* weights = nullptr;
     bool some_weigh_nothing = false;
     if constexpr (kWeighted) {
@@ -173,8 +173,8 @@ class Row {
     }
     int64_t kept = count;
     if (masked) {
-      kept = apply_mask(mask_at(in_.mask, row_, begin), in_.mask.stride, count,
-                        buffer.losses.data, -kInfinity<T>);
+      kept = apply_mask(mask_at(in_.mask, row_, begin), in_.mask.stride, count, buffer.losses.data,
+                        -kInfinity<T>);
     }
     if (some_weigh_nothing) {
       for (int64_t i = 0; i < count; ++i) {

@@ -248,51 +248,59 @@ struct Partition {
   }
 };
 
-// One chunk of a row; appends its candidates.
+template <bool kWeighted>
+struct PartitionSums {
+  Lanes sum;
+  Lanes weights;
+  Mass<kWeighted> above, reaches_hi;
+  int64_t kept = 0;
+};
+
+// The one read of a row: adds to the sums, appends to the candidates.
+template <typename T, bool kWeighted>
+C10_NOINLINE void partition_run(const Run<T, kWeighted>& run, Bracket<T> bracket,
+                                Items<T, kWeighted>& candidates, PartitionSums<kWeighted>& sums) {
+  candidates.reserve(run.positions);
+  // Copies that stay in registers: no call spills them, and no candidate's store can alias them
+  Lanes sum = sums.sum, weights = sums.weights;
+  Mass<kWeighted> above = sums.above, reaches_hi = sums.reaches_hi;
+  T* losses_out = candidates.losses.data() + candidates.size;
+  double* weights_out = kWeighted ? candidates.weights.data() + candidates.size : nullptr;
+  int64_t found = 0;
+  for (int64_t i = 0; i < run.positions; i += kLanes) {
+    const auto block = Block<T>::load(run.losses + i);
+    const double* weight = kWeighted ? run.weights + i : nullptr;
+    const auto is_above = block.above(bracket.hi);
+    const auto at_hi = block.reaches(bracket.hi);
+    const auto between = without(block.above(bracket.lo), at_hi);
+    add_losses<T, kWeighted>(sum, block, weight, is_above);
+    above.add(is_above, weight);
+    reaches_hi.add(at_hi, weight);
+    block.compress(between, losses_out + found);
+    if constexpr (kWeighted) {
+      const auto w = Block<double>::load(weight);
+      weights.add(w);
+      w.compress(of_doubles(between), weights_out + found);
+    }
+    found += count(between);
+  }
+  candidates.size += found;
+  sums = {sum, weights, above, reaches_hi, sums.kept + run.kept};
+}
+
 template <typename Source, typename T = typename Source::Loss, bool kWeighted = Source::weighted>
 Partition partition_chunk(const Source& source, int64_t begin, int64_t end, Bracket<T> bracket,
                           Items<T, kWeighted>& candidates) {
-  Lanes sum_lanes;
-  Lanes all_weights;
-  Mass<kWeighted> above_mass, reaches_hi_mass;
-  int64_t kept = 0;
+  PartitionSums<kWeighted> sums;
   typename Source::Buffer buffer;
   while (begin < end) {
     const Run<T, kWeighted> run = source.run_at(begin, end, buffer);
-    candidates.reserve(run.positions);
-    // Local copies, which the stores of candidates cannot alias
-    Lanes sum = sum_lanes, weights = all_weights;
-    Mass<kWeighted> above = above_mass, reaches_hi = reaches_hi_mass;
-    const T lo = bracket.lo, hi = bracket.hi;
-    T* losses_out = candidates.losses.data();
-    double* weights_out = candidates.weights.data();
-    int64_t size = candidates.size;
-    run.for_blocks([&](const Block<T>& block, const double* weight) {
-      const auto is_above = block.above(hi);
-      const auto at_hi = block.reaches(hi);
-      const auto between = without(block.above(lo), at_hi);
-      add_losses<T, kWeighted>(sum, block, weight, is_above);
-      above.add(is_above, weight);
-      reaches_hi.add(at_hi, weight);
-      block.compress(between, losses_out + size);
-      if constexpr (kWeighted) {
-        const auto w = Block<double>::load(weight);
-        weights.add(w);
-        w.compress(of_doubles(between), weights_out + size);
-      }
-      size += count(between);
-    });
-    candidates.size = size;
-    sum_lanes = sum;
-    all_weights = weights;
-    above_mass = above;
-    reaches_hi_mass = reaches_hi;
-    kept += run.kept;
+    partition_run(run, bracket, candidates, sums);
     begin += run.positions;
   }
-  const double total = kWeighted ? all_weights.total() : static_cast<double>(kept);
+  const double total = kWeighted ? sums.weights.total() : static_cast<double>(sums.kept);
   const bool all = bracket.hi == -kInfinity<T>;
-  return {sum_lanes.total(), above_mass.total(), all ? total : reaches_hi_mass.total(), total};
+  return {sums.sum.total(), sums.above.total(), all ? total : sums.reaches_hi.total(), total};
 }
 
 // A whole row. Chunks are summed, and candidates joined, in the order of the row.
@@ -364,13 +372,12 @@ Bracket<T> sampled_bracket(const Source& source, double share, int64_t sample_si
   return bracket;
 }
 
-// n^(2/3) balances the cost of the sample against that of the candidates it leaves. A position in
-// memory that no cache holds costs several times more, and weights have to be sampled, too.
-template <bool kWeighted>
-int64_t sample_size(int64_t n) {
+// The cost of the sample and that of the candidates it leaves balance at a multiple of n^(2/3):
+// half of it, or a quarter where no cache holds the row and a position costs more.
+inline int64_t sample_size(int64_t n) {
   constexpr int64_t kCached = int64_t(1) << 18;  // 1 MiB of floats
   const double size = std::cbrt(static_cast<double>(n) * static_cast<double>(n));
-  return static_cast<int64_t>(size) / (n > kCached ? (kWeighted ? 6 : 3) : 1);
+  return static_cast<int64_t>(size) / (n > kCached ? 4 : 2);
 }
 
 // The tail of a row that holds about `share` of its mass, and target(total mass) exactly.
@@ -382,7 +389,7 @@ Tail<T> select(const Source& source, double share, const Target& target) {
     Bracket<T> known{-kInfinity<T>, kInfinity<T>};
     for (const double deviations : {3.3, 8.0, 16.0}) {
       const Bracket<T> bracket =
-          sampled_bracket(source, share, sample_size<kWeighted>(source.size()), deviations, known);
+          sampled_bracket(source, share, sample_size(source.size()), deviations, known);
       Items<T, kWeighted> found;
       const Partition part = partition(source, bracket, found);
       const double wanted = target(part.total);
