@@ -1,6 +1,16 @@
+import os
+import tempfile
+
 import pytest
 import torch
 from hypothesis import settings
+
+# torch.compile's cache takes code for one CPU capability for that of another
+if os.environ.get("ATEN_CPU_CAPABILITY"):
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR",
+        f"{tempfile.gettempdir()}/sqloss-inductor-{os.environ['ATEN_CPU_CAPABILITY']}",
+    )
 
 # Derandomized: the same examples on every machine. No deadline: machines are shared.
 settings.register_profile("sqloss", deadline=None, derandomize=True, max_examples=150)
