@@ -108,8 +108,8 @@ struct Lanes {
   void add(const Block<T>& block, Mask mask) {
     add(block.doubles(), mask);
   }
-  template <typename T>
-  void add(const Block<T>& a, const Block<double>& b, Mask mask) {
+  template <typename T, typename U>
+  void add(const Block<T>& a, const Block<U>& b, Mask mask) {
     const Doubles x = a.doubles(), y = b.doubles();
     add(Doubles{{_mm512_mul_pd(x.v[0], y.v[0]), _mm512_mul_pd(x.v[1], y.v[1])}}, mask);
   }
@@ -266,8 +266,8 @@ struct Lanes {
   void add(const Block<T>& block, const Mask& mask) {
     add(block.chosen(mask));
   }
-  template <typename T, typename Mask>
-  void add(const Block<T>& a, const Block<double>& b, const Mask& mask) {
+  template <typename T, typename U, typename Mask>
+  void add(const Block<T>& a, const Block<U>& b, const Mask& mask) {
     const Block<T> x = a.chosen(mask);  // 0 * b elsewhere: b is finite
     for (int i = 0; i < 4; ++i) {
       sum[i] = _mm256_add_pd(sum[i], _mm256_mul_pd(x.doubles(i), b.doubles(i)));
@@ -357,8 +357,8 @@ struct Lanes {
   void add(const Block<T>& block, const MaskOf<Int>& mask) {
     add(block.chosen(mask));
   }
-  template <typename T, typename Int>
-  void add(const Block<T>& a, const Block<double>& b, const MaskOf<Int>& mask) {
+  template <typename T, typename U, typename Int>
+  void add(const Block<T>& a, const Block<U>& b, const MaskOf<Int>& mask) {
     const Block<T> x = a.chosen(mask);  // 0 * b elsewhere: b is finite
     for (int i = 0; i < 4; ++i) sum[i] += x.doubles(i) * b.doubles(i);
   }

@@ -58,35 +58,36 @@ int64_t apply_mask(const uint8_t* mask, int64_t stride, int64_t count, T* values
 }
 
 // The weights of up to kTile losses of a row, 0 where masked: in place or in the buffer.
-const double* read_weights(const Losses& in, int64_t row, int64_t begin, int64_t count,
-                           Tile<double>& buffer) {
-  const double* weights = read_tile<double>(at(in.weight, row, begin), in.weight.dtype,
-                                            in.weight.stride, count, buffer);
+template <typename W>
+const W* read_weights(const Losses& in, int64_t row, int64_t begin, int64_t count,
+                      Tile<W>& buffer) {
+  const W* weights =
+      read_tile<W>(at(in.weight, row, begin), in.weight.dtype, in.weight.stride, count, buffer);
   if (in.mask.data == nullptr) return weights;
   if (weights != buffer.data) std::copy_n(weights, count, buffer.data);
-  apply_mask(mask_at(in.mask, row, begin), in.mask.stride, count, buffer.data, 0.0);
+  apply_mask(mask_at(in.mask, row, begin), in.mask.stride, count, buffer.data, W(0));
   return buffer.data;
 }
 
 // A row of losses, where they are.
-template <typename T, bool kWeighted>
+template <typename T, typename W>
 class Row {
  public:
   using Loss = T;
-  static constexpr bool weighted = kWeighted;
+  using Weight = W;
   struct Buffer {
     Tile<T> losses;
-    Tile<double> weights;
+    Tile<W> weights;
   };
 
   Row(const Losses& in, int64_t row) : in_(in), row_(row) {}
   int64_t size() const { return in_.n; }
 
   // The items from `begin` on, as many as there are in one piece before `end`.
-  Run<T, kWeighted> run_at(int64_t begin, int64_t end, Buffer& buffer) const {
+  Run<T, W> run_at(int64_t begin, int64_t end, Buffer& buffer) const {
     const int64_t whole_blocks = (end - begin) / kLanes * kLanes;
     const bool in_place = in_.losses.dtype == c10::CppTypeToScalarType<T>::value &&
-                          in_.losses.stride == 1 && in_.mask.data == nullptr && !kWeighted;
+                          in_.losses.stride == 1 && in_.mask.data == nullptr && !kWeighted<W>;
     if (in_place && whole_blocks > 0) {
       const auto* losses = static_cast<const T*>(at(in_.losses, row_, begin));
       return {losses, nullptr, whole_blocks, whole_blocks};
@@ -96,18 +97,18 @@ class Row {
   }
 
   // The whole row, of any size: in place, or read into `room`.
-  Run<T, kWeighted> whole(Items<T, kWeighted>& room) const {
+  Run<T, W> whole(Items<T, W>& room) const {
     Buffer buffer;
-    Run<T, kWeighted> run = run_at(0, size(), buffer);
+    Run<T, W> run = run_at(0, size(), buffer);
     const bool in_place =
-        run.losses != buffer.losses.data && (!kWeighted || run.weights != buffer.weights.data);
+        run.losses != buffer.losses.data && (!kWeighted<W> || run.weights != buffer.weights.data);
     if (run.positions == size() && in_place) return run;
     room.reserve(size());
     int64_t kept = 0;
     for (int64_t begin = 0; begin < size(); begin += run.positions) {
       run = run_at(begin, size(), buffer);
       std::copy_n(run.losses, run.positions, room.losses.data() + begin);
-      if (kWeighted) std::copy_n(run.weights, run.positions, room.weights.data() + begin);
+      if (kWeighted<W>) std::copy_n(run.weights, run.positions, room.weights.data() + begin);
       kept += run.kept;
     }
     room.size = size();
@@ -117,39 +118,39 @@ class Row {
   }
 
   // Those of `size` positions whose losses count.
-  void sample(const int64_t* positions, int64_t size, Items<T, kWeighted>& items) const {
+  void sample(const int64_t* positions, int64_t size, Items<T, W>& items) const {
     T* losses = items.losses.data();
     for_dtype(in_.losses.dtype, [&](auto zero) {
       const auto* row = static_cast<const decltype(zero)*>(at(in_.losses, row_, 0));
       const int64_t stride = in_.losses.stride;
       for (int64_t i = 0; i < size; ++i) losses[i] = static_cast<T>(row[positions[i] * stride]);
     });
-    if constexpr (kWeighted) {
-      double* weights = items.weights.data();
+    if constexpr (kWeighted<W>) {
+      W* weights = items.weights.data();
       for_dtype(in_.weight.dtype, [&](auto zero) {
         const auto* row = static_cast<const decltype(zero)*>(at(in_.weight, row_, 0));
         const int64_t stride = in_.weight.stride;
         for (int64_t i = 0; i < size; ++i) {
-          weights[i] = static_cast<double>(row[positions[i] * stride]);
+          weights[i] = static_cast<W>(row[positions[i] * stride]);
         }
       });
     }
     items.size = size;
     if (in_.mask.data != nullptr) drop_masked(positions, items);
-    if constexpr (kWeighted) {
+    if constexpr (kWeighted<W>) {
       std::for_each_n(items.weights.data(), items.size, check_weight);
     }
   }
 
  private:
-  void drop_masked(const int64_t* positions, Items<T, kWeighted>& items) const {
+  void drop_masked(const int64_t* positions, Items<T, W>& items) const {
     T* losses = items.losses.data();
-    double* weights = items.weights.data();
+    W* weights = items.weights.data();
     const auto* mask = mask_at(in_.mask, row_, 0);
     int64_t kept = 0;
     for (int64_t i = 0; i < items.size; ++i) {
       losses[kept] = losses[i];
-      if constexpr (kWeighted) weights[kept] = weights[i];
+      if constexpr (kWeighted<W>) weights[kept] = weights[i];
       kept += mask[positions[i] * in_.mask.stride] != 0;
     }
     items.size = kept;
@@ -157,29 +158,28 @@ class Row {
 
   // In place where nothing has to change. Losses of no weight become -inf, so that their product
   // with it is never added.
-  Run<T, kWeighted> read(int64_t begin, int64_t count, Buffer& buffer) const {
+  Run<T, W> read(int64_t begin, int64_t count, Buffer& buffer) const {
     const T* losses = read_tile<T>(at(in_.losses, row_, begin), in_.losses.dtype, in_.losses.stride,
                                    count, buffer.losses);
-    const double* weights = nullptr;
+    const W* weights = nullptr;
     bool some_weigh_nothing = false;
-    if constexpr (kWeighted) {
+    if constexpr (kWeighted<W>) {
       weights = read_weights(in_, row_, begin, count, buffer.weights);
-      if (count % kLanes != 0) weights = padded(weights, count, buffer.weights, 0.0);
+      if (count % kLanes != 0) weights = padded(weights, count, buffer.weights, W(0));
       some_weigh_nothing = check_weights(weights, count);
     }
-    const bool masked = !kWeighted && in_.mask.data != nullptr;
+    const bool masked = !kWeighted<W> && in_.mask.data != nullptr;
     if (count % kLanes != 0 || masked || some_weigh_nothing) {
       losses = padded(losses, count, buffer.losses, -kInfinity<T>);
     }
     int64_t kept = count;
-    if (masked) {
-      kept = apply_mask(mask_at(in_.mask, row_, begin), in_.mask.stride, count, buffer.losses.data,
-                        -kInfinity<T>);
-    }
-    if (some_weigh_nothing) {
-      for (int64_t i = 0; i < count; ++i) {
-        buffer.losses.data[i] = weights[i] > 0 ? buffer.losses.data[i] : -kInfinity<T>;
+    T* l = buffer.losses.data;
+    if constexpr (kWeighted<W>) {
+      for (int64_t i = 0; i < (some_weigh_nothing ? count : 0); ++i) {
+        l[i] = weights[i] > 0 ? l[i] : -kInfinity<T>;
       }
+    } else if (masked) {
+      kept = apply_mask(mask_at(in_.mask, row_, begin), in_.mask.stride, count, l, -kInfinity<T>);
     }
     return {losses, weights, count, kept};
   }
@@ -194,14 +194,15 @@ class Row {
 
   // Whether some are 0; raises for those that are no weights. By their bits, which order as the
   // numbers do, with all negative ones and NaN above +inf.
-  static bool check_weights(const double* weights, int64_t count) {
-    uint64_t least = ~uint64_t(0), largest = 0;
+  static bool check_weights(const W* weights, int64_t count) {
+    using Bits = std::conditional_t<sizeof(W) == 8, uint64_t, uint32_t>;
+    Bits least = ~Bits(0), largest = 0;
     for (int64_t i = 0; i < count; ++i) {
-      const auto bits = c10::bit_cast<uint64_t>(weights[i]);
+      const auto bits = c10::bit_cast<Bits>(weights[i]);
       least = std::min(least, bits);
       largest = std::max(largest, bits);
     }
-    if (largest < c10::bit_cast<uint64_t>(kInfinity<double>)) return least == 0;
+    if (largest < c10::bit_cast<Bits>(kInfinity<W>)) return least == 0;
     std::for_each_n(weights, count, check_weight);
     return true;  // -0
   }
@@ -216,11 +217,11 @@ struct Result {
   Counts counts;
 };
 
-template <typename T, bool kWeighted>
+template <typename T, typename W>
 Result tail_of(const Losses& in, int64_t row, double tail_fraction) {
   // With weights, the sums that reach k are rounded as well
   const double rounding =
-      kAlphaRounding + (kWeighted ? static_cast<double>(in.n) * kSumRounding : 0.0);
+      kAlphaRounding + (kWeighted<W> ? static_cast<double>(in.n) * kSumRounding : 0.0);
   const auto target = [&](double total) {
     TORCH_CHECK_VALUE(std::isfinite(total),
                       "superquantile: weight: expected a finite sum in every reduction, got ",
@@ -232,7 +233,7 @@ Result tail_of(const Losses& in, int64_t row, double tail_fraction) {
     return std::max(tail_fraction * total - total * rounding,
                     std::numeric_limits<double>::denorm_min());
   };
-  const Tail<T> tail = select(Row<T, kWeighted>(in, row), tail_fraction, target);
+  const Tail<T> tail = select(Row<T, W>(in, row), tail_fraction, target);
 
   // The threshold was reached, so that a larger k is rounding; as is a smaller one than above.
   const double k = std::clamp(tail_fraction * tail.total, tail.above, tail.above + tail.at);
@@ -244,11 +245,11 @@ Result tail_of(const Losses& in, int64_t row, double tail_fraction) {
   return {value, t, {tail.above, tail.at, k}};
 }
 
-template <typename T, bool kWeighted>
+template <typename T, typename W>
 void forward_rows(const Losses& in, double tail_fraction, const Tails& tails) {
   const auto rows = [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      const Result result = tail_of<T, kWeighted>(in, r, tail_fraction);
+      const Result result = tail_of<T, W>(in, r, tail_fraction);
       for_dtype(in.losses.dtype, [&](auto zero) {
         using scalar_t = decltype(zero);
         static_cast<scalar_t*>(tails.value)[r] = static_cast<scalar_t>(result.value);
@@ -265,23 +266,22 @@ void forward_rows(const Losses& in, double tail_fraction, const Tails& tails) {
   }
 }
 
-// Selection and arithmetic are in float for the halves.
+// f(loss, weight) of the types that selection and arithmetic are in: float for the halves.
 template <typename F>
-void for_loss_type(at::ScalarType dtype, const F& f) {
-  if (dtype == at::kDouble) {
-    f(double());
+void for_types(const Losses& in, const F& f) {
+  const bool weighted = in.weight.data != nullptr;
+  if (in.losses.dtype == at::kDouble) {
+    weighted ? f(double(), double()) : f(double(), Unweighted());
+  } else if (!weighted) {
+    f(float(), Unweighted());
   } else {
-    f(float());
+    in.weight.dtype == at::kFloat ? f(float(), float()) : f(float(), double());
   }
 }
 
 void forward(const Losses& in, double tail_fraction, const Tails& tails) {
-  for_loss_type(in.losses.dtype, [&](auto zero) {
-    if (in.weight.data == nullptr) {
-      forward_rows<decltype(zero), false>(in, tail_fraction, tails);
-    } else {
-      forward_rows<decltype(zero), true>(in, tail_fraction, tails);
-    }
+  for_types(in, [&](auto loss, auto weight) {
+    forward_rows<decltype(loss), decltype(weight)>(in, tail_fraction, tails);
   });
 }
 
@@ -300,9 +300,9 @@ void backward_tile(const T* losses, int64_t count, T threshold, Density density,
 }
 
 // The same times their weights, as doubles.
-template <typename T>
-void backward_tile(const T* losses, const double* weights, int64_t count, T threshold,
-                   Density density, T* grad) {
+template <typename T, typename W>
+void backward_tile(const T* losses, const W* weights, int64_t count, T threshold, Density density,
+                   T* grad) {
   double densities[kTile];
   if (core::is_nan(threshold)) {
     for (int64_t i = 0; i < count; ++i) densities[i] = core::is_nan(losses[i]) ? density.at : 0.0;
@@ -314,7 +314,8 @@ void backward_tile(const T* losses, const double* weights, int64_t count, T thre
   }
   for (int64_t i = 0; i < count; ++i) {
     // No product with a weight of 0: it gets 0 whatever gradient comes in
-    grad[i] = static_cast<T>(weights[i] > 0 ? densities[i] * weights[i] : 0.0);
+    const double product = densities[i] * static_cast<double>(weights[i]);
+    grad[i] = static_cast<T>(weights[i] > 0 ? product : 0.0);
   }
 }
 
@@ -327,7 +328,7 @@ double read(const void* data, at::ScalarType dtype, int64_t row) {
   return number;
 }
 
-template <typename T>
+template <typename T, typename W>
 void backward_rows(const Losses& in, const Tails& tails, const Gradients& gradients,
                    const Matrix& grad_losses) {
   const at::ScalarType dtype = in.losses.dtype;
@@ -335,7 +336,7 @@ void backward_rows(const Losses& in, const Tails& tails, const Gradients& gradie
   const int64_t grain = std::max<int64_t>(1, kChunk / in.n);
   at::parallel_for(0, in.rows * chunks, grain, [&](int64_t first, int64_t last) {
     Tile<T> losses_room, grad_room;
-    Tile<double> weights_room;
+    Tile<W> weights_room;
     for (int64_t task = first; task < last; ++task) {
       const int64_t row = task / chunks, chunk = task % chunks;
       const T threshold = static_cast<T>(read(tails.threshold, dtype, row));
@@ -349,8 +350,8 @@ void backward_rows(const Losses& in, const Tails& tails, const Gradients& gradie
             read_tile(at(in.losses, row, begin), dtype, in.losses.stride, count, losses_room);
         void* target = const_cast<void*>(at(grad_losses, row, begin));
         T* grad = tile_to_write(target, dtype, grad_losses.stride, grad_room);
-        if (in.weight.data != nullptr) {
-          const double* weights = read_weights(in, row, begin, count, weights_room);
+        if constexpr (kWeighted<W>) {
+          const W* weights = read_weights(in, row, begin, count, weights_room);
           backward_tile(losses, weights, count, threshold, density, grad);
         } else {
           backward_tile(losses, count, threshold, density, grad);
@@ -366,8 +367,8 @@ void backward_rows(const Losses& in, const Tails& tails, const Gradients& gradie
 
 void backward(const Losses& in, const Tails& tails, const Gradients& gradients,
               const Matrix& grad_losses) {
-  for_loss_type(in.losses.dtype, [&](auto zero) {
-    backward_rows<decltype(zero)>(in, tails, gradients, grad_losses);
+  for_types(in, [&](auto loss, auto weight) {
+    backward_rows<decltype(loss), decltype(weight)>(in, tails, gradients, grad_losses);
   });
 }
 

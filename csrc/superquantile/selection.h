@@ -50,34 +50,49 @@ constexpr int64_t kChunk = 32768;
 template <typename T>
 constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
+// The type of the weights: float or double, never narrower than the losses', or this.
+struct Unweighted {};
+template <typename W>
+constexpr bool kWeighted = !std::is_same_v<W, Unweighted>;
+
+// The mask of losses for their weights.
+template <typename W, typename Mask>
+decltype(auto) mask_of_weights(const Mask& mask) {
+  if constexpr (std::is_same_v<W, double>) {
+    return of_doubles(mask);
+  } else {
+    return (mask);
+  }
+}
+
 // The masses of items: counted, or the sum of their weights.
-template <bool kWeighted>
+template <typename W>
 struct Mass {
+  Lanes weights;
+
+  template <typename Mask>
+  void add(const Mask& mask, const W* weight) {
+    weights.add(Block<W>::load(weight), mask);
+  }
+  double total() const { return weights.total(); }
+};
+template <>
+struct Mass<Unweighted> {
   int64_t items = 0;
 
   template <typename Mask>
-  void add(const Mask& mask, const double*) {
+  void add(const Mask& mask, const Unweighted*) {
     items += count(mask);
   }
   double total() const { return static_cast<double>(items); }
 };
-template <>
-struct Mass<true> {
-  Lanes weights;
-
-  template <typename Mask>
-  void add(const Mask& mask, const double* weight) {
-    weights.add(Block<double>::load(weight), mask);
-  }
-  double total() const { return weights.total(); }
-};
 
 // Adjacent items, filled up to a whole number of blocks by losses of -inf and no mass. Masked
 // losses are such, too: only the mass at -inf cannot be counted, and has to be known.
-template <typename T, bool kWeighted>
+template <typename T, typename W>
 struct Run {
   const T* losses;
-  const double* weights;  // null if not weighted
+  const W* weights;  // null if not weighted
   int64_t positions;
   int64_t kept;  // items that count, if not weighted
 
@@ -85,49 +100,52 @@ struct Run {
   template <typename F>
   void for_blocks(const F& f) const {
     for (int64_t i = 0; i < positions; i += kLanes) {
-      f(Block<T>::load(losses + i), kWeighted ? weights + i : nullptr);
+      f(Block<T>::load(losses + i), kWeighted<W> ? weights + i : nullptr);
     }
   }
 
   double total() const {
-    if constexpr (!kWeighted) return static_cast<double>(kept);
-    Lanes sum;
-    for (int64_t i = 0; i < positions; i += kLanes) sum.add(Block<double>::load(weights + i));
-    return sum.total();
+    if constexpr (kWeighted<W>) {
+      Lanes sum;
+      for (int64_t i = 0; i < positions; i += kLanes) sum.add(Block<W>::load(weights + i));
+      return sum.total();
+    } else {
+      return static_cast<double>(kept);
+    }
   }
 };
 
 // A growing array of items.
-template <typename T, bool kWeighted>
+template <typename T, typename W>
 struct Items {
   Scratch<T> losses;
-  Scratch<double> weights;
+  Scratch<W> weights;
   int64_t size = 0;
 
   void reserve(int64_t more) {
     losses.reserve(size + more + kLanes, size);
-    if (kWeighted) weights.reserve(size + more + kLanes, size);
+    if (kWeighted<W>) weights.reserve(size + more + kLanes, size);
   }
   // Expects room for a block.
   template <typename Mask>
-  void append(const Block<T>& block, const double* weight, const Mask& mask) {
+  void append(const Block<T>& block, const W* weight, const Mask& mask) {
     block.compress(mask, losses.data() + size);
-    if constexpr (kWeighted) {
-      Block<double>::load(weight).compress(of_doubles(mask), weights.data() + size);
+    if constexpr (kWeighted<W>) {
+      Block<W>::load(weight).compress(mask_of_weights<W>(mask), weights.data() + size);
     }
     size += count(mask);
   }
   void append(Items& items) {
     reserve(items.size);
     std::copy_n(items.losses.data(), items.size, losses.data() + size);
-    if (kWeighted) std::copy_n(items.weights.data(), items.size, weights.data() + size);
+    if (kWeighted<W>) std::copy_n(items.weights.data(), items.size, weights.data() + size);
     size += items.size;
   }
-  Run<T, kWeighted> run() {
+  Run<T, W> run() {
     reserve(0);
     std::fill_n(losses.data() + size, kLanes, -kInfinity<T>);
-    if (kWeighted) std::fill_n(weights.data() + size, kLanes, 0.0);
-    return {losses.data(), kWeighted ? weights.data() : nullptr, size, size};
+    if (kWeighted<W>) std::fill_n(weights.data() + size, kLanes, W{});
+    return {losses.data(), kWeighted<W> ? weights.data() : nullptr, size, size};
   }
 };
 
@@ -145,29 +163,28 @@ struct KeyRange {
 };
 
 // The mass of the items whose key is at least `key` > that of -inf.
-template <typename T, bool kWeighted>
-double mass_from(const Run<T, kWeighted>& run, ordered_key_t<T> key) {
-  Mass<kWeighted> mass;
+template <typename T, typename W>
+double mass_from(const Run<T, W>& run, ordered_key_t<T> key) {
+  Mass<W> mass;
   if (KeyRange<T>::is_nan(key)) {
-    run.for_blocks([&](const Block<T>& block, const double* weight) {
+    run.for_blocks([&](const Block<T>& block, const W* weight) {
       mass.add(block.above(kInfinity<T>), weight);
     });
   } else {
     const T loss = KeyRange<T>::loss(key);
-    run.for_blocks([&](const Block<T>& block, const double* weight) {
-      mass.add(block.reaches(loss), weight);
-    });
+    run.for_blocks(
+        [&](const Block<T>& block, const W* weight) { mass.add(block.reaches(loss), weight); });
   }
   return mass.total();
 }
 
 // The threshold, known to be in `range`, as are all items.
-template <typename T, bool kWeighted>
-T bisect(Run<T, kWeighted> run, double target, KeyRange<T> range) {
+template <typename T, typename W>
+T bisect(Run<T, W> run, double target, KeyRange<T> range) {
   constexpr int64_t kStepsToDrop = 4;
   constexpr int64_t kFew = 2 * kLanes;  // not worth dropping
   using Keys = KeyRange<T>;
-  Items<T, kWeighted> left;
+  Items<T, W> left;
   double above = 0;    // the mass above range.hi
   double dropped = 0;  // of the items that are not in the run any more
   for (int64_t step = 1; range.lo < range.hi && !Keys::is_nan(range.lo); ++step) {
@@ -181,7 +198,7 @@ T bisect(Run<T, kWeighted> run, double target, KeyRange<T> range) {
       const T lo = Keys::loss(range.lo), hi = Keys::loss(range.hi);
       left.size = 0;
       left.reserve(run.positions);  // in place from the second time on
-      run.for_blocks([&](const Block<T>& block, const double* weight) {
+      run.for_blocks([&](const Block<T>& block, const W* weight) {
         left.append(block, weight, without(block.reaches(lo), block.above(hi)));
       });
       run = left.run();
@@ -201,26 +218,26 @@ struct Tail {
   double total;
 };
 
-template <typename T, bool kWeighted>
-void add_losses(Lanes& sum, const Block<T>& block, const double* weight, const auto& mask) {
-  if constexpr (kWeighted) {
-    sum.add(block, Block<double>::load(weight), mask);
+template <typename T, typename W>
+void add_losses(Lanes& sum, const Block<T>& block, const W* weight, const auto& mask) {
+  if constexpr (kWeighted<W>) {
+    sum.add(block, Block<W>::load(weight), mask);
   } else {
     sum.add(block, mask);
   }
 }
 
-template <typename T, bool kWeighted>
-Tail<T> tail_at(const Run<T, kWeighted>& run, T threshold, double total) {
+template <typename T, typename W>
+Tail<T> tail_at(const Run<T, W>& run, T threshold, double total) {
   const bool nan = core::is_nan(threshold);
   const T bound = nan ? kInfinity<T> : threshold;
   Lanes lanes;
-  Mass<kWeighted> above, reached;
-  run.for_blocks([&](const Block<T>& block, const double* weight) {
+  Mass<W> above, reached;
+  run.for_blocks([&](const Block<T>& block, const W* weight) {
     const auto is_above = block.above(bound);
     above.add(is_above, weight);
     reached.add(block.reaches(bound), weight);
-    add_losses<T, kWeighted>(lanes, block, weight, is_above);
+    add_losses<T, W>(lanes, block, weight, is_above);
   });
   if (nan) return {threshold, 0.0, 0.0, above.total(), total};
   const double mass = bound == -kInfinity<T> ? total : reached.total();
@@ -248,39 +265,39 @@ struct Partition {
   }
 };
 
-template <bool kWeighted>
+template <typename W>
 struct PartitionSums {
   Lanes sum;
   Lanes weights;
-  Mass<kWeighted> above, reaches_hi;
+  Mass<W> above, reaches_hi;
   int64_t kept = 0;
 };
 
 // The one read of a row: adds to the sums, appends to the candidates.
-template <typename T, bool kWeighted>
-C10_NOINLINE void partition_run(const Run<T, kWeighted>& run, Bracket<T> bracket,
-                                Items<T, kWeighted>& candidates, PartitionSums<kWeighted>& sums) {
+template <typename T, typename W>
+C10_NOINLINE void partition_run(const Run<T, W>& run, Bracket<T> bracket, Items<T, W>& candidates,
+                                PartitionSums<W>& sums) {
   candidates.reserve(run.positions);
   // Copies that stay in registers: no call spills them, and no candidate's store can alias them
   Lanes sum = sums.sum, weights = sums.weights;
-  Mass<kWeighted> above = sums.above, reaches_hi = sums.reaches_hi;
+  Mass<W> above = sums.above, reaches_hi = sums.reaches_hi;
   T* losses_out = candidates.losses.data() + candidates.size;
-  double* weights_out = kWeighted ? candidates.weights.data() + candidates.size : nullptr;
+  W* weights_out = kWeighted<W> ? candidates.weights.data() + candidates.size : nullptr;
   int64_t found = 0;
   for (int64_t i = 0; i < run.positions; i += kLanes) {
     const auto block = Block<T>::load(run.losses + i);
-    const double* weight = kWeighted ? run.weights + i : nullptr;
+    const W* weight = kWeighted<W> ? run.weights + i : nullptr;
     const auto is_above = block.above(bracket.hi);
     const auto at_hi = block.reaches(bracket.hi);
     const auto between = without(block.above(bracket.lo), at_hi);
-    add_losses<T, kWeighted>(sum, block, weight, is_above);
+    add_losses<T, W>(sum, block, weight, is_above);
     above.add(is_above, weight);
     reaches_hi.add(at_hi, weight);
     block.compress(between, losses_out + found);
-    if constexpr (kWeighted) {
-      const auto w = Block<double>::load(weight);
+    if constexpr (kWeighted<W>) {
+      const auto w = Block<W>::load(weight);
       weights.add(w);
-      w.compress(of_doubles(between), weights_out + found);
+      w.compress(mask_of_weights<W>(between), weights_out + found);
     }
     found += count(between);
   }
@@ -288,29 +305,29 @@ C10_NOINLINE void partition_run(const Run<T, kWeighted>& run, Bracket<T> bracket
   sums = {sum, weights, above, reaches_hi, sums.kept + run.kept};
 }
 
-template <typename Source, typename T = typename Source::Loss, bool kWeighted = Source::weighted>
+template <typename Source, typename T = typename Source::Loss, typename W = typename Source::Weight>
 Partition partition_chunk(const Source& source, int64_t begin, int64_t end, Bracket<T> bracket,
-                          Items<T, kWeighted>& candidates) {
-  PartitionSums<kWeighted> sums;
+                          Items<T, W>& candidates) {
+  PartitionSums<W> sums;
   typename Source::Buffer buffer;
   while (begin < end) {
-    const Run<T, kWeighted> run = source.run_at(begin, end, buffer);
+    const Run<T, W> run = source.run_at(begin, end, buffer);
     partition_run(run, bracket, candidates, sums);
     begin += run.positions;
   }
-  const double total = kWeighted ? sums.weights.total() : static_cast<double>(sums.kept);
+  const double total = kWeighted<W> ? sums.weights.total() : static_cast<double>(sums.kept);
   const bool all = bracket.hi == -kInfinity<T>;
   return {sums.sum.total(), sums.above.total(), all ? total : sums.reaches_hi.total(), total};
 }
 
 // A whole row. Chunks are summed, and candidates joined, in the order of the row.
-template <typename Source, typename T = typename Source::Loss, bool kWeighted = Source::weighted>
-Partition partition(const Source& source, Bracket<T> bracket, Items<T, kWeighted>& candidates) {
+template <typename Source, typename T = typename Source::Loss, typename W = typename Source::Weight>
+Partition partition(const Source& source, Bracket<T> bracket, Items<T, W>& candidates) {
   const int64_t chunks = (source.size() + kChunk - 1) / kChunk;
   const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
   const int64_t tasks = std::min(chunks, threads);
   std::vector<Partition> parts(chunks);
-  std::vector<Items<T, kWeighted>> found(tasks);
+  std::vector<Items<T, W>> found(tasks);
   at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       for (int64_t c = chunks * task / tasks; c < chunks * (task + 1) / tasks; ++c) {
@@ -336,7 +353,7 @@ inline uint64_t hash(uint64_t x) {
 
 // Narrows the bracket to a share of the mass, give or take `deviations` standard deviations of the
 // sample's.
-template <typename Source, typename T = typename Source::Loss, bool kWeighted = Source::weighted>
+template <typename Source, typename T = typename Source::Loss, typename W = typename Source::Weight>
 Bracket<T> sampled_bracket(const Source& source, double share, int64_t sample_size,
                            double deviations, Bracket<T> bracket) {
   Scratch<int64_t> positions;
@@ -345,16 +362,19 @@ Bracket<T> sampled_bracket(const Source& source, double share, int64_t sample_si
     const auto scaled = static_cast<unsigned __int128>(hash(i)) * source.size();
     positions.data()[i] = static_cast<int64_t>(scaled >> 64);
   }
-  Items<T, kWeighted> sample;
+  Items<T, W> sample;
   sample.reserve(sample_size);
   source.sample(positions.data(), sample_size, sample);
-  const Run<T, kWeighted> run = sample.run();
+  const Run<T, W> run = sample.run();
 
   double effective = static_cast<double>(sample.size);  // items of equal mass as good as these
   const double total = run.total();
-  if constexpr (kWeighted) {
+  if constexpr (kWeighted<W>) {
     double squares = 0;
-    for (int64_t i = 0; i < sample.size; ++i) squares += run.weights[i] * run.weights[i];
+    for (int64_t i = 0; i < sample.size; ++i) {
+      const double weight = run.weights[i];
+      squares += weight * weight;
+    }
     effective = total * total / squares;
   }
   if (!(effective >= 1)) return bracket;
@@ -382,7 +402,7 @@ inline int64_t sample_size(int64_t n) {
 
 // The tail of a row that holds about `share` of its mass, and target(total mass) exactly.
 template <typename Source, typename Target, typename T = typename Source::Loss,
-          bool kWeighted = Source::weighted>
+          typename W = typename Source::Weight>
 Tail<T> select(const Source& source, double share, const Target& target) {
   using Keys = KeyRange<T>;
   if (source.size() > kInCache) {
@@ -390,7 +410,7 @@ Tail<T> select(const Source& source, double share, const Target& target) {
     for (const double deviations : {3.3, 8.0, 16.0}) {
       const Bracket<T> bracket =
           sampled_bracket(source, share, sample_size(source.size()), deviations, known);
-      Items<T, kWeighted> found;
+      Items<T, W> found;
       const Partition part = partition(source, bracket, found);
       const double wanted = target(part.total);
       if (wanted <= part.above) {
@@ -403,7 +423,7 @@ Tail<T> select(const Source& source, double share, const Target& target) {
       if (wanted <= part.reaches_hi) {
         return {bracket.hi, part.sum, part.above, part.reaches_hi - part.above, part.total};
       }
-      const Run<T, kWeighted> candidates = found.run();
+      const Run<T, W> candidates = found.run();
       const double between = candidates.total();
       const double rest = wanted - part.reaches_hi;
       if (rest > between) {
@@ -418,8 +438,8 @@ Tail<T> select(const Source& source, double share, const Target& target) {
               tail.at, part.total};
     }
   }
-  Items<T, kWeighted> room;
-  const Run<T, kWeighted> run = source.whole(room);
+  Items<T, W> room;
+  const Run<T, W> run = source.whole(room);
   const double total = run.total();
   return tail_at(run, bisect(run, target(total), Keys()), total);
 }
