@@ -606,6 +606,27 @@ def test_nan_logits_reach_the_value_and_their_own_gradient(device):
     assert leaf.grad.isnan().sum() == 40
 
 
+@pytest.mark.parametrize("dtype, integer", [("float32", "int32"), ("float64", "int64")])
+@pytest.mark.parametrize("payload", [1, 0x7A2, -1])  # 0x7A2: R's NA
+def test_nan_of_any_bits_is_nan(device, dtype, integer, payload):
+    """A kernel that computes with the bits of numbers must not make one of a NaN's."""
+    quiet = torch.tensor(NAN, dtype=getattr(torch, dtype)).view(getattr(torch, integer))
+    nan = (quiet | payload).view(getattr(torch, dtype)).to(device)
+    for shape in ((3, 2), (3, 40), (3, 40, 2)):
+        leaf = torch.zeros(shape, dtype=nan.dtype, device=device)
+        leaf[1, 1] = nan
+        leaf.requires_grad_()
+        classes = torch.zeros(3, *shape[2:], dtype=torch.int64, device=device)
+        for losses, of_element in (
+            (sqloss.losses.binary_cross_entropy_with_logits(leaf, torch.zeros_like(leaf)), True),
+            (sqloss.losses.cross_entropy(leaf, classes), False),
+        ):
+            (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+            assert losses[1].isnan().all() and losses[::2].isfinite().all()
+            assert gradient[1, 1].isnan().all() and gradient[::2].isfinite().all()
+            assert of_element or gradient[1].isnan().all()
+
+
 @every_case
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_no_gradient_of_the_loss_means_zeros_whatever_is_there(device, case, zero):
