@@ -628,6 +628,22 @@ def test_nan_of_any_bits_is_nan(device, dtype, integer, payload):
 
 
 @every_case
+def test_nan_reaches_the_derivatives_of_formulas(device, case):
+    """Those of double backward and forward mode, where there is no kernel."""
+    tensors = case.draw(2, 3, device=device)
+    tensors["input"][1, 2] = NAN
+    leaves = with_gradients(tensors, ["input"])
+    losses = case.losses(leaves)
+    (gradient,) = torch.autograd.grad(losses.sum(), leaves["input"], create_graph=True)
+    assert gradient.isnan().tolist() == [[False] * 3, [False, False, True]]
+    x = tensors.pop("input")
+    _, tangent = torch.func.jvp(
+        lambda x: case.losses({"input": x, **tensors}), (x,), (torch.ones_like(x),)
+    )
+    assert tangent.isnan().tolist() == [False, True]
+
+
+@every_case
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_no_gradient_of_the_loss_means_zeros_whatever_is_there(device, case, zero):
     """0 * inf and 0 * NaN are 0 here: samples outside of the tail are not read."""
