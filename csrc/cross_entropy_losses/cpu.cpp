@@ -99,10 +99,13 @@ template <typename T>
   for (int64_t i = 0; i < count; ++i) t[i] = (kept * probabilities[i] + smoothing) * weight[i];
 }
 
+// In double, so that what large logits have in common cancels later.
 template <typename T>
 [[gnu::noinline]] void products(const T* __restrict a, const T* __restrict b, int64_t count,
-                                T* __restrict product) {
-  for (int64_t i = 0; i < count; ++i) product[i] = a[i] * b[i];
+                                double* __restrict product) {
+  for (int64_t i = 0; i < count; ++i) {
+    product[i] = static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  }
 }
 
 // sum += t, dot += t * x
@@ -315,6 +318,7 @@ void forward_by_sample(const Inputs& in, const Coefficients<T>& coefficients, T*
   at::parallel_for(0, in.samples, grain, [&](int64_t begin, int64_t end) {
     SampleTiles<T> tiles(in, coefficients);
     Tile<T> values;
+    Tile<double> logits_by_t;
     Sums<T> sums;  // of the one sample
     for (int64_t sample = begin; sample < end; ++sample) {
       T m = kLowest<T>;
@@ -334,8 +338,8 @@ void forward_by_sample(const Inputs& in, const Coefficients<T>& coefficients, T*
         sum += lanes.total();
         if (coefficients.any) {
           sum_t.add(tiles.t, count);
-          products(tiles.t, tiles.input, count, values.data);
-          dot_t.add(values.data, count);
+          products(tiles.t, tiles.input, count, logits_by_t.data);
+          dot_t.add(logits_by_t.data, count);
         }
       }
       sums.m.data[0] = m;
