@@ -687,6 +687,19 @@ def test_no_gradient_of_the_cross_entropy_means_zeros_whatever_is_there(device):
             assert not gradient[1:3].any() and gradient[::3].isfinite().all()
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (2, 40)])
+def test_an_infinite_gradient_of_the_cross_entropy_is_no_nan(device, shape):
+    """As of a loss scaled too much."""
+    leaf = torch.randn(shape, device=device, requires_grad=True)
+    target = torch.tensor([1, 0], device=device)
+    (gradient,) = torch.autograd.grad(
+        sqloss.losses.cross_entropy(leaf, target), leaf, torch.tensor([INF, 1.0], device=device)
+    )
+    assert (
+        gradient[0, 1] == -INF and (gradient[0, 2:] == INF).all() and gradient[1].isfinite().all()
+    )
+
+
 def test_the_best_sample_may_be_infinitely_good(device):
     """Its gradient is infinite, and not asked for."""
     x = torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]], device=device, requires_grad=True)

@@ -147,16 +147,16 @@ template <typename T>
 template <typename T>
 struct Scale {
   T grad;       // of its loss
-  T sum;        // grad times the sum of t
+  T sum;        // of t
   T high, low;  // log_sum_exp in two parts
 
   Scale(T grad_loss, double sum_t, double log_sum_exp)
       : grad(grad_loss),
-        sum(static_cast<T>(static_cast<double>(grad_loss) * sum_t)),
+        sum(static_cast<T>(sum_t)),
         high(static_cast<T>(log_sum_exp)),
         low(static_cast<T>(log_sum_exp - static_cast<double>(high))) {}
 
-  T gradient(T logit, T t) const { return sum * exp_small((logit - high) - low) - grad * t; }
+  T gradient(T logit, T t) const { return grad * (sum * exp_small((logit - high) - low) - t); }
 };
 
 // Of classes of one sample.
@@ -184,7 +184,7 @@ template <typename T>
                                  const Scales<T>& scales, int64_t count, T* __restrict grad) {
   for (int64_t i = 0; i < count; ++i) {
     const T exponent = (x[i] - scales.high.data[i]) - scales.low.data[i];
-    const T value = scales.sum.data[i] * exp_small(exponent) - scales.grad.data[i] * t[i];
+    const T value = scales.grad.data[i] * (scales.sum.data[i] * exp_small(exponent) - t[i]);
     grad[i] = scales.grad.data[i] == T(0) ? T(0) : value;
   }
 }
