@@ -533,6 +533,15 @@ def test_logits_of_any_size(device, dtype):
             assert_matches_torch(CASES[name], one, 0.0)
 
 
+def test_a_loss_is_finite_where_only_the_square_is_not(device):
+    """Of 1e25 in float32; torch's are infinite."""
+    x, zero = torch.tensor([[1e25]], device=device), torch.zeros(1, 1, device=device)
+    smooth = sqloss.losses.smooth_l1_loss(x, zero, beta=1e30)
+    torch.testing.assert_close(smooth, torch.tensor([0.5e20], device=device))
+    likely = sqloss.losses.gaussian_nll_loss(x, zero, var=1e30)
+    torch.testing.assert_close(likely, torch.tensor([0.5e20], device=device))
+
+
 @pytest.mark.parametrize("x, y", [(INF, 0.0), (INF, 0.5), (-INF, 0.5), (-INF, 1.0)])
 def test_an_infinitely_wrong_logit_costs_infinitely_much(device, x, y):
     """Where torch subtracts inf from inf for some."""

@@ -73,7 +73,7 @@ struct SmoothL1 {
 
   T loss(T x, T y, T) const {
     const T distance = std::abs(x - y);
-    const T near = T(0.5) * distance * distance / beta;
+    const T near = T(0.5) * distance * (distance / beta);  // the square may be infinite
     const T far = distance - T(0.5) * beta;
     return distance < beta ? near : far;
   }
@@ -115,7 +115,7 @@ struct GaussianNll {
 
   T loss(T x, T y, T var) const {
     const T v = clamped(var);
-    return T(0.5) * (log(v) + (x - y) * (x - y) / v) + constant;
+    return T(0.5) * (log(v) + (x - y) * ((x - y) / v)) + constant;
   }
   Derivatives<T> derivatives(T x, T y, T var) const {
     const T v = clamped(var);
