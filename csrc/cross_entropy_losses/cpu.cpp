@@ -38,8 +38,7 @@ bool walk_by_sample(const Inputs& in) {
   return in.samples == 1 || in.input.stride <= in.input.first.strides.back();
 }
 
-// --- loops
-// ----------------------------------------------------------------------------------------
+// --- loops ---------------------------------------------------------------------------------------
 // Functions of their own: the compiler believes __restrict of parameters alone.
 
 template <typename T>
@@ -189,8 +188,7 @@ template <typename T>
   }
 }
 
-// --- what the walks share
-// -------------------------------------------------------------------------
+// --- what the walks share ------------------------------------------------------------------------
 
 // The values at these offsets.
 template <typename T>
@@ -274,8 +272,7 @@ struct Coefficients {
   }
 };
 
-// --- by sample
-// ------------------------------------------------------------------------------------
+// --- by sample -----------------------------------------------------------------------------------
 
 // Logits and probabilities of a run of classes of one sample.
 template <typename T>
@@ -411,8 +408,7 @@ void backward_by_sample(const Inputs& in, const Coefficients<T>& coefficients, c
   });
 }
 
-// --- by class
-// -------------------------------------------------------------------------------------
+// --- by class ------------------------------------------------------------------------------------
 
 template <typename T>
 void forward_by_class(const Inputs& in, const Coefficients<T>& coefficients, T* losses,
@@ -643,7 +639,7 @@ void backward_by_class(const Inputs& in, const Coefficients<T>& coefficients, co
   });
 }
 
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 template <typename T>
 void forward_typed(const Inputs& in, T* losses, double* log_sum_exp) {
