@@ -595,6 +595,8 @@ def _cross_entropy(
         raise TypeError(
             f"{function}: ignore_index: expected an int, got {type(ignore_index).__name__}"
         ) from None
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{function}: ignore_index: expected an int64, got {ignore_index}")
     if target.dtype in DTYPES:
         _check_like_input(function, "target", target, input)
         check_no_gradient(function, "target", target)

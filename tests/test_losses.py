@@ -1672,6 +1672,11 @@ C = torch.tensor([0, 2])
         (lambda f: f(X, G), ValueError, "target: expected a tensor without gradient"),
         (lambda f: f(X, Y, ignore_index=1), ValueError, "ignore_index: expected none with prob"),
         (
+            lambda f: f(X, C, ignore_index=2**63),
+            ValueError,
+            "ignore_index: expected an int64, got 9",
+        ),
+        (
             lambda f: f(X, C, ignore_index=1.0),
             TypeError,
             "ignore_index: expected an int, got float",
