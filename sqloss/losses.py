@@ -6,9 +6,9 @@ r"""Fused losses: the losses of torch.nn.functional, one per sample, and the mea
     sqloss.cvar(losses, alpha=0.8)
 
 in one read of input and target and without a tensor of the elements' losses. Its backward pass
-writes the gradient once and reads the samples of the tail alone: the others' gradient is zero,
-whatever is in them. The functions called ``cvar_...`` here are public as ``sqloss.cvar_...``; the
-others give the losses themselves, for a risk of your own.
+reads the samples of the tail alone (of small samples, the groups with any of them): the others'
+gradient is zero, whatever is in them. The functions called ``cvar_...`` here are public as
+``sqloss.cvar_...``; the others give the losses themselves, for a risk of your own.
 
 They share their rules. A sample is an index into the first ``sample_dims`` dimensions of input, and
 its loss is the mean, or with ``reduction="sum"`` the sum, of the losses of its elements; so
@@ -121,7 +121,7 @@ def binary_cross_entropy_with_logits(
     """The losses of :func:`cvar_binary_cross_entropy_with_logits`, of shape
     ``input.shape[:sample_dims]``; arguments and errors are those of that function.
 
-    Samples whose loss has the gradient 0 get the gradient 0, and their elements are not read again.
+    Samples whose loss has the gradient 0 get the gradient 0, whatever their elements are.
 
     Example::
 
@@ -595,6 +595,8 @@ def _cross_entropy(
         raise TypeError(
             f"{function}: ignore_index: expected an int, got {type(ignore_index).__name__}"
         ) from None
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{function}: ignore_index: expected an int64, got {ignore_index}")
     if target.dtype in DTYPES:
         _check_like_input(function, "target", target, input)
         check_no_gradient(function, "target", target)

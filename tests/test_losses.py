@@ -533,6 +533,15 @@ def test_logits_of_any_size(device, dtype):
             assert_matches_torch(CASES[name], one, 0.0)
 
 
+def test_a_loss_is_finite_where_only_the_square_is_not(device):
+    """Of 1e25 in float32; torch's are infinite."""
+    x, zero = torch.tensor([[1e25]], device=device), torch.zeros(1, 1, device=device)
+    smooth = sqloss.losses.smooth_l1_loss(x, zero, beta=1e30)
+    torch.testing.assert_close(smooth, torch.tensor([0.5e20], device=device))
+    likely = sqloss.losses.gaussian_nll_loss(x, zero, var=1e30)
+    torch.testing.assert_close(likely, torch.tensor([0.5e20], device=device))
+
+
 @pytest.mark.parametrize("x, y", [(INF, 0.0), (INF, 0.5), (-INF, 0.5), (-INF, 1.0)])
 def test_an_infinitely_wrong_logit_costs_infinitely_much(device, x, y):
     """Where torch subtracts inf from inf for some."""
@@ -559,6 +568,16 @@ def test_cross_entropy_of_huge_logits(device, dtype):
         tensors["input"] *= scale
         assert_cross_entropy_matches_torch(tensors, 0.5)
         assert_cross_entropy_matches_torch(tensors, 0.5, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("shape", [(50, 100), (50, 100, 3)])
+def test_cross_entropy_of_what_huge_logits_have_in_common(device, shape):
+    """It cancels: both ways of walking give what they give without it."""
+    tensors = draw_classes(*shape, dtype=torch.float32, device=device)
+    tensors["input"] += 30_000
+    assert_cross_entropy_matches_torch(tensors, 0.5, label_smoothing=0.3)
+    tensors["target"] = torch.randn(shape, device=device).softmax(1)
+    assert_cross_entropy_matches_torch(tensors, 0.5)
 
 
 def test_cross_entropy_of_classes_masked_by_minus_infinity(device):
@@ -606,6 +625,43 @@ def test_nan_logits_reach_the_value_and_their_own_gradient(device):
     assert leaf.grad.isnan().sum() == 40
 
 
+@pytest.mark.parametrize("dtype, integer", [("float32", "int32"), ("float64", "int64")])
+@pytest.mark.parametrize("payload", [1, 0x7A2, -1])  # 0x7A2: R's NA
+def test_nan_of_any_bits_is_nan(device, dtype, integer, payload):
+    """A kernel that computes with the bits of numbers must not make one of a NaN's."""
+    quiet = torch.tensor(NAN, dtype=getattr(torch, dtype)).view(getattr(torch, integer))
+    nan = (quiet | payload).view(getattr(torch, dtype)).to(device)
+    for shape in ((3, 2), (3, 40), (3, 40, 2)):
+        leaf = torch.zeros(shape, dtype=nan.dtype, device=device)
+        leaf[1, 1] = nan
+        leaf.requires_grad_()
+        classes = torch.zeros(3, *shape[2:], dtype=torch.int64, device=device)
+        for losses, of_element in (
+            (sqloss.losses.binary_cross_entropy_with_logits(leaf, torch.zeros_like(leaf)), True),
+            (sqloss.losses.cross_entropy(leaf, classes), False),
+        ):
+            (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+            assert losses[1].isnan().all() and losses[::2].isfinite().all()
+            assert gradient[1, 1].isnan().all() and gradient[::2].isfinite().all()
+            assert of_element or gradient[1].isnan().all()
+
+
+@every_case
+def test_nan_reaches_the_derivatives_of_formulas(device, case):
+    """Those of double backward and forward mode, where there is no kernel."""
+    tensors = case.draw(2, 3, device=device)
+    tensors["input"][1, 2] = NAN
+    leaves = with_gradients(tensors, ["input"])
+    losses = case.losses(leaves)
+    (gradient,) = torch.autograd.grad(losses.sum(), leaves["input"], create_graph=True)
+    assert gradient.isnan().tolist() == [[False] * 3, [False, False, True]]
+    x = tensors.pop("input")
+    _, tangent = torch.func.jvp(
+        lambda x: case.losses({"input": x, **tensors}), (x,), (torch.ones_like(x),)
+    )
+    assert tangent.isnan().tolist() == [False, True]
+
+
 @every_case
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_no_gradient_of_the_loss_means_zeros_whatever_is_there(device, case, zero):
@@ -638,6 +694,19 @@ def test_no_gradient_of_the_cross_entropy_means_zeros_whatever_is_there(device):
             losses = sqloss.losses.cross_entropy(**tensors)
             (gradient,) = torch.autograd.grad(losses, leaf, grad_losses[:, None].expand(4, 3))
             assert not gradient[1:3].any() and gradient[::3].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 40)])
+def test_an_infinite_gradient_of_the_cross_entropy_is_no_nan(device, shape):
+    """As of a loss scaled too much."""
+    leaf = torch.randn(shape, device=device, requires_grad=True)
+    target = torch.tensor([1, 0], device=device)
+    (gradient,) = torch.autograd.grad(
+        sqloss.losses.cross_entropy(leaf, target), leaf, torch.tensor([INF, 1.0], device=device)
+    )
+    assert (
+        gradient[0, 1] == -INF and (gradient[0, 2:] == INF).all() and gradient[1].isfinite().all()
+    )
 
 
 def test_the_best_sample_may_be_infinitely_good(device):
@@ -1602,6 +1671,11 @@ C = torch.tensor([0, 2])
         (lambda f: f(X, C.to("meta")), ValueError, "target: expected the device of input, cpu"),
         (lambda f: f(X, G), ValueError, "target: expected a tensor without gradient"),
         (lambda f: f(X, Y, ignore_index=1), ValueError, "ignore_index: expected none with prob"),
+        (
+            lambda f: f(X, C, ignore_index=2**63),
+            ValueError,
+            "ignore_index: expected an int64, got 9",
+        ),
         (
             lambda f: f(X, C, ignore_index=1.0),
             TypeError,

@@ -28,7 +28,8 @@ struct Float<float> {
   static constexpr Bits kExponentOfOne = 127;
   // ln 2 in two parts, the first so short that its products with exponents are exact
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  static constexpr float kExpOfLessIsZero = -87.0f;  // below, exp has no normal value
+  // Below, exp is taken for 0: nearly all of that has no normal value
+  static constexpr float kExpOfLessIsZero = -87.0f;
   // Terms of the series below whose remainder is under half a unit in the last place
   static constexpr int kExpTerms = 8, kLogTerms = 5, kLog1pTerms = 7;
 };
@@ -64,7 +65,7 @@ inline T atanh_series(T z) {
   }
 }
 
-// exp(x) for x <= 1 as 2^n * exp(x - n ln 2), |x - n ln 2| <= ln 2 / 2; 0 where it is not normal.
+// exp(x) for x <= 1 as 2^n * exp(x - n ln 2), |x - n ln 2| <= ln 2 / 2; 0 below kExpOfLessIsZero.
 template <typename T>
 inline T exp_small(T x) {
   using Type = Float<T>;
@@ -74,9 +75,10 @@ inline T exp_small(T x) {
   const T rounded = x * T(1.44269504088896340736) + rounder;
   const T n = rounded - rounder;
   const T rest = (x - n * Type::kLn2High) - n * Type::kLn2Low;
-  const T mantissa = exp_series<Type::kExpTerms>(rest);
-  const Bits exponent = bits_as<Bits>(rounded) << Type::kMantissaBits;
-  const T result = bits_as<T>(Bits(bits_as<Bits>(mantissa) + exponent));
+  // Multiplied, not added to the exponent of the series: that would make numbers of some NaNs.
+  const T two_to_n =
+      bits_as<T>(Bits((bits_as<Bits>(rounded) + Type::kExponentOfOne) << Type::kMantissaBits));
+  const T result = exp_series<Type::kExpTerms>(rest) * two_to_n;
   return x < Type::kExpOfLessIsZero ? T(0) : result;
 }
 

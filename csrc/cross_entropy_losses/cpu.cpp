@@ -38,8 +38,7 @@ bool walk_by_sample(const Inputs& in) {
   return in.samples == 1 || in.input.stride <= in.input.first.strides.back();
 }
 
-// --- loops
-// ----------------------------------------------------------------------------------------
+// --- loops ---------------------------------------------------------------------------------------
 // Functions of their own: the compiler believes __restrict of parameters alone.
 
 template <typename T>
@@ -99,10 +98,13 @@ template <typename T>
   for (int64_t i = 0; i < count; ++i) t[i] = (kept * probabilities[i] + smoothing) * weight[i];
 }
 
+// In double, so that what large logits have in common cancels later.
 template <typename T>
 [[gnu::noinline]] void products(const T* __restrict a, const T* __restrict b, int64_t count,
-                                T* __restrict product) {
-  for (int64_t i = 0; i < count; ++i) product[i] = a[i] * b[i];
+                                double* __restrict product) {
+  for (int64_t i = 0; i < count; ++i) {
+    product[i] = static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  }
 }
 
 // sum += t, dot += t * x
@@ -144,16 +146,16 @@ template <typename T>
 template <typename T>
 struct Scale {
   T grad;       // of its loss
-  T sum;        // grad times the sum of t
+  T sum;        // of t
   T high, low;  // log_sum_exp in two parts
 
   Scale(T grad_loss, double sum_t, double log_sum_exp)
       : grad(grad_loss),
-        sum(static_cast<T>(static_cast<double>(grad_loss) * sum_t)),
+        sum(static_cast<T>(sum_t)),
         high(static_cast<T>(log_sum_exp)),
         low(static_cast<T>(log_sum_exp - static_cast<double>(high))) {}
 
-  T gradient(T logit, T t) const { return sum * exp_small((logit - high) - low) - grad * t; }
+  T gradient(T logit, T t) const { return grad * (sum * exp_small((logit - high) - low) - t); }
 };
 
 // Of classes of one sample.
@@ -181,13 +183,12 @@ template <typename T>
                                  const Scales<T>& scales, int64_t count, T* __restrict grad) {
   for (int64_t i = 0; i < count; ++i) {
     const T exponent = (x[i] - scales.high.data[i]) - scales.low.data[i];
-    const T value = scales.sum.data[i] * exp_small(exponent) - scales.grad.data[i] * t[i];
+    const T value = scales.grad.data[i] * (scales.sum.data[i] * exp_small(exponent) - t[i]);
     grad[i] = scales.grad.data[i] == T(0) ? T(0) : value;
   }
 }
 
-// --- what the walks share
-// -------------------------------------------------------------------------
+// --- what the walks share ------------------------------------------------------------------------
 
 // The values at these offsets.
 template <typename T>
@@ -271,8 +272,7 @@ struct Coefficients {
   }
 };
 
-// --- by sample
-// ------------------------------------------------------------------------------------
+// --- by sample -----------------------------------------------------------------------------------
 
 // Logits and probabilities of a run of classes of one sample.
 template <typename T>
@@ -315,6 +315,7 @@ void forward_by_sample(const Inputs& in, const Coefficients<T>& coefficients, T*
   at::parallel_for(0, in.samples, grain, [&](int64_t begin, int64_t end) {
     SampleTiles<T> tiles(in, coefficients);
     Tile<T> values;
+    Tile<double> logits_by_t;
     Sums<T> sums;  // of the one sample
     for (int64_t sample = begin; sample < end; ++sample) {
       T m = kLowest<T>;
@@ -334,8 +335,8 @@ void forward_by_sample(const Inputs& in, const Coefficients<T>& coefficients, T*
         sum += lanes.total();
         if (coefficients.any) {
           sum_t.add(tiles.t, count);
-          products(tiles.t, tiles.input, count, values.data);
-          dot_t.add(values.data, count);
+          products(tiles.t, tiles.input, count, logits_by_t.data);
+          dot_t.add(logits_by_t.data, count);
         }
       }
       sums.m.data[0] = m;
@@ -407,8 +408,7 @@ void backward_by_sample(const Inputs& in, const Coefficients<T>& coefficients, c
   });
 }
 
-// --- by class
-// -------------------------------------------------------------------------------------
+// --- by class ------------------------------------------------------------------------------------
 
 template <typename T>
 void forward_by_class(const Inputs& in, const Coefficients<T>& coefficients, T* losses,
@@ -639,7 +639,7 @@ void backward_by_class(const Inputs& in, const Coefficients<T>& coefficients, co
   });
 }
 
-// --------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 template <typename T>
 void forward_typed(const Inputs& in, T* losses, double* log_sum_exp) {

@@ -6,8 +6,9 @@
 //   t[c] = (1 - label_smoothing) * weight[c] * (c == target) + label_smoothing / C * weight[c]
 //   t[c] = ((1 - label_smoothing) * target[c] + label_smoothing / C) * weight[c]
 //
-// for a target class and for target probabilities. A class without coefficient may have the logit
-// -inf. Where the target class is ignore_index the loss is 0, as is its gradient.
+// for a target class and for target probabilities. Without label smoothing, classes that are not
+// the target class may have the logit -inf; a probability of 0 times an infinite term is NaN, as in
+// torch. Where the target class is ignore_index the loss is 0, as is its gradient.
 // Logits are computed in float, or in double where one of the tensors is of it. The same bits for
 // any number of threads, capability and repetition.
 #pragma once
@@ -41,7 +42,8 @@ struct Inputs {
 // gradient [samples]. Both raise IndexError for a target that is no class.
 struct CpuKernels {
   void (*forward)(const Inputs&, at::ScalarType dtype, void* losses, double* log_sum_exp);
-  // Samples of zero gradient are not read, and get zeros.
+  // Samples of zero gradient get zeros, whatever is in them. They are not read, but by class where
+  // most of a tile has a gradient.
   void (*backward)(const Inputs&, at::ScalarType dtype, const void* grad_losses,
                    const double* log_sum_exp, const Classes& grad_input);
 };

@@ -75,7 +75,8 @@ struct Call {
         break;
       case Loss::kSmoothL1: {
         const at::Tensor difference = x - y;
-        in_x = difference.sign();
+        // torch's sign of NaN is 0
+        in_x = at::where(difference.isnan(), difference, difference.sign());
         if (parameter > 0) {
           in_x = at::where(difference.abs() < parameter, difference / parameter, in_x);
         }

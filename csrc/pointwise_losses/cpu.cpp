@@ -25,8 +25,7 @@ constexpr int64_t kShort = 64;
 // A part of a long sample, for one thread: 256 KiB of floats.
 constexpr int64_t kChunk = 64 * kTile;
 
-// --- the losses: plain arithmetic on numbers, from which the compiler makes that on vectors
-// -------
+// --- the losses: plain arithmetic on numbers, from which the compiler makes that on vectors ------
 
 template <typename T>
 struct Derivatives {
@@ -73,7 +72,7 @@ struct SmoothL1 {
 
   T loss(T x, T y, T) const {
     const T distance = std::abs(x - y);
-    const T near = T(0.5) * distance * distance / beta;
+    const T near = T(0.5) * distance * (distance / beta);  // the square may be infinite
     const T far = distance - T(0.5) * beta;
     return distance < beta ? near : far;
   }
@@ -115,7 +114,7 @@ struct GaussianNll {
 
   T loss(T x, T y, T var) const {
     const T v = clamped(var);
-    return T(0.5) * (log(v) + (x - y) * (x - y) / v) + constant;
+    return T(0.5) * (log(v) + (x - y) * ((x - y) / v)) + constant;
   }
   Derivatives<T> derivatives(T x, T y, T var) const {
     const T v = clamped(var);
@@ -145,8 +144,7 @@ void for_loss(Loss loss, const F& f) {
   }
 }
 
-// --- tiles
-// ----------------------------------------------------------------------------------------
+// --- tiles ---------------------------------------------------------------------------------------
 
 // A tile of each input, and the buffers it may need.
 template <typename T>
@@ -217,8 +215,7 @@ template <typename Function, typename T>
   }
 }
 
-// --- forward
-// --------------------------------------------------------------------------------------
+// --- forward -------------------------------------------------------------------------------------
 
 // Tiles of whole samples.
 template <typename Function, typename T>
@@ -286,8 +283,7 @@ void forward_typed(const Inputs& in, T* losses) {
   });
 }
 
-// --- backward
-// -------------------------------------------------------------------------------------
+// --- backward ------------------------------------------------------------------------------------
 
 // Writes the gradients of tiles.
 template <typename T>

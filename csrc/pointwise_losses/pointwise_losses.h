@@ -2,17 +2,18 @@
 //
 // With x, y and o an element of input, target and other, its loss is
 //
-//   binary_cross_entropy_with_logits  (1 - y) * softplus(x) + o * y * softplus(-x)   o: pos_weight
-//   mse                               (x - y)^2
-//   smooth_l1                         (x - y)^2 / (2 beta) if |x - y| < beta, else |x - y| - beta/2
-//   huber                             (x - y)^2 / 2 if |x - y| < delta, else delta (|x-y| -
-//   delta/2) gaussian_nll                      (log v + (x - y)^2 / v) / 2, v = max(o, eps) o: var
-//                                     and log(2 pi) / 2 more if `full`
+//   binary_cross_entropy_with_logits
+//                 (1 - y) * softplus(x) + o * y * softplus(-x), o the pos_weight
+//   mse           (x - y)^2
+//   smooth_l1     (x - y)^2 / (2 beta) if |x - y| < beta, else |x - y| - beta / 2
+//   huber         (x - y)^2 / 2 if |x - y| < delta, else delta * (|x - y| - delta / 2)
+//   gaussian_nll  (log v + (x - y)^2 / v) / 2, v = max(o, eps), o the var;
+//                 and log(2 pi) / 2 more if `full`
 //
 // times its weight. The derivative of gaussian_nll in var is taken as if it were not clamped.
 // Elements are computed in float, or in double where one of the tensors is of it; sums are in
-// double and in an order that depends on the data alone: the same bits for any number of threads,
-// capability and repetition.
+// double and in an order that depends on sizes and strides alone: the same bits for any number of
+// threads, capability and repetition.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -50,7 +51,8 @@ struct Gradients {
 // gradient [samples].
 struct CpuKernels {
   void (*forward)(const Inputs&, at::ScalarType dtype, void* losses);
-  // Samples of zero gradient are not read, and get zeros.
+  // Samples of zero gradient get zeros, whatever is in them. They are not read, but where short
+  // ones share a tile with others.
   void (*backward)(const Inputs&, at::ScalarType dtype, const void* grad_losses, const Gradients&);
 };
 
