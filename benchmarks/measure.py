@@ -39,7 +39,7 @@ class Contender:
     name: str
     function: Callable[..., Tensor]
     twin: Callable[..., Sequence[Tensor]] | None = None
-    """From inputs in float64 to the value and the its sum's gradients; else the function itself."""
+    """From inputs in float64 to the value and its sum's gradients; else the function itself."""
     exact: bool = True
     """False for a peer that is off by design: its error is printed, not judged."""
     bars: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

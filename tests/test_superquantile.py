@@ -208,6 +208,21 @@ def test_weight_and_mask_broadcast(device, shape):
         assert_matches_twin(losses, 0.6, weight=weight, mask=mask, dim=dim)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [8192, 8193, 32_768, 40_000, 100_003])
+def test_twin_of_long_rows(device, n, dtype):
+    """In place, gathered, converted, masked and weighted; whole blocks, tiles and chunks or not."""
+    losses = torch.randn(2, n, device=device).to(dtype)
+    strided = torch.randn(n, 2, device=device).to(dtype).t()
+    weight = torch.randint(1, 4, (n,), device=device).double()  # whose sums are exact
+    mask = torch.rand(n, device=device) < 0.7
+    for x in (losses, strided, losses[:1, :1].expand(1, n)):
+        assert_matches_twin(x, 0.8, dim=1)
+        assert_matches_twin(x, 0.8, dim=1, mask=mask)
+        assert_matches_twin(x, 0.8, dim=1, weight=weight)
+        assert_matches_twin(x[0], 0.8, weight=weight, mask=mask)
+
+
 def strided_views(device):
     """Views of every kind, by name."""
     base = torch.randn(12, 10, 8, device=device)
@@ -304,6 +319,62 @@ def test_twin_on_adversarial_losses(device, case, dtype):
         assert_matches_twin(losses, alpha, weight=weight)
 
 
+def sampled_positions(n):
+    """Where the kernel looks for a first guess of the threshold of a row of n > 8192 losses."""
+
+    def scrambled(x):
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        return x ^ x >> 31
+
+    # all that it could look at: the first half of n^(2/3), and a few more
+    return torch.tensor([scrambled(i) * n >> 64 for i in range(int(n ** (2 / 3) / 2) + 2)])
+
+
+MISLEADING = {
+    "too high": lambda losses: 100 + losses,
+    "too low": lambda losses: losses - 100,
+    "both": lambda losses: torch.where(losses > 0, 100.0, -100.0),
+    "equal": lambda losses: torch.full_like(losses, 0.3),
+    "zero": torch.zeros_like,
+    "inf": lambda losses: torch.full_like(losses, INF),
+    "-inf": lambda losses: torch.full_like(losses, -INF),
+    "NaN": lambda losses: torch.full_like(losses, NAN),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*MISLEADING, "not there"])
+def test_a_sample_that_misleads(case, dtype):
+    n = 40_003
+    losses, mask = torch.randn(n), torch.rand(n) < 0.9
+    weight = torch.randint(4, (n,)).double()  # whose sums are exact
+    losses[::7] = 0
+    sampled = sampled_positions(n)
+    if case in MISLEADING:
+        losses[sampled] = MISLEADING[case](losses[sampled])
+    else:
+        weight[sampled], mask[sampled] = 0, False
+    losses = losses.to(dtype)
+    for alpha in (0.0, 0.05, 0.5, 0.9, 0.99, 1 - 2**-53):
+        assert_matches_twin(losses, alpha)
+        assert_matches_twin(losses, alpha, mask=mask)
+        assert_matches_twin(losses, alpha, weight=weight)
+        assert_matches_twin(losses, alpha, weight=weight, mask=mask)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-300])
+@pytest.mark.parametrize("kept", [1, 3, 50, 300])
+def test_long_rows_of_which_the_mask_leaves_little(kept, scale):
+    losses = torch.randint(-3, 2, (20_000,)).double() * scale  # zeros, too
+    mask = torch.zeros(20_000, dtype=torch.bool)
+    mask[torch.randperm(20_000)[:kept]] = True
+    for alpha in ALPHAS:
+        assert_matches_twin(losses, alpha, mask=mask)
+        assert_matches_twin(losses, alpha, weight=mask.double() * 1e200)
+
+
 def test_constant_losses_are_their_own_superquantile():
     for n in (1, 3, 10, 1001):
         for alpha in ALPHAS:
@@ -362,6 +433,19 @@ def test_equal_weights_are_no_weights(n, w):
         assert threshold == twins, percent
 
 
+@pytest.mark.parametrize("n", [40, 70, 200, 1000])
+def test_the_threshold_is_a_loss_where_sums_of_weights_round(n):
+    """At a k that is a sum of weights, give or take what their sums may be off by."""
+    for i in range(200):
+        losses = torch.randn(n, dtype=torch.float64)
+        weight = torch.exp(torch.randn(n, dtype=torch.float64) * 5)
+        reached = weight[losses.argsort(descending=True)].cumsum(0)
+        fraction = (reached[i % n] / reached[-1]).item() + (n / 2 + 1) * 2.0**-52
+        arguments = (weight, None, (), False)
+        _, threshold, counts = op.superquantile(losses, min(fraction, 1.0), *arguments)
+        assert (losses == threshold).any() and counts[1] > 0
+
+
 def test_a_tail_smaller_than_rounding_is_still_a_tail():
     losses = torch.tensor([2.0, 1.0], dtype=torch.float64)
     weight = torch.tensor([1e-18, 1.0], dtype=torch.float64)
@@ -370,6 +454,27 @@ def test_a_tail_smaller_than_rounding_is_still_a_tail():
         assert q.sum().item() == pytest.approx(1, abs=1e-12)
     q = sqloss.tail_weights(torch.randn(50), 1 - 2**-53, weight=torch.rand(50))
     assert q.sum().item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this CPU has no such mode")
+@pytest.mark.parametrize("n", [50, 100_003])
+def test_a_processor_that_takes_denormals_for_zero(n):
+    losses = torch.randn(n).relu()
+    mask = torch.zeros(n, dtype=torch.bool)
+    mask[:40] = True
+    calls = [
+        lambda losses, alpha: sqloss.cvar(losses, alpha),
+        lambda losses, alpha: sqloss.cvar(-losses, alpha, mask=mask),
+        lambda losses, alpha: sqloss.value_at_risk(losses - 1, alpha, weight=mask.float()),
+        lambda losses, alpha: sqloss.tail_weights(losses, alpha),
+    ]
+    expected = [call(losses, alpha) for call in calls for alpha in ALPHAS]
+    torch.set_flush_denormal(True)
+    try:
+        got = [call(losses, alpha) for call in calls for alpha in ALPHAS]
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_an_infinite_gradient_reaches_the_tail_alone():
@@ -578,11 +683,16 @@ from sqloss import _C
 g = torch.Generator().manual_seed(0)
 out = []
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-    for shape, dim in (((9001,), 0), ((50, 301), 1), ((301, 50), 0)):
+    for shape, dim in (
+        ((9001,), 0), ((50, 301), 1), ((301, 50), 0), ((40_000,), 0), ((100_003,), 0),
+        ((40_000, 2), 0),
+    ):
         # not randn: torch's own normals depend on the capability
         x = torch.rand(shape, generator=g).sub(0.5).to(dtype).requires_grad_()
         w = torch.rand(shape, generator=g)
-        for y in (sqloss.cvar(x, 0.77, dim=dim), sqloss.cvar(x, 0.77, dim=dim, weight=w)):
+        m = torch.rand(shape, generator=g) < 0.7
+        for given in ({}, {"weight": w}, {"mask": m}, {"weight": w.double(), "mask": m}):
+            y = sqloss.cvar(x, 0.77, dim=dim, **given)
             out += [y.detach(), *torch.autograd.grad(y.sum(), x)]
 print(_C.cpu_capability())
 torch.save(out, sys.argv[1])

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -21,8 +22,10 @@ class ScratchMemory {
     int64_t size = 0;
   };
 
-  // Of the buffers kept, the smallest that is large enough; or a new one.
-  static Bytes take(int64_t size) {
+  // Of the buffers kept, the smallest that is large enough; or a new one. Sizes are rounded up to
+  // powers of two, so that calls of many sizes share few buffers.
+  static Bytes take(int64_t needed) {
+    const auto size = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(needed)));
     {
       const std::lock_guard<std::mutex> lock(kept().mutex);
       std::vector<Bytes>& buffers = kept().buffers;
@@ -40,12 +43,16 @@ class ScratchMemory {
     return {std::unique_ptr<char[]>(new char[size]), size};
   }
 
+  // The oldest make room for the newest.
   static void keep(Bytes bytes) {
-    if (!bytes.data) return;
+    if (!bytes.data || bytes.size > kMostKept) return;
     const std::lock_guard<std::mutex> lock(kept().mutex);
-    if (kept().size + bytes.size > kMostKept) return;
+    std::vector<Bytes>& buffers = kept().buffers;
+    auto oldest = buffers.begin();
+    for (; kept().size + bytes.size > kMostKept; ++oldest) kept().size -= oldest->size;
+    buffers.erase(buffers.begin(), oldest);
     kept().size += bytes.size;
-    kept().buffers.push_back(std::move(bytes));
+    buffers.push_back(std::move(bytes));
   }
 
  private:

@@ -14,6 +14,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "core/simd.h"
 #include "core/strided.h"
 
 #ifdef __F16C__
@@ -182,11 +183,9 @@ inline void write_zeros(const Strided& target, int64_t begin, int64_t count, int
   });
 }
 
-// kLanes partial sums in double, whose order of additions is the same for every vector width.
-// The order is that of core/simd.h's Lanes, which on tiles were slower than what the compiler makes
+// Sums in the order of core/simd.h's Lanes, which on tiles were slower than what the compiler makes
 // of this.
 struct OrderedSum {
-  static constexpr int64_t kLanes = 16;  // divides kTile
   double sum[kLanes] = {};
 
   template <typename T>
@@ -201,12 +200,9 @@ struct OrderedSum {
   }
 
   double total() const {
-    double halves[kLanes];
-    std::memcpy(halves, sum, sizeof(sum));
-    for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-      for (int64_t lane = 0; lane < half; ++lane) halves[lane] += halves[lane + half];
-    }
-    return halves[0];
+    double lanes[kLanes];
+    std::memcpy(lanes, sum, sizeof(sum));
+    return fold(lanes);
   }
 };
 

@@ -22,11 +22,6 @@ C10_HOST_DEVICE inline int compare(T x, T threshold) {
   return !(x <= threshold) ? 1 : (x == threshold ? 0 : -1);
 }
 
-template <typename T>
-C10_HOST_DEVICE inline bool above(T x, T threshold) {
-  return !(x <= threshold) && !is_nan(threshold);
-}
-
 // Unsigned integers in the same order: all bits of a negative number flipped, the sign bit of a
 // positive one; NaN is the largest. Expects no -0 (add 0 to a number first).
 template <typename T>

@@ -229,9 +229,11 @@ Result tail_of(const Losses& in, int64_t row, double tail_fraction) {
     TORCH_CHECK_VALUE(total > 0,
                       "superquantile: weight, mask: expected a positive sum of weights in every "
                       "reduction, got 0");
-    // Some of the mass, however small the tail
-    return std::max(tail_fraction * total - total * rounding,
-                    std::numeric_limits<double>::denorm_min());
+    // Some of the mass, however small the tail: a normal number where one is little enough, since
+    // the processor may take denormals for 0
+    using Limits = std::numeric_limits<double>;
+    const double some = total > Limits::min() ? Limits::min() : Limits::denorm_min();
+    return std::max(tail_fraction * total - total * rounding, some);
   };
   const Tail<T> tail = select(Row<T, W>(in, row), tail_fraction, target);
 

@@ -185,27 +185,31 @@ T bisect(Run<T, W> run, double target, KeyRange<T> range) {
   constexpr int64_t kFew = 2 * kLanes;  // not worth dropping
   using Keys = KeyRange<T>;
   Items<T, W> left;
-  double above = 0;    // the mass above range.hi
-  double dropped = 0;  // of the items that are not in the run any more
+  double above = 0;  // the mass of the run above range.hi
   for (int64_t step = 1; range.lo < range.hi && !Keys::is_nan(range.lo); ++step) {
     const auto middle = range.lo + (range.hi - range.lo) / 2 + 1;
-    const double mass = dropped + mass_from(run, middle);
+    const double mass = mass_from(run, middle);
     const bool reached = mass >= target;
     range.lo = reached ? middle : range.lo;
     range.hi = reached ? range.hi : middle - 1;
     above = reached ? above : mass;
-    if (step % kStepsToDrop == 0 && run.positions > kFew && !Keys::is_nan(range.hi)) {
-      const T lo = Keys::loss(range.lo), hi = Keys::loss(range.hi);
+    if (step % kStepsToDrop == 0 && run.positions > kFew && range.hi < Keys::key(kInfinity<T>)) {
+      // By the comparison that counted `above`: `beyond` may tie with hi (0 and -0, or denormals
+      // where the processor takes them for 0)
+      const T lo = Keys::loss(range.lo), beyond = Keys::loss(range.hi + 1);
       left.size = 0;
       left.reserve(run.positions);  // in place from the second time on
       run.for_blocks([&](const Block<T>& block, const W* weight) {
-        left.append(block, weight, without(block.reaches(lo), block.above(hi)));
+        left.append(block, weight, without(block.reaches(lo), block.reaches(beyond)));
       });
       run = left.run();
-      dropped = above;
+      target -= above;
+      above = 0;
+      // lo was reached, which sums that round in another order must not deny
+      if (kWeighted<W>) target = std::min(target, run.total());
     }
   }
-  return Keys::loss(range.lo);
+  return Keys::loss(range.lo) + T(0);  // never -0, nor a denormal that ties with 0
 }
 
 // What lies above the threshold and at it, and everything.
@@ -232,16 +236,16 @@ Tail<T> tail_at(const Run<T, W>& run, T threshold, double total) {
   const bool nan = core::is_nan(threshold);
   const T bound = nan ? kInfinity<T> : threshold;
   Lanes lanes;
-  Mass<W> above, reached;
+  Mass<W> above, at;
   run.for_blocks([&](const Block<T>& block, const W* weight) {
     const auto is_above = block.above(bound);
     above.add(is_above, weight);
-    reached.add(block.reaches(bound), weight);
+    at.add(without(block.reaches(bound), is_above), weight);
     add_losses<T, W>(lanes, block, weight, is_above);
   });
   if (nan) return {threshold, 0.0, 0.0, above.total(), total};
-  const double mass = bound == -kInfinity<T> ? total : reached.total();
-  return {threshold, lanes.total(), above.total(), mass - above.total(), total};
+  const bool all = bound == -kInfinity<T>;
+  return {threshold, lanes.total(), above.total(), all ? total - above.total() : at.total(), total};
 }
 
 // Bounds of the threshold, lo <= hi, that are never NaN: where it is NaN, hi is +inf.
@@ -370,12 +374,12 @@ Bracket<T> sampled_bracket(const Source& source, double share, int64_t sample_si
   double effective = static_cast<double>(sample.size);  // items of equal mass as good as these
   const double total = run.total();
   if constexpr (kWeighted<W>) {
-    double squares = 0;
+    double squares = 0;  // of shares, which do not overflow
     for (int64_t i = 0; i < sample.size; ++i) {
-      const double weight = run.weights[i];
-      squares += weight * weight;
+      const double weight_share = run.weights[i] / total;
+      squares += weight_share * weight_share;
     }
-    effective = total * total / squares;
+    effective = 1 / squares;
   }
   if (!(effective >= 1)) return bracket;
   const double margin =
