@@ -8,6 +8,7 @@
 #include <ATen/WrapDimUtilsMulti.h>
 
 #include "core/cpu_capability.h"
+#include "core/empty_gradient.h"
 
 namespace sqloss::superquantile {
 namespace {
@@ -130,9 +131,7 @@ at::Tensor backward_with(BackwardKernel kernel, const OptionalTensor& grad_value
                          bool keepdim) {
   check_inputs(losses, weight, mask);
   const Reduction reduction(losses, dim, keepdim);
-  const bool usual = losses.is_cpu() && losses.is_contiguous();  // can do without the dispatcher
-  at::Tensor grad_losses =
-      usual ? at::detail::empty_cpu(losses.sizes(), losses.scalar_type()) : at::empty_like(losses);
+  at::Tensor grad_losses = core::empty_gradient(losses);
   if (grad_losses.numel() == 0) return grad_losses;
 
   const auto one_per_row = [&](const at::Tensor& tensor, const char* name, at::ScalarType dtype,
