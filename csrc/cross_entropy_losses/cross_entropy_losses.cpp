@@ -7,7 +7,6 @@
 #include <c10/util/irange.h>
 
 #include "core/cpu_capability.h"
-#include "core/empty_gradient.h"
 
 namespace sqloss::cross_entropy_losses {
 namespace {
@@ -133,7 +132,9 @@ at::Tensor backward_cpu(const at::Tensor& grad_losses, const at::Tensor& input,
   };
   check("grad_losses", grad_losses, samples.dtype);
   check("log_sum_exp", log_sum_exp, at::kDouble);
-  const at::Tensor grad_input = core::empty_gradient(input);
+  const bool usual = input.is_contiguous();  // can do without the dispatcher
+  at::Tensor grad_input =
+      usual ? at::detail::empty_cpu(input.sizes(), input.scalar_type()) : at::empty_like(input);
   if (grad_input.numel() > 0) {
     const at::Tensor grads = grad_losses.contiguous(), exponents = log_sum_exp.contiguous();
     cpu_kernels().backward(samples.inputs, samples.dtype, grads.data_ptr(),

@@ -10,7 +10,6 @@
 #include <utility>
 
 #include "core/cpu_capability.h"
-#include "core/empty_gradient.h"
 
 namespace sqloss::pointwise_losses {
 namespace {
@@ -131,8 +130,10 @@ InputGradients backward_cpu(const at::Tensor& grad_losses, std::string_view loss
   Gradients gradients;
   const auto gradient = [&](const at::Tensor& of, bool wanted,
                             core::Strided& sequence) -> at::Tensor {
+    const bool usual = of.is_contiguous();  // can do without the dispatcher
     if (!wanted) return at::detail::empty_cpu({0}, input.scalar_type());
-    at::Tensor grad = core::empty_gradient(of);
+    at::Tensor grad =
+        usual ? at::detail::empty_cpu(of.sizes(), of.scalar_type()) : at::empty_like(of);
     sequence = core::Strided(grad, sequences.order);
     return grad;
   };

@@ -8,7 +8,6 @@
 #include <ATen/WrapDimUtilsMulti.h>
 
 #include "core/cpu_capability.h"
-#include "core/empty_gradient.h"
 
 namespace sqloss::superquantile {
 namespace {
@@ -131,7 +130,9 @@ at::Tensor backward_with(BackwardKernel kernel, const OptionalTensor& grad_value
                          bool keepdim) {
   check_inputs(losses, weight, mask);
   const Reduction reduction(losses, dim, keepdim);
-  at::Tensor grad_losses = core::empty_gradient(losses);
+  const bool usual = losses.is_cpu() && losses.is_contiguous();  // can do without the dispatcher
+  at::Tensor grad_losses =
+      usual ? at::detail::empty_cpu(losses.sizes(), losses.scalar_type()) : at::empty_like(losses);
   if (grad_losses.numel() == 0) return grad_losses;
 
   const auto one_per_row = [&](const at::Tensor& tensor, const char* name, at::ScalarType dtype,
