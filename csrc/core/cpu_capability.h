@@ -21,12 +21,12 @@ inline const char* cpu_capability() {
   return "DEFAULT";
 }
 
-// Of one operation's kernels: `portable` exists on every architecture, the others on x86-64.
+// Of one operation's kernels; on other architectures than x86-64 all three are the portable ones.
 template <typename Kernels>
-const Kernels& for_this_cpu(const Kernels& portable, const Kernels* avx2, const Kernels* avx512) {
+const Kernels& for_this_cpu(const Kernels& portable, const Kernels& avx2, const Kernels& avx512) {
   const std::string capability = cpu_capability();
-  if (capability == "AVX512") return *avx512;
-  if (capability == "AVX2") return *avx2;
+  if (capability == "AVX512") return avx512;
+  if (capability == "AVX2") return avx2;
   return portable;
 }
 

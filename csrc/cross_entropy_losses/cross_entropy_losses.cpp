@@ -14,13 +14,8 @@ namespace {
 using OptionalTensor = std::optional<at::Tensor>;
 
 const CpuKernels& cpu_kernels() {
-#if defined(__x86_64__)
   static const CpuKernels& chosen =
-      core::for_this_cpu(DEFAULT::kernels, &AVX2::kernels, &AVX512::kernels);
-#else
-  static const CpuKernels& chosen =
-      core::for_this_cpu<CpuKernels>(DEFAULT::kernels, nullptr, nullptr);
-#endif
+      core::for_this_cpu(DEFAULT::kernels, AVX2::kernels, AVX512::kernels);
   return chosen;
 }
 

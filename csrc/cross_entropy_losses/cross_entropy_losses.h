@@ -58,6 +58,9 @@ extern const CpuKernels kernels;
 namespace AVX512 {
 extern const CpuKernels kernels;
 }
+#else
+namespace AVX2 = DEFAULT;
+namespace AVX512 = DEFAULT;
 #endif
 
 // From tensors to kernels. input is [N, C, d1, ...], of any strides, which are never copied; target

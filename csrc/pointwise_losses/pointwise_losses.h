@@ -66,6 +66,9 @@ extern const CpuKernels kernels;
 namespace AVX512 {
 extern const CpuKernels kernels;
 }
+#else
+namespace AVX2 = DEFAULT;
+namespace AVX512 = DEFAULT;
 #endif
 
 // From tensors to kernels. All tensors are of one shape and of any strides, which are never copied;

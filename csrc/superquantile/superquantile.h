@@ -97,6 +97,9 @@ extern const CpuKernels kernels;
 namespace AVX512 {
 extern const CpuKernels kernels;
 }
+#else
+namespace AVX2 = DEFAULT;
+namespace AVX512 = DEFAULT;
 #endif
 
 // The same promise as CpuKernels::backward, on the current CUDA stream.
