@@ -534,9 +534,10 @@ def uniforms(
 
     They are functions of the seed, the sample and the element, ``row * columns + column``: of the
     Philox block ``key = seed, counter = (element // 2 in two words, sample, 0)`` an even element
-    has the words 0 and 1, an odd one 2 and 3, as ``u = (word + 1/2) / 2^32`` and
-    ``v = word as a signed int32 / 2^32``; in float64 these are continued by 21 bits of the block
-    whose last counter is 1. ``seed`` and ``rows`` are int64 of shapes that broadcast.
+    has the words 0 and 1, an odd one 2 and 3, as ``u = (word + 1/2) / 2^32`` in the arithmetic of
+    float32, so that it has all its digits where it is small, and ``v = word as a signed int32 /
+    2^32``; in float64 both are continued by 21 bits of the block whose last counter is 1. ``seed``
+    and ``rows`` are int64 of shapes that broadcast.
     Returns float64 ``[..., columns]``, or ``[num_samples, ..., columns]``.
     """
     device = rows.device
@@ -554,13 +555,13 @@ def uniforms(
         return torch.where(odd, c, a), torch.where(odd, d, b)
 
     of_u, of_v = words(0)
-    u, v = of_u.double(), (of_v - ((of_v >> 31) << 32)).double()
+    v = (of_v - ((of_v >> 31) << 32)).double()
     if dtype == torch.float64:
-        of_u, of_v = words(1)
-        u = u + ((of_u >> 11).double() + 0.5) / 2**21
-        v = v + (of_v >> 11).double() / 2**21
+        more_of_u, more_of_v = words(1)
+        u = of_u.double() + ((more_of_u >> 11).double() + 0.5) / 2**21
+        v = v + (more_of_v >> 11).double() / 2**21
     else:
-        u = u + 0.5
+        u = (of_u.float() + 0.5).double()
     return u / 2**32, v / 2**32
 
 

@@ -252,7 +252,7 @@ def test_uniforms_are_words_of_the_blocks():
                 of_u, of_v = block(element, sample, 0)
                 low_u, low_v = (word >> 11 for word in block(element, sample, 1))
                 signed = of_v - 2**32 if of_v >= 2**31 else of_v
-                assert u[at].item() == (of_u + 0.5) / 2**32
+                assert u[at].item() == float(np.float32(of_u) + np.float32(0.5)) / 2**32
                 assert v[at].item() == signed / 2**32
                 assert finer_u[at].item() == (of_u + (low_u + 0.5) / 2**21) / 2**32
                 assert finer_v[at].item() == (signed + low_v / 2**21) / 2**32
