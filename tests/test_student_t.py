@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-import warnings
 
 import numpy as np
 import pytest
@@ -379,7 +378,7 @@ def assert_matches_twin(
     for name, gradient, of_twin in zip(names, got, expected, strict=True):
         shape, dtype = tensors[name].shape, tensors[name].dtype
         total = of_twin.double().sum_to_size(shape).to(dtype)
-        assert_near(gradient, total, 4 * rounding, of_twin.double().abs().sum_to_size(shape))
+        assert_near(gradient, total, 16 * rounding, of_twin.double().abs().sum_to_size(shape))
 
 
 def parameters(*shape, form="scale", dtype=torch.float64, device="cpu", df=(1.0, 30.0), prior=True):
@@ -397,7 +396,7 @@ def normal(tensors):
 
 
 SHAPES = [
-    *itertools.product((1, 2, 5), (1, 2, 3, 15, 16, 17, 20, 33)),
+    *itertools.product((1, 5), (1, 2, 3, 15, 16, 17, 20, 33)),
     (200, 1),
     (301, 7),
     (3, 511),
@@ -428,10 +427,10 @@ def test_normal_twin_by_size(device, form, dtype, estimator):
 
 @every_form
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_samples", [1, 2, 3, 64])
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 20])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_twin_by_number_of_samples(device, form, dtype, num_samples, reduction):
-    for shape in ((3, 7), (2, 3, 5), (40, 33), (1, 1030)):
+    for shape in ((2, 3, 7), (40, 33), (1, 1030)):
         tensors = parameters(*shape, form=form, dtype=dtype, device=device)
         seed, options = seed_of(-5, device), {"num_samples": num_samples, "reduction": reduction}
         for estimator in ("mc", "analytic_entropy"):
@@ -488,7 +487,7 @@ def test_df_may_be_a_number(device):
     assert public(half, seed=seed)[0].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("dtypes", itertools.product(DTYPES, repeat=3), ids=str)
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, repeat=3)), ids=str)
 def test_twin_by_mixed_dtypes(device, dtypes):
     tensors = parameters(9, 20, form="logvar", device=device)
     for name, dtype in zip(("loc", "logvar", "df"), dtypes, strict=True):
@@ -616,3 +615,787 @@ def test_what_is_huge_but_finite_stays_so(device):
     assert torch.autograd.grad(kl.sum(), loc)[0].isfinite().all()
     wide = sqloss.student_t_rsample(0.5, torch.zeros(512, 512, device=device), 1.0)
     assert wide.isfinite().all() and wide.abs().max() > 1e8
+
+
+# --- which draw is which --------------------------------------------------------------------------
+
+
+def test_manual_seed_and_generators_reproduce(device):
+    loc = torch.zeros(5, 3, device=device)
+
+    def draws(generator=None):
+        z, kl = sqloss.student_t_rsample_kl(5.0, loc, 1.0, generator=generator)
+        normal = sqloss.normal_rsample_kl(loc, 1.0, generator=generator)[0]
+        return z, kl, normal, sqloss.student_t_rsample(5.0, loc, 1.0, generator=generator)
+
+    def same(a, b):
+        return [torch.equal(x, y) for x, y in zip(a, b, strict=True)]
+
+    torch.manual_seed(1)
+    first, second = draws(), draws()
+    torch.manual_seed(1)
+    assert all(same(draws(), first)) and all(same(draws(), second))
+    assert not any(same((first[0], *first[2:]), (second[0], *second[2:])))
+    assert not torch.equal(first[0], first[3]), "every call draws its own seed"
+    generator = torch.Generator(device).manual_seed(2)
+    before = torch.get_rng_state()
+    a, b = draws(generator), draws(generator)
+    assert torch.equal(torch.get_rng_state(), before) and not torch.equal(a[0], b[0])
+    generator.manual_seed(2)
+    assert all(same(draws(generator), a))
+    generator.manual_seed(2)
+    seed = sqloss.draw_seed(generator=generator)
+    assert seed.dtype == torch.int64 and seed.shape == () and seed.device == generator.device
+    assert torch.equal(sqloss.student_t_rsample_kl(5.0, loc, 1.0, seed=seed)[0], a[0])
+
+
+def test_seeds_have_64_bits():
+    seeds = torch.stack([sqloss.draw_seed() for _ in range(256)])
+    assert len(seeds.unique()) == 256
+    for bit in range(64):
+        assert 64 < (seeds >> bit & 1).sum() < 192
+
+
+def test_all_bits_of_seed_and_row_and_sample_count(device):
+    loc = torch.zeros(1, 8, device=device)
+
+    def z(seed, row, **options):
+        rows = torch.tensor([row], device=device)
+        return sqloss.student_t_rsample(3.0, loc, 1.0, seed=seed_of(seed, device), rows=rows)
+
+    drawn = [z(seed, row) for seed in (0, 1, 2**31, 2**32, 2**62, -1) for row in (0, 1)]
+    drawn += [z(0, row) for row in (2**29, 2**30, 2**32, 2**40, 2**59)]
+    assert len(torch.stack(drawn).unique()) == 8 * len(drawn)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 5, 8, 600])
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_rows_draw_a_part_again_bit_for_bit(device, dtype, columns, num_samples):
+    tensors = parameters(40, columns, dtype=dtype, device=device)
+    seed, rows = seed_of(77, device), torch.tensor([39, 0, 7, 8, 9, 8], device=device)
+    options = {"num_samples": num_samples, "reduction": "none"}
+
+    def outputs(tensors, **more):
+        leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+        z, kl = public(leaves, seed=seed, **options, **more)
+        return z, kl, *torch.autograd.grad(z.double().sum() + kl.sum(), list(leaves.values()))
+
+    full = outputs(tensors)
+    subset = outputs({name: t[rows] for name, t in tensors.items()}, rows=rows)
+    for whole, part in zip(full, subset, strict=True):
+        sampled = num_samples > 1 and whole.shape[:1] == (num_samples,)
+        assert torch.equal(whole[:, rows] if sampled else whole[rows], part)
+    shaped = {name: t.view(5, 8, columns) for name, t in tensors.items()}
+    z, kl = public(shaped, seed=seed, **options)
+    assert torch.equal(z.flatten(-3, -2), full[0]) and torch.equal(kl.flatten(-2), full[1])
+
+
+def test_a_seed_for_every_row(device):
+    tensors = parameters(2, 3, 5, device=device)
+    rows = torch.tensor([[5, 0, 2], [9, 1, 1]], device=device)
+    seeds = torch.tensor([[1, 2, 3], [4, 5, 2**40]], device=device)
+    z, kl = public(tensors, seed=seeds, rows=rows)
+    for i, j in itertools.product(range(2), range(3)):
+        one = {name: t[i, j][None] for name, t in tensors.items()}
+        alone = public(one, seed=seeds[i, j], rows=rows[i, j][None])
+        assert torch.equal(alone[0][0], z[i, j]) and torch.equal(alone[1][0], kl[i, j])
+    for seed in (seeds, seeds[0], seeds[:, :1], seeds[:1, :1].expand(2, 3)):
+        assert_matches_twin(tensors, seed, rows=rows)
+        assert_matches_twin(tensors, seed, num_samples=2)
+
+
+def test_samples_do_not_depend_on_their_number(device):
+    tensors = parameters(6, 5, device=device)
+    options = {"reduction": "none", "seed": seed_of(1, device)}
+    z, kl = public(tensors, num_samples=7, **options)
+    one, of_one = public(tensors, **options)
+    three, of_three = public(tensors, num_samples=3, **options)
+    assert torch.equal(z[0], one) and torch.equal(kl[0], of_one)
+    assert torch.equal(z[:3], three) and torch.equal(kl[:3], of_three)
+    del tensors["prior_df"]
+    assert torch.equal(public(tensors, "none", num_samples=7, seed=seed_of(1, device))[0], z)
+    alone = public(parameters(6, 5), num_samples=7, return_z=False, seed=seed_of(1))
+    assert alone.shape == (6,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 70_001), (999, 31), (40, 3000), (20_001, 3)])
+def test_same_bits_for_any_number_of_threads_and_repetition(dtype, shape):
+    tensors = parameters(*shape, dtype=dtype)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 2, 3):
+            torch.set_num_threads(threads)
+            leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+            z, kl = public(leaves, num_samples=2, seed=seed_of(1))
+            results.append((z, kl, *torch.autograd.grad(z.sum() + kl.sum(), list(leaves.values()))))
+    finally:
+        torch.set_num_threads(before)
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+
+CAPABILITY_PROGRAM = """
+import sys, torch, sqloss
+from sqloss import _C
+g = torch.Generator().manual_seed(0)
+out = []
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for shape in ((50, 301), (7, 3001), (301, 5)):
+        x = torch.rand(shape, generator=g).sub(0.5).mul(6).to(dtype).requires_grad_()
+        s = torch.rand(shape, generator=g).sub(0.5).mul(2).to(dtype).requires_grad_()
+        f = torch.rand(shape, generator=g).mul(40).add(0.5).to(dtype).requires_grad_()
+        for estimator in ("mc", "analytic_entropy"):
+            z, kl = sqloss.student_t_rsample_kl(
+                f, x, log_scale=s, num_samples=2, estimator=estimator, seed=torch.tensor(1)
+            )
+            out += [z, kl, *torch.autograd.grad(z.sum() + kl.sum(), (f, x, s))]
+        z, kl = sqloss.normal_rsample_kl(x, logvar=s, seed=torch.tensor(1))
+        out += [z, kl, *torch.autograd.grad(z.sum() + kl.sum(), (x, s))]
+print(_C.cpu_capability())
+torch.save([t.detach() for t in out], sys.argv[1])
+"""
+
+
+def test_same_bits_for_every_cpu_capability(tmp_path):
+    """One build holds all vector widths, and none changes a bit."""
+    results = {}
+    for wish in ("default", "avx2", "avx512"):
+        file = tmp_path / wish
+        said = subprocess.run(
+            [sys.executable, "-c", CAPABILITY_PROGRAM, str(file)],
+            env={**os.environ, "ATEN_CPU_CAPABILITY": wish},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        results[said.stdout.strip()] = torch.load(file)
+    assert "DEFAULT" in results
+    for result in results.values():
+        for a, b in zip(results["DEFAULT"], result, strict=True):
+            assert torch.equal(a, b)
+
+
+# --- autograd -------------------------------------------------------------------------------------
+
+ESTIMATORS = [("mc", True), ("analytic_entropy", True), ("mc", False), ("closed_form", False)]
+
+
+@every_form
+@pytest.mark.parametrize("estimator, student", ESTIMATORS)
+@pytest.mark.parametrize("num_samples, reduction", [(1, "mean"), (3, "mean"), (3, "none")])
+def test_gradcheck_and_gradgradcheck(form, estimator, student, num_samples, reduction):
+    tensors = parameters(2, 3, form=form, df=(1.5, 6.0))
+    tensors = tensors if student else normal(tensors)
+    names = list(tensors)
+
+    def outputs(*leaves, names=names):
+        return public(
+            dict(zip(names, leaves, strict=True)),
+            estimator,
+            num_samples=num_samples,
+            reduction=reduction,
+            seed=seed_of(11),
+        )
+
+    leaves = [t.requires_grad_() for t in tensors.values()]
+    options = {"check_forward_ad": True, "check_batched_grad": True}
+    assert torch.autograd.gradcheck(outputs, leaves, **options, check_batched_forward_grad=True)
+    assert torch.autograd.gradgradcheck(outputs, leaves, check_batched_grad=True)
+    if student:  # df and the prior's are one
+        del tensors["prior_df"]
+        names = list(tensors)
+        leaves = list(tensors.values())
+        assert torch.autograd.gradcheck(lambda *x: outputs(*x, names=names), leaves, **options)
+        assert torch.autograd.gradgradcheck(lambda *x: outputs(*x, names=names), leaves)
+
+
+@pytest.mark.parametrize("num_samples", [None, 3])
+def test_gradcheck_of_samples(num_samples):
+    tensors = parameters(2, 3, df=(1.5, 6.0), prior=False)
+
+    def samples(*leaves):
+        named = dict(zip(tensors, leaves, strict=True))
+        return sqloss.student_t_rsample(**named, num_samples=num_samples, seed=seed_of(11))
+
+    leaves = [t.requires_grad_() for t in tensors.values()]
+    assert torch.autograd.gradcheck(samples, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(samples, leaves)
+
+
+def test_only_wanted_gradients_and_outputs(device):
+    tensors = parameters(4, 3, device=device)
+    full = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+    z, kl = public(full, seed=seed_of(1, device))
+    expected = torch.autograd.grad(z.sum() + 2 * kl.sum(), list(full.values()))
+    for wanted in range(4):
+        name = list(tensors)[wanted]
+        leaf = tensors[name].detach().requires_grad_()
+        z, kl = public({**tensors, name: leaf}, seed=seed_of(1, device))
+        assert torch.equal(torch.autograd.grad(z.sum() + 2 * kl.sum(), leaf)[0], expected[wanted])
+    # the two outputs' gradients add up to that of both
+    z, kl = public(full, seed=seed_of(1, device))
+    leaves = list(full.values())
+    of_z = torch.autograd.grad(z.sum(), leaves, allow_unused=True, materialize_grads=True)
+    z, kl = public(full, seed=seed_of(1, device))
+    of_kl = torch.autograd.grad(2 * kl.sum(), leaves)
+    for a, b, both in zip(of_z, of_kl, expected, strict=True):
+        torch.testing.assert_close(a + b, both)
+    assert not public(tensors)[0].requires_grad
+    with torch.no_grad():
+        assert not public(full)[1].requires_grad
+    with torch.inference_mode():
+        assert public(tensors)[1].isfinite().all()
+
+
+def test_changing_an_input_after_forward_is_noticed():
+    tensors = parameters(4, 3)
+    loc = tensors["loc"].requires_grad_()
+    z, _ = public({**tensors, "loc": loc * 1})
+    z.sum().backward()
+    moved = loc * 1
+    z, _ = public({**tensors, "loc": moved})
+    moved.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(use_reentrant):
+    layer = torch.nn.Linear(5, 8)
+    x = torch.randn(30, 5)
+
+    def step(x):
+        loc, logvar = layer(x).chunk(2, 1)
+        z, kl = sqloss.student_t_rsample_kl(5.0, loc, logvar=logvar)
+        return (z.square().sum(1) + kl).mean()
+
+    torch.manual_seed(3)
+    expected = torch.autograd.grad(step(x), list(layer.parameters()))
+    torch.manual_seed(3)
+    checkpoint(step, x.requires_grad_(), use_reentrant=use_reentrant).backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(layer.parameters(), expected, strict=True))
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_the_divergence_alone_does_not_grow_with_samples(peak_memory, dtype):
+    tensors = parameters(256, 64, form="logvar", dtype=dtype)
+    leaves = {name: t.requires_grad_() for name, t in tensors.items()}
+    gradients = sum(t.nbytes for t in leaves.values())
+
+    def step(num_samples):
+        public(leaves, num_samples=num_samples, return_z=False).sum().backward()
+        for t in leaves.values():
+            t.grad = None
+
+    step(2)  # whatever is made once
+    for num_samples in (1, 64):
+        assert peak_memory(lambda n=num_samples: step(n)) <= gradients + 32 * 256 + 4096
+
+
+def test_nothing_but_the_arguments_is_saved_for_backward():
+    tensors = {name: t.requires_grad_() for name, t in parameters(6, 40).items()}
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: packed.append(t.data_ptr() if t.numel() > 1 else None) or t, lambda t: t
+    ):
+        z, kl = public(tensors, num_samples=5)
+    saved = {pointer for pointer in packed if pointer is not None}
+    assert saved <= {t.data_ptr() for t in tensors.values()}
+    (z.sum() + kl.sum()).backward()
+    assert tensors["df"].grad.isfinite().all()
+
+
+# --- compile, export, fake tensors, torch.func ----------------------------------------------------
+
+
+def operator_arguments(device="cpu"):
+    """Arguments of the operator, small and of every kind."""
+    seed, rows = seed_of(5, device), torch.tensor([[4, 0, 2], [1, 1, 9]], device=device)
+    for index, (kl, form, samples, mean) in enumerate(
+        [
+            ("none", "scale", None, True),
+            ("mc", "scale", None, True),
+            ("mc", "log_scale", 3, True),
+            ("mc", "logvar", 3, False),
+            ("analytic_entropy", "logvar", 2, False),
+            ("analytic_entropy", "scale", None, True),
+            ("mc", "scale", 2, True),
+            ("closed_form", "logvar", None, True),
+            ("closed_form", "log_scale", 2, False),
+        ]
+    ):
+        tensors = parameters(2, 3, 5, form=form, device=device)
+        df, loc, scale, prior_df = (tensors[n] for n in ("df", "loc", form, "prior_df"))
+        if index % 3 == 0:
+            loc, df = loc.bfloat16(), df.float()
+            scale = scale.float()
+        if index % 3 == 1:
+            df = df[:1, :1].expand_as(loc)
+            loc = loc.transpose(0, 1).contiguous().transpose(0, 1)
+        if index >= 6:
+            df, prior_df = None, None
+        if kl == "none" or index % 2:
+            prior_df = None
+        keys = seed + rows[0] if index == 4 else seed
+        yield df, loc, scale, prior_df, keys, rows if index % 2 else None, samples, form, kl, mean
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("return_z", [False, True])
+def test_opcheck(device, requires_grad, return_z):
+    ops = torch.ops.sqloss
+    for *tensors, seed, rows, samples, form, kl, mean in operator_arguments(device):
+        if kl == "none" and not return_z:
+            continue
+        given_ = [t if t is None else t.detach().requires_grad_(requires_grad) for t in tensors]
+        arguments = (*given_, seed, rows, samples, form, kl, mean)
+        torch.library.opcheck(ops.student_t_rsample_kl, (*arguments, return_z))
+        with torch.no_grad():
+            z, of_kl = ops.student_t_rsample_kl(*arguments, return_z)
+        grad_z = torch.randn_like(z).requires_grad_(requires_grad) if return_z else None
+        grad_kl = None
+        if kl != "none":
+            grad_kl = torch.randn_like(of_kl).requires_grad_(requires_grad)
+        mask = [t is not None for t in tensors]
+        backward = (grad_z, grad_kl, *arguments, mask)
+        torch.library.opcheck(ops.student_t_rsample_kl_backward, backward)
+        noise = (tensors[1].float(), seed, rows, samples)
+        torch.library.opcheck(ops.student_t_noise, noise)
+
+
+def every_public_function(df, loc, logvar):
+    """A number that depends on all outputs of all functions."""
+    z, kl = sqloss.student_t_rsample_kl(df, loc, logvar=logvar, prior_df=4.0)
+    z2, kl2 = sqloss.student_t_rsample_kl(
+        df, loc, logvar=logvar, num_samples=3, estimator="analytic_entropy", reduction="none"
+    )
+    z3, kl3 = sqloss.normal_rsample_kl(loc, logvar=logvar)
+    kl4 = sqloss.normal_rsample_kl(
+        loc, log_scale=logvar, num_samples=2, estimator="mc", return_z=False
+    )
+    z5 = sqloss.student_t_rsample(df, loc, logvar.exp(), 2)
+    outputs = (z, kl, z2, kl2, z3, kl3, kl4, z5)
+    return sum(output.square().sum() / (1 + i) for i, output in enumerate(outputs))
+
+
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+def test_compile_fullgraph_draws_what_eager_mode_draws(device, backend):
+    compiled = torch.compile(every_public_function, fullgraph=True, dynamic=True, backend=backend)
+    for n in (20, 33, 47):
+        leaves = [t.to(device).requires_grad_() for t in (torch.rand(7) + 2, *torch.randn(2, n, 7))]
+        torch.manual_seed(n)
+        value = compiled(*leaves)
+        torch.manual_seed(n)
+        expected = every_public_function(*leaves)
+        torch.testing.assert_close(value, expected)
+        got = torch.autograd.grad(value, leaves)
+        torch.testing.assert_close(got, torch.autograd.grad(expected, leaves))
+
+
+def test_compiled_draws_are_the_same_bits(device):
+    def draw(loc, logvar):
+        return sqloss.student_t_rsample_kl(5.0, loc, logvar=logvar, num_samples=2)
+
+    loc, logvar = torch.randn(2, 33, 7, device=device)
+    compiled = torch.compile(draw, fullgraph=True)
+    torch.manual_seed(4)
+    first, second = compiled(loc, logvar), compiled(loc, logvar)
+    torch.manual_seed(4)
+    for got in (first, second):
+        assert all(torch.equal(a, b) for a, b in zip(got, draw(loc, logvar), strict=True))
+    assert not torch.equal(first[0], second[0])
+
+
+def test_compiled_checkpointing_draws_the_same_again():
+    def block(loc, logvar):
+        z, kl = sqloss.student_t_rsample_kl(5.0, loc, logvar=logvar)
+        return z.square().sum(1) + kl
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(loc, logvar):
+        return checkpoint(block, loc, logvar, use_reentrant=False).mean()
+
+    leaves = [t.requires_grad_() for t in torch.randn(2, 9, 4)]
+    torch.manual_seed(1)
+    got = torch.autograd.grad(step(*leaves), leaves)
+    torch.manual_seed(1)
+    expected = torch.autograd.grad(block(*leaves).mean(), leaves)
+    torch.testing.assert_close(got, expected)
+
+
+def test_compiled_backward_uses_the_kernels():
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph.code)
+        return make_boxed_func(graph)
+
+    @torch.compile(fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    def step(loc):
+        z, kl = sqloss.student_t_rsample_kl(5.0, loc, 1.0)
+        return z.sum() + kl.sum()
+
+    step(torch.randn(9, 4, requires_grad=True)).backward()
+    assert "sqloss.draw_seed.default" in graphs[0]
+    assert "sqloss.student_t_rsample_kl.default" in graphs[0]
+    assert "sqloss.student_t_rsample_kl_backward.default" in graphs[1]
+
+
+def test_export_with_dynamic_shapes():
+    class Posterior(torch.nn.Module):
+        def forward(self, loc, logvar, seed):
+            return sqloss.student_t_rsample_kl(5.0, loc, logvar=logvar, seed=seed)
+
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(
+        Posterior(),
+        (*torch.randn(2, 4, 6), seed_of(1)),
+        dynamic_shapes={"loc": {0: batch}, "logvar": {0: batch}, "seed": None},
+    )
+    given_ = (*torch.randn(2, 9, 6), seed_of(2))
+    for a, b in zip(program.module()(*given_), Posterior()(*given_), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_fake_tensors_and_tracing():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with FakeTensorMode():
+        df = torch.ones(5, requires_grad=True)
+        loc = torch.randn(3, 5, requires_grad=True, dtype=torch.bfloat16)
+        z, kl = sqloss.student_t_rsample_kl(df, loc, loc.exp(), num_samples=4)
+        assert z.shape == (4, 3, 5) and kl.shape == (3,) and kl.dtype == torch.float32
+        (z.sum() + kl.sum()).backward()
+        assert df.grad.shape == (5,) and loc.grad.dtype == torch.bfloat16
+        of_each = sqloss.normal_rsample_kl(
+            loc, 1.0, num_samples=4, reduction="none", return_z=False
+        )
+        assert of_each.shape == (4, 3)
+    loc = torch.randn(3, 5)
+
+    def f(loc):
+        return sqloss.student_t_rsample_kl(5.0, loc, 1.0, seed=seed_of(1))[0]
+
+    assert torch.equal(make_fx(f)(loc)(loc), f(loc))
+
+
+def test_compiled_autograd():
+    leaves = [t.requires_grad_() for t in parameters(4, 3).values()]
+
+    def step():
+        named = dict(zip(("loc", "scale", "df", "prior_df"), leaves, strict=True))
+        z, kl = public(named, num_samples=2, seed=seed_of(1))
+        return z.sum() + kl.sum()
+
+    expected = torch.autograd.grad(step(), leaves)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        step().backward()
+    torch.testing.assert_close([leaf.grad for leaf in leaves], list(expected))
+
+
+@pytest.mark.parametrize("student", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_samples": 3}, {"num_samples": 3, "reduction": "none"}]
+)
+def test_func_grad_vmap_jvp_and_their_compositions(student, options):
+    func = torch.func
+    tensors = parameters(4, 3, 5)
+    tensors = tensors if student else normal(tensors)
+    names, leaves = list(tensors), list(tensors.values())
+    estimator, seed = "mc" if student else "closed_form", seed_of(3)
+
+    def outputs(*leaves, seed=seed):
+        return public(dict(zip(names, leaves, strict=True)), estimator, seed=seed, **options)
+
+    def total(*leaves):
+        z, kl = outputs(*leaves)
+        return z.square().sum() + kl.square().sum()
+
+    def by_hand(function):
+        return [function(*(leaf[i] for leaf in leaves)) for i in range(4)]
+
+    def assert_stacked(got, alone):
+        for i, expected in enumerate(alone):
+            got_i = torch.utils._pytree.tree_map(lambda t, i=i: t[i], got)
+            torch.testing.assert_close(got_i, expected)
+
+    every = tuple(range(len(leaves)))
+    assert_stacked(func.vmap(outputs)(*leaves), by_hand(outputs))
+    assert_stacked(func.vmap(func.grad(total, every))(*leaves), by_hand(func.grad(total, every)))
+    assert_stacked(func.vmap(func.hessian(total))(*leaves), by_hand(func.hessian(total)))
+
+    def tangent(*leaves):
+        return func.jvp(outputs, leaves, tuple(torch.ones_like(leaf) for leaf in leaves))
+
+    assert_stacked(func.vmap(tangent)(*leaves), by_hand(tangent))
+    # some of the arguments, other dimensions, seeds for each
+    if options:
+        return
+    first = [leaves[0].movedim(0, 2), *(leaf[0] for leaf in leaves[1:])]
+    got = func.vmap(outputs, (2, *[None] * len(leaves[1:])))(*first)
+    assert_stacked(got, [outputs(leaves[0][i], *first[1:]) for i in range(4)])
+    seeds = torch.arange(4)
+    got = func.vmap(lambda seed: outputs(*(leaf[0] for leaf in leaves), seed=seed))(seeds)
+    assert_stacked(got, [outputs(*(leaf[0] for leaf in leaves), seed=seed) for seed in seeds])
+
+
+def test_vmap_and_its_randomness():
+    loc = torch.zeros(3, 4, 5)
+
+    def z(loc):
+        return sqloss.student_t_rsample(5.0, loc, 1.0)
+
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.func.vmap(z)(loc)
+    torch.manual_seed(0)
+    same = torch.func.vmap(z, randomness="same")(loc)
+    torch.manual_seed(0)
+    assert torch.equal(same, same[:1].expand(3, 4, 5)) and len(same.unique()) == 20
+    torch.manual_seed(0)
+    assert torch.equal(torch.func.vmap(z, randomness="same")(loc), same)
+    different = torch.func.vmap(z, randomness="different")(loc)
+    assert different.shape == (3, 4, 5) and len(different.unique()) == different.numel()
+
+
+# --- devices without a kernel ---------------------------------------------------------------------
+
+
+def test_devices_without_a_kernel_get_the_twins(call_without_kernel):
+    ops = torch.ops.sqloss
+    for *tensors, seed, rows, samples, form, kl, mean in operator_arguments():
+        arguments = (*tensors, seed, rows, samples, form, kl, mean)
+        outputs = ops.student_t_rsample_kl(*arguments, True)
+        got = call_without_kernel(ops.student_t_rsample_kl, *arguments, True)
+        torch.testing.assert_close(got, outputs)
+        grad_z, grad_kl = (torch.randn_like(output) for output in outputs)
+        grads = (grad_z, None if kl == "none" else grad_kl)
+        mask = [t is not None for t in tensors]
+        got = call_without_kernel(ops.student_t_rsample_kl_backward, *grads, *arguments, mask)
+        expected = ops.student_t_rsample_kl_backward(*grads, *arguments, mask)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        for a, b in zip(got, expected, strict=True):
+            assert a.stride() == b.stride()
+        noise = (tensors[1].float(), seed, rows, samples)
+        got = call_without_kernel(ops.student_t_noise, *noise)
+        torch.testing.assert_close(got, ops.student_t_noise(*noise))
+
+
+def test_devices_without_a_kernel_warn_once(monkeypatch):
+    monkeypatch.setattr(_ops, "_warned", set())
+    key = torch._C.DispatchKey.CompositeExplicitAutograd
+    operator = torch.ops.sqloss.student_t_rsample_kl.default
+    with pytest.warns(UserWarning, match="has no kernel for device type cpu") as caught:
+        for arguments in operator_arguments():
+            operator._op_dk(key, *arguments, True)
+    assert len(caught) == 1
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+L, S = torch.zeros(2, 3), torch.ones(2, 3)
+SEED, ROWS = seed_of(0), torch.arange(2)
+
+
+def student_t_rsample(*args, **options):
+    return sqloss.student_t_rsample(5.0, *args, **options)
+
+
+def student_t_rsample_kl(*args, **options):
+    return sqloss.student_t_rsample_kl(5.0, *args, **options)
+
+
+FUNCTIONS = [student_t_rsample, student_t_rsample_kl, sqloss.normal_rsample_kl]
+SCALES = "scale, log_scale, logvar: expected exactly one of them, got"
+ERRORS = [
+    (lambda f: f([1.0], S), TypeError, "loc: expected a tensor, got list"),
+    (lambda f: f(L.long(), S), TypeError, "loc: expected a dense tensor of .*int64"),
+    (lambda f: f(L.to_sparse(), S), TypeError, "loc: .*torch.sparse_coo"),
+    (lambda f: f(L), TypeError, f"{SCALES} none"),
+    (lambda f: f(L, S, logvar=S), TypeError, f"{SCALES} scale and logvar"),
+    (lambda f: f(L, log_scale=S, logvar=S), TypeError, f"{SCALES} log_scale and logvar"),
+    (lambda f: f(L, 0.0), ValueError, "scale: expected a number above 0, got 0.0"),
+    (lambda f: f(L, -1), ValueError, "scale: expected a number above 0, got -1.0"),
+    (lambda f: f(L, NAN), ValueError, "scale: expected a number above 0, got nan"),
+    (lambda f: f(L, "1"), TypeError, "scale: expected a number, got str"),
+    (lambda f: f(L, S.int()), TypeError, "scale: expected a dense tensor of .*int32"),
+    (lambda f: f(L, logvar=1.0), TypeError, "logvar: expected a tensor, got float"),
+    (lambda f: f(L, log_scale=S > 0), TypeError, "log_scale: expected a dense tensor of .*bool"),
+    (
+        lambda f: f(L, S[:, :2]),
+        ValueError,
+        r"scale: expected a shape that broadcasts with \(2, 3\), got \(2, 2\)",
+    ),
+    (lambda f: f(L, logvar=S[:, :2]), ValueError, "logvar: expected a shape that broadcasts"),
+    (
+        lambda f: f(L, S.to("meta")),
+        ValueError,
+        "scale: expected the device of loc, cpu, got meta",
+    ),
+    (lambda f: f(L, S, num_samples=0), ValueError, "num_samples: expected 1 or more, got 0"),
+    (lambda f: f(L, S, num_samples=-2), ValueError, "num_samples: expected 1 or more, got -2"),
+    (lambda f: f(L, S, num_samples=2.0), TypeError, "num_samples: expected an int, got float"),
+    (lambda f: f(L, S, num_samples=True), TypeError, "num_samples: expected an int, got bool"),
+    (lambda f: f(L, S, seed=3), TypeError, "seed: expected a tensor, got int"),
+    (lambda f: f(L, S, seed=SEED.int()), TypeError, "seed: expected int64, got torch.int32"),
+    (
+        lambda f: f(L, S, seed=SEED.expand(3)),
+        ValueError,
+        r"seed: expected a shape that broadcasts to the leading shape \(2,\), got \(3,\)",
+    ),
+    (lambda f: f(L, S, seed=SEED.to("meta")), ValueError, "seed: expected the device of loc, cpu"),
+    (
+        lambda f: f(L, S, seed=SEED, generator=torch.Generator()),
+        TypeError,
+        "generator, seed: expected one of them at most, got both",
+    ),
+    (lambda f: f(L, S, rows=[0, 1]), TypeError, "rows: expected a tensor, got list"),
+    (lambda f: f(L, S, rows=ROWS.int()), TypeError, "rows: expected int64, got torch.int32"),
+    (
+        lambda f: f(L, S, rows=torch.arange(3)),
+        ValueError,
+        r"rows: expected the leading shape \(2,\), got \(3,\)",
+    ),
+    (lambda f: f(L, S, rows=SEED), ValueError, r"rows: expected the leading shape \(2,\), got \("),
+    (lambda f: f(L, S, rows=ROWS.to("meta")), ValueError, "rows: expected the device of loc, cpu"),
+]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("call, error, message", ERRORS)
+def test_errors_name_function_argument_expected_and_got(function, call, error, message):
+    with pytest.raises(error, match=f"^{function.__name__}: {message}"):
+        call(function)
+
+
+T, N = sqloss.student_t_rsample_kl, sqloss.normal_rsample_kl
+KL_ERRORS = [
+    (lambda: T(0.0, L, S), ValueError, "df: expected a number above 0, got 0.0"),
+    (lambda: T(-INF, L, S), ValueError, "df: expected a number above 0, got -inf"),
+    (lambda: T(NAN, L, S), ValueError, "df: expected a number above 0, got nan"),
+    (lambda: T(None, L, S), TypeError, "df: expected a number, got NoneType"),
+    (lambda: T("5", L, S), TypeError, "df: expected a number, got str"),
+    (lambda: T(S.int(), L, S), TypeError, "df: expected a dense tensor of .*int32"),
+    (lambda: T(S[:, :2], L, S), ValueError, r"df: expected a shape that broadcasts with \(2, 3\)"),
+    (lambda: T(S.to("meta"), L, S), ValueError, "df: expected the device of loc, cpu, got meta"),
+    (lambda: T(5.0, L, S, prior_df=0), ValueError, "prior_df: expected a number above 0, got 0.0"),
+    (
+        lambda: T(5.0, L, S, prior_df=S[:, :2]),
+        ValueError,
+        r"prior_df: expected a shape that broadcasts with \(2, 3\), got \(2, 2\)",
+    ),
+    (
+        lambda: T(5.0, L, S, estimator="closed_form"),
+        ValueError,
+        "estimator: expected one of mc, analytic_entropy, got 'closed_form'",
+    ),
+    (
+        lambda: T(5.0, L, S, reduction="sum"),
+        ValueError,
+        "reduction: expected one of mean, none, got 'sum'",
+    ),
+    (
+        lambda: T(5.0, L[0, 0], S[0, 0]),
+        ValueError,
+        "loc: expected the coordinates of a sample in a last dimension, got a tensor without",
+    ),
+    (
+        lambda: N(L, S, estimator="analytic_entropy"),
+        ValueError,
+        "estimator: expected one of closed_form, mc, got 'analytic_entropy'",
+    ),
+    (
+        lambda: N(L, S, reduction=None),
+        ValueError,
+        "reduction: expected one of mean, none, got None",
+    ),
+    (lambda: N(L[0, 0], 1.0), ValueError, "loc: expected the coordinates of a sample"),
+]
+
+
+@pytest.mark.parametrize("call, error, message", KL_ERRORS)
+def test_errors_of_df_and_of_options(call, error, message):
+    name = "normal_rsample_kl" if "N" in call.__code__.co_names else "student_t_rsample_kl"
+    with pytest.raises(error, match=f"^{name}: {message}"):
+        call()
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"kl": "elbo"}, ValueError, "kl: expected the name of one, got 'elbo'"),
+        ({"form": "variance"}, ValueError, "parameterization: expected the name of one, got 'var"),
+        ({"df": None, "kl": "analytic_entropy"}, ValueError, "kl: expected analytic_entropy only"),
+        ({"kl": "closed_form"}, ValueError, "kl: expected .* closed_form only without df"),
+        ({"df": None, "prior_df": S}, ValueError, "prior_df: expected none without df"),
+        ({"scale": S[:1]}, ValueError, "scale: expected the shape of loc"),
+        ({"df": S[0]}, ValueError, "df: expected the shape of loc"),
+        ({"loc": L.long()}, TypeError, "loc: expected float16, bfloat16, float32 or float64"),
+        ({"rows": torch.arange(3)}, ValueError, "rows: expected the leading shape of loc"),
+        ({"seed": SEED.int()}, TypeError, "seed, rows: expected int64"),
+        ({"num_samples": 0}, ValueError, "num_samples: expected 1 to"),
+    ],
+)
+def test_errors_of_the_operator(change, error, message):
+    """Which checks shapes and names once more: it may be called without the public functions."""
+    named = {
+        **{"df": S, "loc": L, "scale": S, "prior_df": None, "seed": SEED, "rows": None},
+        **{"num_samples": None, "form": "scale", "kl": "mc", "kl_mean": True, "return_z": True},
+    }
+    with pytest.raises(error, match=f"^student_t_rsample_kl: {message}"):
+        torch.ops.sqloss.student_t_rsample_kl(*(named | change).values())
+
+
+def test_a_generator_of_another_device_is_an_error():
+    with pytest.raises(ValueError, match="generator: expected one of the device of loc, meta"):
+        student_t_rsample(L.to("meta"), 1.0, generator=torch.Generator())
+
+
+# --- laws -----------------------------------------------------------------------------------------
+
+moderate = st.floats(-20, 20, allow_subnormal=False)
+
+
+@given(moderate, st.floats(0.01, 100), st.floats(0.5, 1e6), st.integers(-(2**63), 2**63 - 1))
+def test_law_a_sample_is_loc_plus_scale_times_a_standard_one(loc, scale, df, seed):
+    zeros = torch.zeros(3, 5, dtype=torch.float64)
+    t = sqloss.student_t_rsample(df, zeros, 1.0, seed=seed_of(seed))
+    z = sqloss.student_t_rsample(df, zeros + loc, scale, seed=seed_of(seed))
+    torch.testing.assert_close(z, loc + scale * t)
+    assert torch.equal(sqloss.student_t_rsample(df, -zeros, 1.0, seed=seed_of(seed)), t)
+
+
+@given(moderate, st.floats(0.01, 100), st.floats(0.5, 1e6), st.floats(0.5, 1e6), st.integers(0, 99))
+def test_law_the_divergence_is_that_of_the_samples_densities(loc, scale, df, prior_df, seed):
+    loc = torch.full((2, 3), loc, dtype=torch.float64)
+    options = {"num_samples": 4, "reduction": "none", "seed": seed_of(seed)}
+    z, kl = sqloss.student_t_rsample_kl(df, loc, scale, prior_df=prior_df, **options)
+    log_q = torch.from_numpy(stats.t.logpdf(z.numpy(), df, loc.numpy(), scale))
+    log_p = torch.from_numpy(stats.t.logpdf(z.numpy(), prior_df))
+    # scipy's own differences of lgamma lose digits where df is large
+    torch.testing.assert_close(kl, (log_q - log_p).sum(-1), rtol=1e-8, atol=1e-7)
+
+
+@given(moderate, st.floats(0.01, 100), st.sampled_from(list(itertools.combinations(FORMS, 2))))
+def test_law_the_forms_of_the_scale_are_one_function(loc, scale, forms):
+    loc = torch.full((2, 3), loc, dtype=torch.float64)
+    scale = torch.full_like(loc, scale)
+    for student in (True, False):
+        a, b = (
+            public(
+                {**({"df": torch.full_like(loc, 5.0)} if student else {}), "loc": loc, form: s},
+                "mc",
+                seed=seed_of(1),
+            )
+            for form, s in ((form, FORMS[form](scale)) for form in forms)
+        )
+        torch.testing.assert_close(a, b)
