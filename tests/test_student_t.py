@@ -721,8 +721,12 @@ def test_samples_do_not_depend_on_their_number(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(3, 70_001), (999, 31), (40, 3000), (20_001, 3)])
-def test_same_bits_for_any_number_of_threads_and_repetition(dtype, shape):
+@pytest.mark.parametrize("of_df", ["element", "column", "scalar"])
+def test_same_bits_for_any_number_of_threads_and_repetition(dtype, shape, of_df):
     tensors = parameters(*shape, dtype=dtype)
+    for name in ("df", "prior_df"):
+        index = {"element": ..., "column": 0, "scalar": (0, 0)}[of_df]
+        tensors[name] = tensors[name][index]
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 2, 3):
