@@ -583,6 +583,14 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ..
     return a, b, c, d
 
 
+def student_t_noise(
+    loc: Tensor, seed: Tensor, rows: Tensor | None, num_samples: int | None
+) -> tuple[Tensor, Tensor]:
+    """-2 log(u) and cos(2 pi v) of :func:`uniforms`, of the dtype of loc, float32 or float64."""
+    energy, cosine = _noise(loc, seed, rows, num_samples, loc.dtype)
+    return energy.to(loc.dtype), cosine.to(loc.dtype)
+
+
 def _noise(
     loc: Tensor, seed: Tensor, rows: Tensor | None, num_samples: int | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

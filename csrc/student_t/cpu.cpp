@@ -54,6 +54,9 @@ struct Tiling {
         parts_per_row(std::max<int64_t>(1, (in.columns + kElements - 1) / kElements)),
         tiles((in.rows + rows_per_tile - 1) / rows_per_tile * parts_per_row) {}
 
+  Extent whole(const Inputs& in) const {
+    return {0, rows_per_tile, 0, std::min(kElements, in.columns)};
+  }
   Extent extent(const Inputs& in, int64_t tile) const {
     const int64_t row = tile / parts_per_row * rows_per_tile;
     const int64_t column = tile % parts_per_row * kElements;
@@ -274,7 +277,8 @@ void load_location_and_scale(const Inputs& in, const Extent& extent, Tile<T>& ti
   scale_and_log(in.parameterization, padded(extent.count()), tile);
 }
 
-// Tiles whose degrees of freedom are those of every other tile: theirs are computed once.
+// Degrees of freedom that are the same in every tile are loaded once, for a whole tile: no stride
+// leads out of them.
 bool same_in_all_tiles(const Inputs& in, const Tiling& tiling) {
   const auto same = [&](const Strided& df) {
     if (!df.data || is_constant(df)) return true;
@@ -357,8 +361,9 @@ void forward(const Inputs& in, const Outputs& out) {
     for (int64_t index = begin; index < end; ++index) {
       const Extent extent = tiling.extent(in, index);
       const int64_t count = extent.count(), whole = padded(count);
-      // The last tile may be shorter than the first one, but not the other way round.
-      if (index == begin || !same_df) load_df<false>(in, extent, tile);
+      if (index == begin || !same_df) {
+        load_df<false>(in, same_df ? tiling.whole(in) : extent, tile);
+      }
       load_location_and_scale(in, extent, tile);
 
       const auto finish = [&](const auto& elements, int64_t sample, double divisor) {
@@ -532,11 +537,8 @@ void backward(const Inputs& in, const Gradients& gradients) {
       const Extent extent = tiling.extent(in, index);
       const int64_t count = extent.count(), whole = padded(count), elements = extent.begin(in);
       if (index == begin || !same_df) {
-        if (in_df) {
-          load_df<true>(sampled, extent, tile);
-        } else {
-          load_df<false>(sampled, extent, tile);
-        }
+        const Extent of_df = same_df ? tiling.whole(in) : extent;
+        in_df ? load_df<true>(sampled, of_df, tile) : load_df<false>(sampled, of_df, tile);
       }
       load_location_and_scale(in, extent, tile);
       for (Array<T>* sum : {&tile.in_loc, &tile.in_scale, &tile.in_df, &tile.in_prior_df}) {
