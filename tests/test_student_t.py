@@ -1286,7 +1286,7 @@ KL_ERRORS = [
     (lambda: T(0.0, L, S), ValueError, "df: expected a number above 0, got 0.0"),
     (lambda: T(-INF, L, S), ValueError, "df: expected a number above 0, got -inf"),
     (lambda: T(NAN, L, S), ValueError, "df: expected a number above 0, got nan"),
-    (lambda: T(None, L, S), TypeError, "df: expected a number, got NoneType"),
+    (lambda: T(None, L, S), TypeError, "df: expected a number or a tensor, got None"),
     (lambda: T("5", L, S), TypeError, "df: expected a number, got str"),
     (lambda: T(S.int(), L, S), TypeError, "df: expected a dense tensor of .*int32"),
     (lambda: T(S[:, :2], L, S), ValueError, r"df: expected a shape that broadcasts with \(2, 3\)"),
