@@ -599,7 +599,7 @@ def _noise(
     if rows is None:
         rows = torch.arange(math.prod(leading), device=loc.device).reshape(leading)
     u, v = uniforms(seed, rows, loc.shape[-1], num_samples, dtype)
-    return -2 * u.log(), (2 * math.pi * v).cos()
+    return -2 * u.log(), (0.5 * math.pi * (1 - 4 * v.abs())).sin()  # exact where it is small
 
 
 def _parameters(

@@ -7,6 +7,7 @@ SC 2011; the normal posterior with its closed-form KL is that of D. P. Kingma & 
 "Auto-encoding variational Bayes", ICLR 2014.
 """
 
+import functools
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -105,13 +106,17 @@ def student_t_rsample(
                 [4., 4., 4.]])
     """
     name = "student_t_rsample"
+    _check_df(name, df)
     args = _prepared(name, df, loc, scale, log_scale, logvar, None)
     if num_samples is not None:
         _check_num_samples(name, num_samples)
     seed = _seed(name, args.loc, generator, seed, rows)
     scalar = args.loc.dim() == 0
     if scalar:
-        args = _Prepared(*(x.reshape(1) if isinstance(x, Tensor) else x for x in args))
+        assert args.df is not None
+        args = args._replace(
+            df=args.df.reshape(1), loc=args.loc.reshape(1), scale=args.scale.reshape(1)
+        )
     z, _ = _op.student_t_rsample_kl(
         args.df,
         args.loc,
@@ -253,6 +258,7 @@ def student_t_rsample_kl(
     """
     name = "student_t_rsample_kl"
     _check_choice(name, "estimator", estimator, ESTIMATORS)
+    _check_df(name, df)
     args = _prepared(name, df, loc, scale, log_scale, logvar, prior_df)
     return _rsample_kl(
         name, args, num_samples, estimator, reduction, return_z, generator, seed, rows
@@ -421,11 +427,7 @@ def _prepared(
             raise ValueError(
                 f"{function}: {name}: expected the device of loc, {loc.device}, got {tensor.device}"
             )
-    dtype = torch.result_type(loc, parameter)
-    if isinstance(df, Tensor):
-        dtype = torch.promote_types(dtype, torch.result_type(loc, df))
-    if isinstance(prior_df, Tensor):
-        dtype = torch.promote_types(dtype, torch.result_type(loc, prior_df))
+    dtype = _result_type(loc, *(x for x in (parameter, df, prior_df) if isinstance(x, Tensor)))
     shape = _shape(function, loc, others)
     return _Prepared(
         of_df if of_df is None else of_df.expand(shape),
@@ -435,6 +437,12 @@ def _prepared(
         of_prior if of_prior is None else of_prior.expand(shape),
         parameterization,
     )
+
+
+def _result_type(*tensors: Tensor) -> torch.dtype:
+    """torch.result_type of floating tensors, which torch.compile does not trace."""
+    dtypes = [tensor.dtype for tensor in tensors if tensor.dim() > 0]
+    return functools.reduce(torch.promote_types, dtypes or [tensor.dtype for tensor in tensors])
 
 
 def _as_tensor(function: str, argument: str, given: float | Tensor, loc: Tensor) -> Tensor:
@@ -517,6 +525,11 @@ def _check_int64(function: str, argument: str, given: object, loc: Tensor) -> No
         raise ValueError(
             f"{function}: {argument}: expected the device of loc, {loc.device}, got {given.device}"
         )
+
+
+def _check_df(function: str, df: float | Tensor | None) -> None:
+    if df is None:
+        raise TypeError(f"{function}: df: expected a number or a tensor, got None")
 
 
 def _check_num_samples(function: str, num_samples: int) -> None:

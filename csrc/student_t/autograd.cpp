@@ -239,7 +239,8 @@ void set_tangents(const Call& call, const Outs& outputs, bool return_z) {
 }
 
 struct StudentTBackward final : core::SavingNode {
-  void save(const Call& call) {
+  void save(const Call& call, bool return_z) {
+    return_z_ = return_z;
     SavingNode::save({call.df, call.loc, call.scale, call.prior_df, call.seed, call.rows});
     call_ = call;
     call_.loc = call_.scale = call_.seed = at::Tensor();  // saved, and freed with what is
@@ -263,8 +264,10 @@ struct StudentTBackward final : core::SavingNode {
     call.prior_df = core::optional(saved[3]);
     call.seed = saved[4];
     call.rows = core::optional(saved[5]);
-    const auto [df, loc, scale, prior_df] =
-        call.gradients(core::optional(grads[0]), core::optional(grads[1]), wanted);
+    // Of an output that is not wanted the gradient, where torch makes one, is as empty as that.
+    const auto [df, loc, scale, prior_df] = call.gradients(
+        return_z_ ? core::optional(grads[0]) : std::nullopt,
+        call.kl != "none" ? core::optional(grads[1]) : std::nullopt, wanted);
     if (wanted[0]) gradients[0] = df;
     if (wanted[1]) gradients[1] = loc;
     if (wanted[2]) gradients[2] = scale;
@@ -279,10 +282,12 @@ struct StudentTBackward final : core::SavingNode {
     args.collect(call_.parameterization);
     args.collect(call_.kl);
     args.collect(call_.kl_mean);
+    args.collect(return_z_);
   }
 
  private:
   Call call_;
+  bool return_z_ = true;
 };
 
 Outs forward_autograd(const OptionalTensor& df, const at::Tensor& loc, const at::Tensor& scale,
@@ -308,7 +313,7 @@ Outs forward_autograd(const OptionalTensor& df, const at::Tensor& loc, const at:
   if (torch::autograd::compute_requires_grad(df, loc, scale, prior_df)) {
     const auto node = core::make_node<StudentTBackward>();
     node->set_next_edges(torch::autograd::collect_next_edges(df, loc, scale, prior_df));
-    node->save(call);
+    node->save(call, return_z);
     torch::autograd::set_history(std::get<0>(outputs), node);
     torch::autograd::set_history(std::get<1>(outputs), node);
   }
@@ -346,6 +351,8 @@ InputGradients backward_autograd(const OptionalTensor& grad_z, const OptionalTen
 TORCH_LIBRARY_IMPL(sqloss, Autograd, m) {
   m.impl("student_t_rsample_kl", forward_autograd);
   m.impl("student_t_rsample_kl_backward", backward_autograd);
+  // Of loc it takes the shape alone.
+  m.impl("student_t_noise", torch::CppFunction::makeFallthrough());
 }
 
 }  // namespace sqloss::student_t

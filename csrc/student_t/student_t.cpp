@@ -140,7 +140,11 @@ Outs forward_cpu(const OptionalTensor& df, const at::Tensor& loc, const at::Tens
   Outputs out;
   if (return_z) out.z = sequence(std::get<0>(outputs));
   if (call.inputs.kl != Kl::kNone) out.kl = std::get<1>(outputs).data_ptr();
-  if (call.inputs.rows > 0) cpu_kernels().forward(call.inputs, call.dtype, out);
+  if (loc.numel() > 0) {
+    cpu_kernels().forward(call.inputs, call.dtype, out);
+  } else {
+    std::get<1>(outputs).zero_();  // of rows without columns
+  }
   return outputs;
 }
 
@@ -174,7 +178,7 @@ InputGradients backward_cpu(const OptionalTensor& grad_z, const OptionalTensor& 
                          gradient(loc, output_mask[1], gradients.loc),
                          gradient(scale, output_mask[2], gradients.scale),
                          gradient(prior_df, output_mask[3], gradients.prior_df)};
-  if (call.inputs.rows > 0) cpu_kernels().backward(call.inputs, call.dtype, gradients);
+  if (loc.numel() > 0) cpu_kernels().backward(call.inputs, call.dtype, gradients);
   return outputs;
 }
 
@@ -186,7 +190,7 @@ NoiseTensors noise_cpu(const at::Tensor& loc, const at::Tensor& seed, const Opti
   if (num_samples) shape.insert(shape.begin(), *num_samples);
   NoiseTensors outputs{empty(shape, loc.scalar_type()), empty(shape, loc.scalar_type())};
   const NoiseOutputs out{sequence(std::get<0>(outputs)), sequence(std::get<1>(outputs))};
-  if (call.inputs.rows > 0) cpu_kernels().noise(call.inputs, call.dtype, out);
+  if (loc.numel() > 0) cpu_kernels().noise(call.inputs, call.dtype, out);
   return outputs;
 }
 

@@ -263,19 +263,22 @@ def _warn(device: torch.device) -> None:
 
 def _reference_forward(df: Tensor | None, loc: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     _warn(loc.device)
-    return reference.student_t_rsample_kl(df, loc, *args)
+    z, kl = reference.student_t_rsample_kl(df, loc, *args)
+    return z.contiguous(), kl.contiguous()
 
 
 def _reference_backward(
     grad_z: Tensor | None, grad_kl: Tensor | None, df: Tensor | None, loc: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     _warn(loc.device)
-    return reference.student_t_rsample_kl_backward(grad_z, grad_kl, df, loc, *args)
+    gradients = reference.student_t_rsample_kl_backward(grad_z, grad_kl, df, loc, *args)
+    return tuple(gradient.contiguous() for gradient in gradients)
 
 
 def _reference_noise(loc: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     _warn(loc.device)
-    return reference.student_t_noise(loc, *args)
+    energy, cosine = reference.student_t_noise(loc, *args)
+    return energy.contiguous(), cosine.contiguous()
 
 
 _library = torch.library.Library("sqloss", "IMPL")
