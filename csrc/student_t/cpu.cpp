@@ -11,10 +11,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "core/philox.h"
+#include "core/scratch.h"
 #include "core/tile.h"
 #include "core/vector_math.h"
 #include "student_t/student_t.h"
@@ -390,8 +390,8 @@ void forward(const Inputs& in, const Outputs& out) {
   if (kl && tiling.parts_per_row > 1) parts.resize(kl_samples * tiling.tiles);
 
   tiling.for_tiles(in, [&](int64_t begin, int64_t end) {
-    const auto memory = std::make_unique_for_overwrite<Tile<T>>();
-    Tile<T>& tile = *memory;
+    core::Scratch<Tile<T>> memory;
+    Tile<T>& tile = *memory.reserve(1);
     for (int64_t index = begin; index < end; ++index) {
       const Extent extent = tiling.extent(in, index);
       const int64_t count = extent.count(), whole = padded(count);
@@ -449,8 +449,8 @@ template <typename T>
 void noise_only(const Inputs& in, const NoiseOutputs& out) {
   const Tiling tiling(in);
   tiling.for_tiles(in, [&](int64_t begin, int64_t end) {
-    const auto memory = std::make_unique_for_overwrite<Tile<T>>();
-    Tile<T>& tile = *memory;
+    core::Scratch<Tile<T>> memory;
+    Tile<T>& tile = *memory.reserve(1);
     for (int64_t index = begin; index < end; ++index) {
       const Extent extent = tiling.extent(in, index);
       for (int64_t sample = 0; sample < in.num_samples; ++sample) {
@@ -572,8 +572,8 @@ void backward(const Inputs& in, const Gradients& gradients) {
       gradients.z.data || sampled.kl == Kl::kMc || sampled.kl == Kl::kAnalyticEntropy;
 
   tiling.for_tiles(in, [&](int64_t begin, int64_t end) {
-    const auto memory = std::make_unique_for_overwrite<Tile<T>>();
-    Tile<T>& tile = *memory;
+    core::Scratch<Tile<T>> memory;
+    Tile<T>& tile = *memory.reserve(1);
     for (int64_t index = begin; index < end; ++index) {
       const Extent extent = tiling.extent(in, index);
       const int64_t count = extent.count(), whole = padded(count), elements = extent.begin(in);
