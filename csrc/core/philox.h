@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "core/host_device.h"
+#include "core/inline.h"
 
 #if defined(__x86_64__) && !defined(__CUDACC__)
 #include <immintrin.h>
@@ -18,7 +18,7 @@ namespace sqloss::core::CPU_CAPABILITY {
 // The words of a counter in the low halves of 64-bit lanes, one counter per lane: the product of
 // two words is then one instruction on a vector, and what is left in the high halves is never read.
 // a GPU's thread takes a lane.
-SQLOSS_HOST_DEVICE inline uint64_t product(uint64_t a, uint32_t b) { return (a & 0xffffffff) * b; }
+SQLOSS_INLINE uint64_t product(uint64_t a, uint32_t b) { return (a & 0xffffffff) * b; }
 
 #ifndef __CUDACC__
 #if defined(CPU_CAPABILITY_AVX512)
@@ -46,7 +46,7 @@ inline Words product(Words a, uint32_t b) { return (a & 0xffffffff) * b; }
 
 // Counters become random words. kAtOnce of them, which do not wait for one another.
 template <int kAtOnce, typename Word>
-SQLOSS_HOST_DEVICE inline void philox(uint64_t key, Word (&words)[4][kAtOnce]) {
+SQLOSS_INLINE void philox(uint64_t key, Word (&words)[4][kAtOnce]) {
   auto key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
     for (int i = 0; i < kAtOnce; ++i) {

@@ -9,12 +9,12 @@
 #include <cstring>
 #include <limits>
 
-#include "core/host_device.h"
+#include "core/inline.h"
 
 namespace sqloss::core::CPU_CAPABILITY {
 
 template <typename To, typename From>
-SQLOSS_HOST_DEVICE inline To bits_as(From from) {
+SQLOSS_INLINE To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof(to));
@@ -50,7 +50,7 @@ struct Float<double> {
 
 // sum of x^k / k! for k < kTerms, by Horner's rule; factor is 1 / k!
 template <int kTerms, int k = 0, typename T>
-SQLOSS_HOST_DEVICE inline T exp_series(T x, double factor = 1.0) {
+SQLOSS_INLINE T exp_series(T x, double factor = 1.0) {
   if constexpr (k + 1 == kTerms) {
     return T(factor);
   } else {
@@ -60,7 +60,7 @@ SQLOSS_HOST_DEVICE inline T exp_series(T x, double factor = 1.0) {
 
 // sum of z^k / (2 k + 1) for k < kTerms
 template <int kTerms, int k = 0, typename T>
-SQLOSS_HOST_DEVICE inline T atanh_series(T z) {
+SQLOSS_INLINE T atanh_series(T z) {
   if constexpr (k + 1 == kTerms) {
     return T(1.0 / (2 * k + 1));
   } else {
@@ -71,7 +71,7 @@ SQLOSS_HOST_DEVICE inline T atanh_series(T z) {
 // exp(x), not of numbers near kExpOfMoreIsInfinite, as 2^n * exp(x - n ln 2), |x - n ln 2| <= ln 2
 // / 2; 0 below kExpOfLessIsZero.
 template <typename T>
-SQLOSS_HOST_DEVICE inline T exp_small(T x) {
+SQLOSS_INLINE T exp_small(T x) {
   using Type = Float<T>;
   using Bits = typename Type::Bits;
   // Added to a number, this leaves it rounded to an integer in the lowest bits of the sum.
@@ -88,7 +88,7 @@ SQLOSS_HOST_DEVICE inline T exp_small(T x) {
 
 // exp(x) of any x
 template <typename T>
-SQLOSS_HOST_DEVICE inline T exp(T x) {
+SQLOSS_INLINE T exp(T x) {
   constexpr T kMost = Float<T>::kExpOfMoreIsInfinite;
   const T half = exp_small(T(0.5) * (x > kMost ? kMost : x));
   return half * half;
@@ -96,7 +96,7 @@ SQLOSS_HOST_DEVICE inline T exp(T x) {
 
 // sin(pi / 2 * s) / s for s^2 <= 1, given s^2: the series of sine
 template <int kTerms, int k = 0, typename T>
-SQLOSS_HOST_DEVICE inline T sine_series(T s2, double factor = 1.57079632679489661923) {
+SQLOSS_INLINE T sine_series(T s2, double factor = 1.57079632679489661923) {
   if constexpr (k + 1 == kTerms) {
     return T(factor);
   } else {
@@ -108,7 +108,7 @@ SQLOSS_HOST_DEVICE inline T sine_series(T s2, double factor = 1.5707963267948966
 
 // log(1 + t) for t in [0, 1], as 2 atanh(t / (2 + t))
 template <typename T>
-SQLOSS_HOST_DEVICE inline T log1p_of_fraction(T t) {
+SQLOSS_INLINE T log1p_of_fraction(T t) {
   const T s = t / (T(2) + t);
   return T(2) * s * atanh_series<Float<T>::kLog1pTerms>(s * s);
 }
@@ -116,7 +116,7 @@ SQLOSS_HOST_DEVICE inline T log1p_of_fraction(T t) {
 // log(x) = e ln 2 + 2 atanh((m - 1) / (m + 1)) for x = m 2^e, m in [sqrt(1/2), sqrt(2)); x a normal
 // positive number, e more by `shift`
 template <typename T>
-SQLOSS_HOST_DEVICE inline T log_of_normal(T x, T shift = T(0)) {
+SQLOSS_INLINE T log_of_normal(T x, T shift = T(0)) {
   using Type = Float<T>;
   using Bits = typename Type::Bits;
   constexpr T kTwoToMantissaBits = T(Bits(1) << Type::kMantissaBits);
@@ -135,7 +135,7 @@ SQLOSS_HOST_DEVICE inline T log_of_normal(T x, T shift = T(0)) {
 
 // log(x) of any x
 template <typename T>
-SQLOSS_HOST_DEVICE inline T log(T x) {
+SQLOSS_INLINE T log(T x) {
   constexpr int kMantissaBits = Float<T>::kMantissaBits;
   constexpr T kTwoToMantissaBits = T(typename Float<T>::Bits(1) << kMantissaBits);
   const bool subnormal = x < std::numeric_limits<T>::min();

@@ -173,7 +173,7 @@ void draw(const Inputs& in, const Extent& extent, uint32_t sample, Tile<T>& tile
 }
 
 template <typename T>
-Noise<T> noise_at(const Tile<T>& tile, int64_t i) {
+SQLOSS_INLINE Noise<T> noise_at(const Tile<T>& tile, int64_t i) {
   if constexpr (sizeof(T) == 4) {
     return noise(tile.u[0][i], tile.v[0][i]);
   } else {
@@ -185,12 +185,14 @@ Noise<T> noise_at(const Tile<T>& tile, int64_t i) {
 
 // NaN where the degrees of freedom are not positive.
 template <typename T>
-T inverse_df(T df) {
-  return df > T(0) ? T(1) / df : std::numeric_limits<T>::quiet_NaN();
+SQLOSS_INLINE T inverse_df(T df) {
+  const T inverse = T(1) / df;
+  return df > T(0) ? inverse : std::numeric_limits<T>::quiet_NaN();
 }
 template <typename T>
-T half_power(T df, T inverse) {
-  return inverse == T(0) ? T(0) : T(0.5) * df + T(0.5);
+SQLOSS_INLINE T half_power(T df, T inverse) {
+  const T finite = T(0.5) * df + T(0.5);
+  return inverse == T(0) ? T(0) : finite;
 }
 
 template <typename T>
@@ -214,9 +216,10 @@ __attribute__((noinline)) void add_constant(const Array<T>& df, int64_t count, T
     T value = r.value, in_df = T(0.5) * r.first;
     if constexpr (kEntropy) {
       // The entropy: (df + 1) / 2 * (digamma((df + 1) / 2) - digamma(df / 2)) + log Z
-      const T product = inverse == T(0) ? T(0) : df[i] * r.first;
+      const T finite_product = df[i] * r.first, finite_curvature = (df[i] + T(1)) * r.second;
+      const T product = inverse == T(0) ? T(0) : finite_product;
+      const T curvature = inverse == T(0) ? T(0) : finite_curvature;
       value += T(0.5) * (T(1) + inverse) * (T(1) - product);
-      const T curvature = inverse == T(0) ? T(0) : (df[i] + T(1)) * r.second;
       in_df = T(-0.5) * inverse * inverse - T(0.25) * curvature;
     }
     constant[i] += sign * value;
@@ -293,8 +296,8 @@ bool same_in_all_tiles(const Inputs& in, const Tiling& tiling) {
 
 // -log p(z) of t(0, 1, prior_df) without its constant; of infinite prior_df, of the normal.
 template <typename T>
-T prior_energy(const Tile<T>& tile, int64_t i, T z) {
-  const T normal = tile.prior.inverse[i] == T(0) ? T(0.5) * z * z : T(0);
+SQLOSS_INLINE T prior_energy(const Tile<T>& tile, int64_t i, T z) {
+  const T half_square = T(0.5) * z * z, normal = tile.prior.inverse[i] == T(0) ? half_square : T(0);
   return tile.prior.half_power[i] * log1p_of_square(std::abs(z) * tile.prior_root[i]) + normal;
 }
 
@@ -308,7 +311,8 @@ __attribute__((noinline)) void student_t_forward(int64_t count, Tile<T>& tile) {
     if constexpr (kKl != Kl::kNone) {
       T kl = prior_energy(tile, i, z) - tile.log_scale[i] + tile.constant[i];
       if constexpr (kKl == Kl::kMc) {
-        const T normal = inverse == T(0) ? T(0.5) * sample.t * sample.t : T(0);
+        const T half_square = T(0.5) * sample.t * sample.t;
+        const T normal = inverse == T(0) ? half_square : T(0);
         kl -= tile.posterior.half_power[i] * log1p_of_square(sample, inverse) + normal;
       }
       tile.kl[i] = kl;
@@ -449,8 +453,8 @@ __attribute__((noinline)) void student_t_backward(int64_t count, Tile<T>& tile) 
       const T root = tile.prior_root[i], half_power = tile.prior.half_power[i];
       const T a = std::abs(z) * root, slope = over_1_plus_square(a);
       const T falls = T(2) * half_power * root * slope;
-      const T normal = root == T(0) ? z : T(0);
-      in_z += grad * (normal + (z < T(0) ? -falls : falls));
+      const T normal = root == T(0) ? z : T(0), signed_falls = z < T(0) ? -falls : falls;
+      in_z += grad * (normal + signed_falls);
       if constexpr (kDf) {
         tile.in_prior_df[i] +=
             grad * (T(0.5) * log1p_of_square(a) - half_power * root * root * a * slope);

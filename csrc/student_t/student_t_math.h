@@ -20,7 +20,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "core/host_device.h"
+#include "core/inline.h"
 #include "core/vector_math.h"
 
 namespace sqloss::student_t::CPU_CAPABILITY {
@@ -41,13 +41,13 @@ constexpr double kTwoToMinus21 = 1.0 / (1 << 21), kTwoToMinus30 = 1.0 / (1 << 30
 
 // cos(2 pi v) = sin(pi / 2 * (1 - 4 |v|)) for v in [-1/2, 1/2); quarter is 1 - 4 |v|.
 template <typename T>
-SQLOSS_HOST_DEVICE inline T cosine_of_turn(T quarter) {
+SQLOSS_INLINE T cosine_of_turn(T quarter) {
   return quarter * core::CPU_CAPABILITY::sine_series<Float<T>::kSineTerms>(quarter * quarter);
 }
 
 // From a word each: u = (word + 1/2) / 2^32, v = word / 2^32 as a signed number. Both end in
 // rounding to float alone, which keeps u's digits where it is small, in the tail.
-SQLOSS_HOST_DEVICE inline Noise<float> noise(uint32_t u, uint32_t v) {
+SQLOSS_INLINE Noise<float> noise(uint32_t u, uint32_t v) {
   const float uniform = (static_cast<float>(u) + 0.5f) * static_cast<float>(kTwoToMinus32);
   const uint32_t magnitude = v >> 31 ? 0u - v : v;
   const auto quarter = static_cast<float>(static_cast<int32_t>((1u << 30) - magnitude)) *
@@ -56,8 +56,7 @@ SQLOSS_HOST_DEVICE inline Noise<float> noise(uint32_t u, uint32_t v) {
 }
 
 // From 53 bits each: a word, and the 21 high bits of another.
-SQLOSS_HOST_DEVICE inline Noise<double> noise(uint32_t u, uint32_t v, uint32_t u_more,
-                                              uint32_t v_more) {
+SQLOSS_INLINE Noise<double> noise(uint32_t u, uint32_t v, uint32_t u_more, uint32_t v_more) {
   const double u_fraction = (static_cast<double>(u_more >> 11) + 0.5) * kTwoToMinus21;
   const double v_fraction = static_cast<double>(v_more >> 11) * kTwoToMinus21;
   const double uniform = (static_cast<double>(u) + u_fraction) * kTwoToMinus32;
@@ -80,7 +79,7 @@ template <typename T>
 constexpr T kSmall = T(0.5);
 
 template <typename T>
-SQLOSS_HOST_DEVICE inline Sample<T> student_t_sample(const Noise<T>& noise, T inverse_df) {
+SQLOSS_INLINE Sample<T> student_t_sample(const Noise<T>& noise, T inverse_df) {
   constexpr int kTerms = Float<T>::kExpTerms + 2;
   const T e = noise.energy * inverse_df;
   const T root_of_g = core::CPU_CAPABILITY::exp_small(T(-0.5) * e);
@@ -88,49 +87,53 @@ SQLOSS_HOST_DEVICE inline Sample<T> student_t_sample(const Noise<T>& noise, T in
   const bool small = e < kSmall<T>;
   // psi = sum of (-e)^k / (k + 1)!
   const T series = -e * core::CPU_CAPABILITY::exp_series<kTerms, 2>(-e, 0.5);
-  const T psi = small ? T(1) + series : (T(1) - g) / e;
+  const T psi_of_small = T(1) + series, psi_of_large = (T(1) - g) / e;
+  const T psi = small ? psi_of_small : psi_of_large;
+  const T less_1_of_large = psi_of_large - T(1), less_1 = small ? series : less_1_of_large;
   const T radius = std::sqrt(noise.energy * psi) / root_of_g;
-  return {radius * noise.cosine, e, g, psi, small ? series : psi - T(1), noise.cosine};
+  return {radius * noise.cosine, e, g, psi, less_1, noise.cosine};
 }
 
 template <typename T>
-SQLOSS_HOST_DEVICE inline T normal_sample(const Noise<T>& noise) {
+SQLOSS_INLINE T normal_sample(const Noise<T>& noise) {
   return std::sqrt(noise.energy) * noise.cosine;
 }
 
 // d t / d df
 template <typename T>
-SQLOSS_HOST_DEVICE inline T in_df(const Sample<T>& sample, T inverse_df) {
+SQLOSS_INLINE T in_df(const Sample<T>& sample, T inverse_df) {
   return T(0.5) * sample.t * inverse_df * (sample.psi_less_1 / sample.psi);
 }
 
 // (1 + t^2 / df) * g, between g and 1
 template <typename T>
-SQLOSS_HOST_DEVICE inline T scaled_square(const Sample<T>& s) {
+SQLOSS_INLINE T scaled_square(const Sample<T>& s) {
   const T cosine2 = s.cosine * s.cosine;
   return cosine2 + (T(1) - cosine2) * s.g;
 }
 
 // log(1 + x) with w = 1 + x rounded, given log(w)
 template <typename T>
-SQLOSS_HOST_DEVICE inline T corrected(T log_w, T w, T x) {
+SQLOSS_INLINE T corrected(T log_w, T w, T x) {
   return log_w + (x - (w - T(1))) / w;
 }
 
 // log(1 + t^2 / df) = e + log(scaled_square)
 template <typename T>
-SQLOSS_HOST_DEVICE inline T log1p_of_square(const Sample<T>& s, T inverse_df) {
-  const bool small = s.e < kSmall<T>;
-  const T x = s.t * s.t * inverse_df, square = scaled_square(s);
+SQLOSS_INLINE T log1p_of_square(const Sample<T>& s, T inverse_df) {
   constexpr T kLeast = std::numeric_limits<T>::min();
-  const T w = small ? T(1) + x : (square < kLeast ? kLeast : square);
+  const bool small = s.e < kSmall<T>;
+  const T square = scaled_square(s), at_least = square < kLeast ? kLeast : square;
+  const T x = s.t * s.t * inverse_df, plus_1 = T(1) + x;
+  const T w = small ? plus_1 : at_least;
   const T log_w = core::CPU_CAPABILITY::log_of_normal(w);
-  return small ? corrected(log_w, w, x) : log_w + s.e;
+  const T of_small = corrected(log_w, w, x), of_large = log_w + s.e;
+  return small ? of_small : of_large;
 }
 
 // -d log(1 + t^2 / df) / d df
 template <typename T>
-SQLOSS_HOST_DEVICE inline T log1p_of_square_falls(const Sample<T>& s, T inverse_df) {
+SQLOSS_INLINE T log1p_of_square_falls(const Sample<T>& s, T inverse_df) {
   return s.e * inverse_df * (s.cosine * s.cosine / scaled_square(s));
 }
 
@@ -138,17 +141,18 @@ SQLOSS_HOST_DEVICE inline T log1p_of_square_falls(const Sample<T>& s, T inverse_
 
 // Of a sample z under t(0, 1, df), a = |z| / sqrt(df): log(1 + a^2) ...
 template <typename T>
-SQLOSS_HOST_DEVICE inline T log1p_of_square(T a) {
+SQLOSS_INLINE T log1p_of_square(T a) {
   constexpr T kLarge = sizeof(T) == 4 ? T(1e6) : T(1e10);  // then 1 + a^2 rounds to a^2
   const bool large = a > kLarge;
-  const T x = a * a, w = large ? a : T(1) + x;
+  const T x = a * a, plus_1 = T(1) + x, w = large ? a : plus_1;
   const T log_w = core::CPU_CAPABILITY::log(w);
-  return large ? T(2) * log_w : corrected(log_w, w, x);
+  const T of_small = corrected(log_w, w, x), of_large = T(2) * log_w;
+  return large ? of_large : of_small;
 }
 
 // ... and a / (1 + a^2), half its derivative; of any a from 0 up
 template <typename T>
-SQLOSS_HOST_DEVICE inline T over_1_plus_square(T a) {
+SQLOSS_INLINE T over_1_plus_square(T a) {
   return T(1) / (a + T(1) / a);
 }
 
@@ -167,7 +171,7 @@ struct Rho {
 };
 
 template <bool kSecond, typename T>
-SQLOSS_HOST_DEVICE inline Rho<T> rho(T x) {
+SQLOSS_INLINE Rho<T> rho(T x) {
   constexpr int kShift = 8;
   constexpr T kLargeEnough = T(64);  // and small enough for products of 2 kShift of them
   const bool shifted = x < kLargeEnough;
