@@ -973,12 +973,11 @@ def operator_arguments(device="cpu"):
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(device, requires_grad):
     ops = torch.ops.sqloss
-    for index, (*tensors, seed, rows, samples, form, kl, mean) in enumerate(
-        operator_arguments(device)
-    ):
+    every_kind = list(operator_arguments(device))[:: 1 + requires_grad]
+    for index, (*tensors, seed, rows, samples, form, kl, mean) in enumerate(every_kind):
         given_ = [t if t is None else t.detach().requires_grad_(requires_grad) for t in tensors]
         arguments = (*given_, seed, rows, samples, form, kl, mean)
-        return_z = kl == "none" or index % 4 != 1
+        return_z = kl == "none" or index % 3 != 1
         torch.library.opcheck(ops.student_t_rsample_kl, (*arguments, return_z))
         with torch.no_grad():
             outputs = ops.student_t_rsample_kl(*arguments, return_z)
