@@ -76,12 +76,10 @@ struct Tiling {
 template <typename T>
 using Array = T[kElements];
 
-// What depends on the degrees of freedom alone. 1 / df is 0 for infinite ones, whose terms are then
-// those of the normal distribution.
+// What depends on the degrees of freedom alone.
 template <typename T>
 struct Density {
-  Array<T> df, inverse,
-      half_power;  // df, 1 / df, (df + 1) / 2; the last two 0 where it is infinite
+  Array<T> df, inverse, root, half_power;  // df, 1 / df, its root, (df + 1) / 2
 };
 
 template <typename T>
@@ -208,11 +206,6 @@ __attribute__((noinline)) void normal_samples(int64_t count, Tile<T>& tile) {
 }
 
 template <typename T>
-SQLOSS_INLINE Sample<T> sample_at(const Tile<T>& tile, int64_t i) {
-  return {tile.t[i], tile.energy[i] * tile.posterior.inverse[i], tile.cosine[i], tile.root_of_g[i]};
-}
-
-template <typename T>
 void draw_samples(const Inputs& in, const Extent& extent, int64_t sample, Tile<T>& tile) {
   const int64_t count = padded(extent.count());
   draw(in, extent, static_cast<uint32_t>(sample), tile);
@@ -224,22 +217,14 @@ void draw_samples(const Inputs& in, const Extent& extent, int64_t sample, Tile<T
 
 // NaN where the degrees of freedom are not positive.
 template <typename T>
-SQLOSS_INLINE T inverse_df(T df) {
-  const T inverse = T(1) / df;
-  return df > T(0) ? inverse : std::numeric_limits<T>::quiet_NaN();
-}
-template <typename T>
-SQLOSS_INLINE T half_power(T df, T inverse) {
-  const T finite = T(0.5) * df + T(0.5);
-  return inverse == T(0) ? T(0) : finite;
-}
-
-template <typename T>
 __attribute__((noinline)) void complete(int64_t count, Density<T>& density) {
   for (int64_t i = 0; i < count; ++i) {
-    const T inverse = inverse_df(density.df[i]);
-    density.inverse[i] = inverse;
-    density.half_power[i] = half_power(density.df[i], inverse);
+    const T given = density.df[i], most = kInfiniteDf<T>, finite = given > most ? most : given;
+    const T df = given > T(0) ? finite : std::numeric_limits<T>::quiet_NaN();
+    density.df[i] = df;
+    density.inverse[i] = T(1) / df;
+    density.root[i] = std::sqrt(T(1) / df);
+    density.half_power[i] = T(0.5) * df + T(0.5);
   }
 }
 
@@ -255,11 +240,8 @@ __attribute__((noinline)) void add_constant(const Density<T>& density, int64_t c
     T value = r.value, in_df = T(0.5) * r.first;
     if constexpr (kEntropy) {
       // The entropy: (df + 1) / 2 * (digamma((df + 1) / 2) - digamma(df / 2)) + log Z
-      const T finite_product = df * r.first, finite_curvature = (df + T(1)) * r.second;
-      const T product = inverse == T(0) ? T(0) : finite_product;
-      const T curvature = inverse == T(0) ? T(0) : finite_curvature;
-      value += T(0.5) * (T(1) + inverse) * (T(1) - product);
-      in_df = T(-0.5) * inverse * inverse - T(0.25) * curvature;
+      value += T(0.5) * (T(1) + inverse) * (T(1) - df * r.first);
+      in_df = T(-0.5) * inverse * inverse - T(0.25) * (df + T(1)) * r.second;
     }
     constant[i] += sign * value;
     if constexpr (kDerivative) derivative[i] = sign * in_df;
@@ -321,38 +303,29 @@ void load_location_and_scale(const Inputs& in, const Extent& extent, Tile<T>& ti
 // Degrees of freedom that are the same in every tile are loaded once, for a whole tile: no stride
 // leads out of them.
 bool same_in_all_tiles(const Inputs& in, const Tiling& tiling) {
-  const auto same = [&](const Strided& df) {
-    if (!df.data || is_constant(df)) return true;
-    // [rows, columns] with the rows expanded
-    return tiling.parts_per_row == 1 && df.sizes.size() == 2 && df.strides[0] == 0 &&
-           df.sizes[1] == in.columns;
+  const auto same = [&](DfShape shape) {
+    return shape == DfShape::kScalar || (shape == DfShape::kColumns && tiling.parts_per_row == 1);
   };
-  return same(in.df) && same(in.prior_df);
+  return (!in.df.data || same(in.df_shape)) && (!in.prior_df.data || same(in.prior_df_shape));
 }
 
 // --- forward -------------------------------------------------------------------------------------
 
-// -log of the density of t(0, 1, df) at x without its constant; of infinite df, of the normal.
 template <typename T>
-SQLOSS_INLINE T energy(const Sample<T>& sample, T x, const Density<T>& density, int64_t i) {
-  const T inverse = density.inverse[i], half_square = T(0.5) * x * x;
-  const T log1p = log1p_of_square(square_over_df(sample, x, inverse));
-  return density.half_power[i] * log1p + (inverse == T(0) ? half_square : T(0));
+SQLOSS_INLINE T energy_at(const Density<T>& density, int64_t i, T x) {
+  return density.half_power[i] * log1p_of_square(square_over_df(x, density.root[i]));
 }
 
 template <typename T>
 __attribute__((noinline)) void student_t_cross_term(int64_t count, Tile<T>& tile) {
   for (int64_t i = 0; i < count; ++i) {
-    tile.kl[i] =
-        energy(sample_at(tile, i), tile.z[i], tile.prior, i) - tile.log_scale[i] + tile.constant[i];
+    tile.kl[i] = energy_at(tile.prior, i, tile.z[i]) - tile.log_scale[i] + tile.constant[i];
   }
 }
 
 template <typename T>
 __attribute__((noinline)) void subtract_own_term(int64_t count, Tile<T>& tile) {
-  for (int64_t i = 0; i < count; ++i) {
-    tile.kl[i] -= energy(sample_at(tile, i), tile.t[i], tile.posterior, i);
-  }
+  for (int64_t i = 0; i < count; ++i) tile.kl[i] -= energy_at(tile.posterior, i, tile.t[i]);
 }
 
 template <typename T>
@@ -464,6 +437,64 @@ void noise_only(const Inputs& in, const NoiseOutputs& out) {
   });
 }
 
+// --- sums of gradients ---------------------------------------------------------------------------
+
+// The gradient of degrees of freedom that hold for several rows or elements: each tile's sum, and
+// then that of all, in one order.
+template <typename T>
+class Summed {
+ public:
+  Summed(const Inputs& in, const Tiling& tiling, const Strided& target, DfShape shape)
+      : in_(in), tiling_(tiling), target_(target), shape_(shape) {
+    if (shape == DfShape::kFull || !target.data) return;
+    width_ = shape == DfShape::kScalar ? 1 : std::min(kElements, in.columns);
+    sums_.resize(tiling.tiles * width_);
+  }
+
+  void add(int64_t index, const Extent& extent, const Array<T>& values) {
+    if (shape_ == DfShape::kFull) return store(values, target_, extent.begin(in_), extent.count());
+    if (!target_.data) return;
+    double* const sums = sums_.data() + index * width_;
+    if (shape_ == DfShape::kScalar) {
+      OrderedSum sum;
+      sum.add(values, extent.count());
+      *sums = sum.total();
+      return;
+    }
+    for (int64_t row = 0; row < extent.rows; ++row) {
+      for (int64_t i = 0; i < extent.columns; ++i) {
+        sums[i] += static_cast<double>(values[row * extent.columns + i]);
+      }
+    }
+  }
+
+  void finish() {
+    if (sums_.empty()) return;
+    if (shape_ == DfShape::kScalar) {
+      OrderedSum sum;
+      sum.add(sums_.data(), tiling_.tiles);
+      const T total = static_cast<T>(sum.total());
+      core::CPU_CAPABILITY::write_tile<T>(&total, target_, 0, 1);
+      return;
+    }
+    const int64_t parts = tiling_.parts_per_row;
+    for (int64_t index = parts; index < tiling_.tiles; ++index) {
+      double* const total = sums_.data() + index % parts * width_;
+      for (int64_t i = 0; i < width_; ++i) total[i] += sums_[index * width_ + i];
+    }
+    const std::vector<T> totals(sums_.begin(), sums_.begin() + in_.columns);
+    core::CPU_CAPABILITY::write_tile<T>(totals.data(), target_, 0, in_.columns);
+  }
+
+ private:
+  const Inputs& in_;
+  const Tiling& tiling_;
+  const Strided& target_;
+  DfShape shape_;
+  int64_t width_ = 0;
+  std::vector<double> sums_;  // [tiles, width_]
+};
+
 // --- backward ------------------------------------------------------------------------------------
 
 // Adds to the gradients in loc, scale, df and prior_df what one sample gives, with tile.z and
@@ -474,10 +505,10 @@ __attribute__((noinline)) void student_t_backward(int64_t count, Tile<T>& tile) 
     const T t = tile.t[i];
     T in_z = tile.z[i];
     if constexpr (kKl) {
-      const T z = tile.loc[i] + tile.scale[i] * t, inverse_prior = tile.prior.inverse[i];
-      const auto square = square_over_df(sample_at(tile, i), z, inverse_prior);
-      const T falls = (T(1) + inverse_prior) * over_1_plus_square(square);
-      in_z += tile.kl[i] * (inverse_prior == T(0) ? z : falls);
+      const T z = tile.loc[i] + tile.scale[i] * t, root = tile.prior.root[i];
+      const T slope = over_1_plus_square(square_over_df(z, root));
+      const T power = T(2) * tile.prior.half_power[i] * root;
+      in_z += tile.kl[i] * (power * std::copysign(slope, z));
     }
     tile.z[i] = in_z;
     tile.in_loc[i] += in_z;
@@ -485,33 +516,32 @@ __attribute__((noinline)) void student_t_backward(int64_t count, Tile<T>& tile) 
   }
 }
 
-// With tile.z the whole gradient of z.
-template <typename T>
-__attribute__((noinline)) void through_z_in_df(int64_t count, Tile<T>& tile) {
+// With tile.z the whole gradient of z. Differences are taken before what is differed: at large df
+// both terms are of the order 1 / df, and their sum of 1 / df^2.
+template <bool kOwnTerm, typename T>
+__attribute__((noinline)) void posterior_in_df(int64_t count, Tile<T>& tile) {
   for (int64_t i = 0; i < count; ++i) {
-    const T t_in_df = in_df(sample_at(tile, i), tile.posterior.inverse[i]);
-    tile.in_df[i] += tile.z[i] * tile.scale[i] * t_in_df;
-  }
-}
-
-template <typename T>
-__attribute__((noinline)) void own_term_in_df(int64_t count, Tile<T>& tile) {
-  for (int64_t i = 0; i < count; ++i) {
-    const T inverse = tile.posterior.inverse[i];
-    const auto sample = sample_at(tile, i);
-    const T log1p = log1p_of_square(square_over_df(sample, sample.t, inverse));
-    const T falls = log1p_of_square_falls(sample, inverse);
-    tile.in_df[i] += tile.kl[i] * (tile.posterior.half_power[i] * falls - T(0.5) * log1p);
+    const T inverse = tile.posterior.inverse[i], t = tile.t[i];
+    const T psi_term = one_less_inverse_psi(tile.energy[i] * inverse, tile.root_of_g[i]);
+    T in_df = tile.z[i] * tile.scale[i] * t * inverse * psi_term;
+    if constexpr (kOwnTerm) {
+      const auto square = square_over_df(t, tile.posterior.root[i]);
+      const T ratio = square_over_1_plus_square(square);
+      in_df -= tile.kl[i] *
+               (log1p_less_ratio(square, ratio) + ratio * ((T(1) + inverse) * psi_term - inverse));
+    }
+    tile.in_df[i] += T(0.5) * in_df;
   }
 }
 
 template <typename T>
 __attribute__((noinline)) void cross_term_in_prior_df(int64_t count, Tile<T>& tile) {
   for (int64_t i = 0; i < count; ++i) {
-    const T z = tile.loc[i] + tile.scale[i] * tile.t[i], inverse = tile.prior.inverse[i];
-    const auto square = square_over_df(sample_at(tile, i), z, inverse);
-    const T falls = (T(1) + inverse) * (square.value / square.plus);
-    tile.in_prior_df[i] += T(0.5) * tile.kl[i] * (log1p_of_square(square) - falls);
+    const T z = tile.loc[i] + tile.scale[i] * tile.t[i];
+    const auto square = square_over_df(z, tile.prior.root[i]);
+    const T ratio = square_over_1_plus_square(square);
+    const T in_df = log1p_less_ratio(square, ratio) - ratio * tile.prior.inverse[i];
+    tile.in_prior_df[i] += T(0.5) * tile.kl[i] * in_df;
   }
 }
 
@@ -531,9 +561,8 @@ void backward_sample(const Inputs& in, bool in_df, int64_t count, Tile<T>& tile)
   if (!in.df.data) return normal_backward(kl, count, tile);
   kl ? student_t_backward<true>(count, tile) : student_t_backward<false>(count, tile);
   if (!in_df) return;
-  through_z_in_df(count, tile);
+  in.kl == Kl::kMc ? posterior_in_df<true>(count, tile) : posterior_in_df<false>(count, tile);
   if (kl) cross_term_in_prior_df(count, tile);
-  if (in.kl == Kl::kMc) own_term_in_df(count, tile);
 }
 
 // What does not depend on the sample, with tile.kl the whole gradient of a row's KL; and the
@@ -570,6 +599,9 @@ void backward(const Inputs& in, const Gradients& gradients) {
   // The closed form alone depends on no sample.
   const bool samples =
       gradients.z.data || sampled.kl == Kl::kMc || sampled.kl == Kl::kAnalyticEntropy;
+
+  Summed<T> of_df(in, tiling, gradients.df, in.df_shape);
+  Summed<T> of_prior_df(in, tiling, gradients.prior_df, in.prior_df_shape);
 
   tiling.for_tiles(in, [&](int64_t begin, int64_t end) {
     core::Scratch<Tile<T>> memory;
@@ -626,10 +658,12 @@ void backward(const Inputs& in, const Gradients& gradients) {
       }
       store(tile.in_loc, gradients.loc, elements, count);
       store(tile.in_scale, gradients.scale, elements, count);
-      store(tile.in_df, gradients.df, elements, count);
-      store(tile.in_prior_df, gradients.prior_df, elements, count);
+      of_df.add(index, extent, tile.in_df);
+      of_prior_df.add(index, extent, tile.in_prior_df);
     }
   });
+  of_df.finish();
+  of_prior_df.finish();
 }
 
 void forward_of(const Inputs& in, at::ScalarType dtype, const Outputs& out) {
