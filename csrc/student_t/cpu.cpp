@@ -92,9 +92,10 @@ struct alignas(64) Tile {
   Array<T> z, kl;                         // and backward their gradients
   Array<T> in_loc, in_scale, in_df, in_prior_df;
   Array<double> kl_sum;  // over samples
-  // Random words: those of the lower bits are drawn for double only.
-  uint32_t u[2][kElements], v[2][kElements];
-  uint32_t block_u[kElements + 4 * kBlocks], block_v[kElements + 4 * kBlocks];
+  // Random words, of the elements from first_word on; part 1, of the lower bits, for double only.
+  int64_t first_word;
+  uint32_t u[2][kElements + 4 * kBlocks], v[2][kElements + 4 * kBlocks];
+  uint32_t run_u[kElements + 4 * kBlocks], run_v[kElements + 4 * kBlocks];
   core::CPU_CAPABILITY::Tile<T> buffer;
 };
 
@@ -127,10 +128,10 @@ bool is_constant(const Strided& sequence) {
          (sequence.sizes.size() == 1 && sequence.sizes[0] == 1);
 }
 
-// The words of `count` adjacent elements from `first` on, to tile.u and tile.v from `position` on.
-template <typename T>
-void draw_run(Tile<T>& tile, uint64_t key, uint64_t first, int64_t count, uint32_t sample, int part,
-              int64_t position) {
+// The words of `count` adjacent elements from `first` on, and before them that of an even one which
+// shares a block with `first`.
+__attribute__((noinline)) void draw_run(uint64_t key, uint64_t first, int64_t count,
+                                        uint32_t sample, int part, uint32_t* u, uint32_t* v) {
   const int64_t odd = static_cast<int64_t>(first % 2);
   for (int64_t drawn = 0; drawn < odd + count; drawn += 2 * kBlocks) {
     const uint64_t block = (first - odd + drawn) / 2;
@@ -147,28 +148,38 @@ void draw_run(Tile<T>& tile, uint64_t key, uint64_t first, int64_t count, uint32
     for (int i = 0; i < kAtOnce; ++i) {
       // Lanes of two words each: in memory, those of an even and of the next odd element.
       constexpr uint64_t kLow = 0xffffffff;
-      const Words u = (words[0][i] & kLow) | (words[2][i] << 32);
-      const Words v = (words[1][i] & kLow) | (words[3][i] << 32);
-      std::memcpy(tile.block_u + drawn + 2 * i * kWordLanes, &u, sizeof(u));
-      std::memcpy(tile.block_v + drawn + 2 * i * kWordLanes, &v, sizeof(v));
+      const Words us = (words[0][i] & kLow) | (words[2][i] << 32);
+      const Words vs = (words[1][i] & kLow) | (words[3][i] << 32);
+      std::memcpy(u + drawn + 2 * i * kWordLanes, &us, sizeof(us));
+      std::memcpy(v + drawn + 2 * i * kWordLanes, &vs, sizeof(vs));
     }
   }
-  std::memcpy(tile.u[part] + position, tile.block_u + odd, count * sizeof(uint32_t));
-  std::memcpy(tile.v[part] + position, tile.block_v + odd, count * sizeof(uint32_t));
 }
 
 template <typename T>
 void draw(const Inputs& in, const Extent& extent, uint32_t sample, Tile<T>& tile) {
-  const bool together = !in.row_ids.data && is_constant(in.seeds);
-  const int64_t runs = together ? 1 : extent.rows, count = extent.count() / runs;
+  const auto key = [&](int64_t row) { return static_cast<uint64_t>(int64_of(in.seeds, row)); };
+  const auto first = [&](int64_t row) {
+    return static_cast<uint64_t>(row) * in.columns + extent.column;
+  };
   for (int part = 0; part < (sizeof(T) == 4 ? 1 : 2); ++part) {
-    for (int64_t run = 0; run < runs; ++run) {
-      const int64_t row = extent.row + run;
-      const auto key = static_cast<uint64_t>(int64_of(in.seeds, row));
-      const int64_t id = in.row_ids.data ? int64_of(in.row_ids, row) : row;
-      const auto first = static_cast<uint64_t>(id) * in.columns + extent.column;
-      draw_run(tile, key, first, count, sample, part, run * count);
+    if (!in.row_ids.data && is_constant(in.seeds)) {
+      const uint64_t begin = first(extent.row);
+      draw_run(key(0), begin, extent.count(), sample, part, tile.u[part], tile.v[part]);
+      tile.first_word = static_cast<int64_t>(begin % 2);
+      continue;
     }
+    for (int64_t i = 0; i < extent.rows; ++i) {
+      const int64_t row = extent.row + i;
+      const uint64_t begin = first(in.row_ids.data ? int64_of(in.row_ids, row) : row);
+      draw_run(key(row), begin, extent.columns, sample, part, tile.run_u, tile.run_v);
+      const auto keep = [&](const uint32_t* run, uint32_t* words) {
+        std::memcpy(words + i * extent.columns, run + begin % 2, extent.columns * sizeof(*run));
+      };
+      keep(tile.run_u, tile.u[part]);
+      keep(tile.run_v, tile.v[part]);
+    }
+    tile.first_word = 0;
   }
 }
 
@@ -176,12 +187,14 @@ void draw(const Inputs& in, const Extent& extent, uint32_t sample, Tile<T>& tile
 // which are long chains each.
 template <typename T>
 __attribute__((noinline)) void noise_of_words(int64_t count, Tile<T>& tile) {
+  const uint32_t *u = tile.u[0] + tile.first_word, *u_more = tile.u[1] + tile.first_word;
+  const uint32_t *v = tile.v[0] + tile.first_word, *v_more = tile.v[1] + tile.first_word;
   for (int64_t i = 0; i < count; ++i) {
     Noise<T> drawn;
     if constexpr (sizeof(T) == 4) {
-      drawn = noise(tile.u[0][i], tile.v[0][i]);
+      drawn = noise(u[i], v[i]);
     } else {
-      drawn = noise(tile.u[0][i], tile.v[0][i], tile.u[1][i], tile.v[1][i]);
+      drawn = noise(u[i], v[i], u_more[i], v_more[i]);
     }
     tile.energy[i] = drawn.energy;
     tile.cosine[i] = drawn.cosine;
@@ -614,8 +627,11 @@ void backward(const Inputs& in, const Gradients& gradients) {
         in_df ? load_df<true>(sampled, of_df, tile) : load_df<false>(sampled, of_df, tile);
       }
       load_location_and_scale(in, extent, tile);
-      for (Array<T>* sum : {&tile.in_loc, &tile.in_scale, &tile.in_df, &tile.in_prior_df}) {
-        std::fill_n(*sum, whole, T(0));
+      std::fill_n(tile.in_loc, whole, T(0));
+      std::fill_n(tile.in_scale, whole, T(0));
+      if (in_df) {
+        std::fill_n(tile.in_df, whole, T(0));
+        std::fill_n(tile.in_prior_df, whole, T(0));
       }
 
       // The gradient of the KL of a sample's rows, for each of their elements.
@@ -653,7 +669,7 @@ void backward(const Inputs& in, const Gradients& gradients) {
         std::memcpy(tile.kl, tile.z, sizeof(tile.kl));
       }
       finish_gradients(sampled, whole, in_df, tile);
-      if (!in.prior_df.data) {
+      if (in_df && !in.prior_df.data) {
         for (int64_t i = 0; i < whole; ++i) tile.in_df[i] += tile.in_prior_df[i];
       }
       store(tile.in_loc, gradients.loc, elements, count);

@@ -92,7 +92,7 @@ SQLOSS_INLINE Sample<T> student_t_sample(const Noise<T>& noise, T df, T inverse_
   const T e = noise.energy * inverse_df;
   const T root = core::CPU_CAPABILITY::exp_small(T(-0.5) * e);
   // -2 log(u) * psi
-  const T of_small = noise.energy + noise.energy * psi_less_1(e);
+  const T of_small = core::CPU_CAPABILITY::multiply_add(noise.energy, psi_less_1(e), noise.energy);
   const T of_large = df * (T(1) - root * root);
   return {std::sqrt(e < kSmall<T> ? of_small : of_large) / root * noise.cosine, root};
 }
