@@ -428,7 +428,8 @@ def _prepared(
             raise ValueError(
                 f"{function}: {name}: expected the device of loc, {device}, got {tensor.device}"
             )
-    if not all(tensor is None or tensor.shape in (shape, ()) for tensor in others.values()):
+    usual = (shape, shape[-1:], ())
+    if not all(tensor is None or tensor.shape in usual for tensor in others.values()):
         shape = _broadcast_shape(function, shape, others)
     given = [x for x in (scale, log_scale, logvar, df, prior_df) if isinstance(x, Tensor)]
     if any(tensor.dtype != dtype for tensor in given):

@@ -103,16 +103,23 @@ struct Call {
     inputs.columns = loc.size(-1);
     inputs.rows = c10::multiply_integers(leading);
     inputs.num_samples = num_samples.value_or(1);
-    if (df) inputs.df = sequence(df->expand(loc.sizes()));
+    if (df) inputs.df = df_sequence(*df, inputs.df_shape);
     inputs.loc = sequence(loc);
     inputs.scale = sequence(scale);
-    if (prior_df) inputs.prior_df = sequence(prior_df->expand(loc.sizes()));
-    inputs.seeds = sequence(seed.expand(leading));  // raises its own error
+    if (prior_df) inputs.prior_df = df_sequence(*prior_df, inputs.prior_df_shape);
+    inputs.seeds = seed.dim() == 0 ? core::Strided::repeated(seed, inputs.rows)
+                                   : sequence(seed.expand(leading));  // raises its own error
     if (rows) inputs.row_ids = sequence(*rows);
     const bool is_double = loc.scalar_type() == at::kDouble || scale.scalar_type() == at::kDouble;
     dtype = is_double ? at::kDouble : at::kFloat;
     if (num_samples && !kl_mean) kl_shape.push_back(*num_samples);
     kl_shape.append(leading.begin(), leading.end());
+  }
+
+  core::Strided df_sequence(const at::Tensor& df, DfShape shape) const {
+    if (shape == DfShape::kFull) return sequence(df);
+    const bool scalar = shape == DfShape::kScalar;
+    return core::Strided::repeated(df, scalar ? inputs.rows * inputs.columns : inputs.rows);
   }
 };
 
