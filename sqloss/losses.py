@@ -16,8 +16,9 @@ its loss is the mean, or with ``reduction="sum"`` the sum, of the losses of its 
 are float16, bfloat16, float32 or float64, of any strides, and may differ in dtype; all arithmetic
 is at least in float32, and the result float64 if one of the tensors is, else float32. Gradients
 have the dtypes of their tensors. The result is the same bit for bit for any number of threads, any
-repetition and any CPU of an architecture. Every function works in eager mode, forward mode and
-double backward, under torch.compile, torch.func and autocast.
+repetition and any x86 CPU with AVX2; those without fused multiply-add differ in the last places.
+Every function works in eager mode, forward mode and double backward, under torch.compile,
+torch.func and autocast.
 """
 
 import math

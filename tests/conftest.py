@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 import tempfile
 import warnings
 
@@ -58,3 +60,24 @@ def call_without_kernel():
             return operator.default._op_dk(key, *arguments)
 
     return call
+
+
+@pytest.fixture
+def results_by_capability(tmp_path):
+    def run(program):
+        """What a program saves as its first argument, for every CPU capability of this machine."""
+        results = {}
+        for wish in ("default", "avx2", "avx512"):
+            file = tmp_path / wish
+            said = subprocess.run(
+                [sys.executable, "-c", program, str(file)],
+                env={**os.environ, "ATEN_CPU_CAPABILITY": wish},
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            results[said.stdout.strip()] = torch.load(file)
+        return results
+
+    return run

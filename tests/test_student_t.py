@@ -4,9 +4,6 @@ divergences against quadrature, the kernels against their twins, and every way t
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -782,24 +779,18 @@ torch.save([t.detach() for t in out], sys.argv[1])
 """
 
 
-def test_same_bits_for_every_cpu_capability(tmp_path):
-    """One build holds all vector widths, and none changes a bit."""
-    results = {}
-    for wish in ("default", "avx2", "avx512"):
-        file = tmp_path / wish
-        said = subprocess.run(
-            [sys.executable, "-c", CAPABILITY_PROGRAM, str(file)],
-            env={**os.environ, "ATEN_CPU_CAPABILITY": wish},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        results[said.stdout.strip()] = torch.load(file)
-    assert "DEFAULT" in results
+def test_same_bits_for_every_cpu_capability(results_by_capability):
+    """One build holds all vector widths, and none changes a bit; but for CPUs without fused
+    multiply-add, which round more often.
+    """
+    results = results_by_capability(CAPABILITY_PROGRAM)
+    without = results.pop("DEFAULT")
     for result in results.values():
-        for a, b in zip(results["DEFAULT"], result, strict=True):
+        for a, b in zip(next(iter(results.values())), result, strict=True):
             assert torch.equal(a, b)
+        for a, b in zip(without, result, strict=True):
+            rounding = 1e3 * torch.finfo(a.dtype).eps
+            torch.testing.assert_close(a, b, rtol=rounding, atol=rounding * a.abs().max().item())
 
 
 # --- autograd -------------------------------------------------------------------------------------
@@ -1367,7 +1358,7 @@ def test_errors_of_df_and_of_options(call, error, message):
         ({"kl": "closed_form"}, ValueError, "kl: expected .* closed_form only without df"),
         ({"df": None, "prior_df": S}, ValueError, "prior_df: expected none without df"),
         ({"scale": S[:1]}, ValueError, "scale: expected the shape of loc"),
-        ({"df": S[0]}, ValueError, "df: expected the shape of loc"),
+        ({"df": S[:1]}, ValueError, "df: expected the shape of loc"),
         ({"loc": L.long()}, TypeError, "loc: expected float16, bfloat16, float32 or float64"),
         ({"rows": torch.arange(3)}, ValueError, "rows: expected the leading shape of loc"),
         ({"seed": SEED.int()}, TypeError, "seed, rows: expected int64"),
