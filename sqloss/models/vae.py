@@ -181,8 +181,7 @@ class VAE(nn.Module):
     ) -> Tensor:
         """The log importance weights log p(x|z) + log p(z) - log q(z|x) of draws z, [S, B].
 
-        The importance-weighted bound on log p(x) of Burda et al. (2016) is their logsumexp over the
-        S = num_samples draws, less log S. Takes memory for S * B images.
+        S is num_samples. Takes memory for S * B images.
         """
         z, kl = self.encode(x).rsample_kl(
             seed, num_samples, estimator="mc", reduction="none", rows=rows
@@ -192,6 +191,18 @@ class VAE(nn.Module):
             logits, x.expand_as(logits), reduction="sum", sample_dims=2
         )
         return -(reconstruction + kl)
+
+    def negative_iw_bound(
+        self, x: Tensor, seed: Tensor, num_samples: int, *, rows: Tensor | None = None
+    ) -> Tensor:
+        """-log of the mean of num_samples importance weights of each image, [B].
+
+        Its expectation is the negative of the importance-weighted bound on log p(x) of Burda et al.
+        (2016). With one sample that is the negative ELBO, whose KL is then a sampled one too; it
+        falls, towards -log p(x), with every sample more.
+        """
+        log_weights = self.log_weights(x, seed, num_samples, rows=rows)
+        return math.log(num_samples) - log_weights.logsumexp(0)
 
     def sample(self, count: int, seed: Tensor) -> Tensor:
         """The pixel means of images drawn from the prior, [count, *data_shape]."""

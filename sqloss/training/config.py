@@ -91,6 +91,12 @@ class Config:
     learn_df: bool = flag(
         False, f"learn one df of --prior t, between {LEAST_DF:g} and {GREATEST_DF:g}"
     )
+    iwae_samples: int = flag(
+        0,
+        "train on the importance-weighted bound of K draws per image; 1: the ELBO with its KL "
+        "sampled too; 0: the ELBO",
+        metavar="K",
+    )
     beta: float = flag(1.0, "weight of the KL term in the training objective")
     seed: int = flag(0, "seed of everything random", metavar="N")
     device: str = flag("auto", "auto, cpu or cuda; auto is cuda where there is one")
@@ -113,10 +119,11 @@ class Config:
         self._expect("lr", 0 < self.lr < math.inf, "a number above 0")
         self._expect("beta", 0 <= self.beta < math.inf, "a number from 0 up")
         self._check_df()
+        self._check_iwae()
         for name in ("epochs", "batch_size", "latent", "num_samples", "checkpoint_every"):
             in_range = 1 <= getattr(self, name) <= LARGEST
             self._expect(name, in_range, f"a whole number from 1 to {LARGEST}")
-        for name in ("image_size", "limit"):
+        for name in ("image_size", "limit", "iwae_samples"):
             in_range = 0 <= getattr(self, name) <= LARGEST
             self._expect(name, in_range, f"a whole number from 0 to {LARGEST}")
         for name in ("seed", "threads"):
@@ -139,6 +146,12 @@ class Config:
             between = f"a number between {LEAST_DF:g} and {GREATEST_DF:g} with --learn-df"
             self._expect("df", LEAST_DF < self.df < GREATEST_DF, between)
 
+    def _check_iwae(self) -> None:
+        if self.iwae_samples:
+            terms = "with --iwae-samples, whose bound is not a sum of reconstruction and KL"
+            self._expect("tail", self.tail == "elbo", f"elbo {terms}")
+            self._expect("beta", self.beta == 1, f"1 {terms}")
+
     def _expect(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
             raise UserError(f"{as_flag(name)}: expected {expected}, got {getattr(self, name)}")
@@ -152,17 +165,21 @@ class Config:
     def objectives(self) -> dict[str, Objective]:
         """What is measured of every model; that of the tail also where none is trained on it."""
         return {
-            "standard": vae_objective(0.0, self.tail, self.beta),
-            "cvar": vae_objective(self.metric_alpha, self.tail, self.beta),
+            "standard": vae_objective(0.0, *self._bound),
+            "cvar": vae_objective(self.metric_alpha, *self._bound),
         }
 
     @property
     def objective_names(self) -> dict[str, str]:
         """The objectives in words."""
         return {
-            "standard": objective_name(0.0, self.tail, self.beta),
-            "cvar": objective_name(self.metric_alpha, self.tail, self.beta),
+            "standard": objective_name(0.0, *self._bound),
+            "cvar": objective_name(self.metric_alpha, *self._bound),
         }
+
+    @property
+    def _bound(self) -> tuple[str, float, int]:
+        return self.tail, self.beta, self.iwae_samples
 
     @property
     def metric_alpha(self) -> float:

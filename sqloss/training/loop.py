@@ -20,12 +20,11 @@ from sqloss.student_t import draw_seed
 from sqloss.training.config import Config
 from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError
-from sqloss.training.evaluation import evaluate, objective_values, summary
+from sqloss.training.evaluation import evaluate, learnt_df, objective_values, summary
 from sqloss.training.progress import Progress, counted
-from sqloss.training.risk import Objective
 from sqloss.training.stop import StopSignal
 
-Row = dict[str, Any]  # the metrics of one model after one epoch, by these columns
+Row = dict[str, Any]  # the metrics of one model after one epoch, by these columns and learnt_df's
 COLUMNS = (
     "epoch",
     "model",
@@ -70,6 +69,11 @@ class Training:
         """How far it is, in words."""
         return f"{counted(self.epoch, 'epoch')} and {counted(self.step, 'step')}"
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the metrics."""
+        return (*COLUMNS, *learnt_df(next(iter(self.models.values()))))
+
     def latest_rows(self) -> list[Row]:
         """The metrics of the last whole epoch, one row per model."""
         return self.history[-len(self.models) :]
@@ -92,7 +96,7 @@ class Training:
             raise ValueError(f"models {', '.join(models)}")
         if len(history) != epoch * len(self.models):
             raise ValueError(f"{len(history)} rows of metrics after {epoch} epochs")
-        if any(tuple(row) != COLUMNS for row in history):
+        if any(tuple(row) != self.columns for row in history):
             raise ValueError("metrics of other names")
 
 
@@ -155,26 +159,33 @@ def train_epoch(
 ) -> bool:
     """Run the epoch under way; False where a stop is requested before its end."""
     images = data.train_images
-    objectives = config.objectives
     order = torch.randperm(len(images), generator=generator(config.seed, "order", training.epoch))
     for batch in order.to(images.device).split(config.batch_size)[training.step :]:
         if stop.requested:
             return False
-        train_step(training, objectives, pixels(images[batch]))
+        train_step(training, config, pixels(images[batch]))
         progress.step()
     return True
 
 
-def train_step(training: Training, objectives: dict[str, Objective], x: Tensor) -> None:
+def train_step(training: Training, config: Config, x: Tensor) -> None:
     """One step of every model on the same pixels and the same noise."""
+    objectives = config.objectives
     seed = draw_seed(generator=training.noise)
     for name, model in training.models.items():
-        loss = objectives[name](model.losses(x, seed))
+        loss = objectives[name](train_losses(model, x, seed, config.iwae_samples))
         training.optimisers[name].zero_grad()
         loss.backward()
         training.optimisers[name].step()
         training.objective_sums[name] += loss.detach() * len(x)
     training.step += 1
+
+
+def train_losses(model: VAE, x: Tensor, seed: Tensor, iwae_samples: int) -> dict[str, Tensor]:
+    """The losses, one per sample, that the objectives are of."""
+    if iwae_samples:
+        return {"negative_iw_bound": model.negative_iw_bound(x, seed, iwae_samples)}
+    return model.losses(x, seed)
 
 
 def close_epoch(training: Training, data: Dataset, config: Config) -> None:
@@ -183,11 +194,12 @@ def close_epoch(training: Training, data: Dataset, config: Config) -> None:
     training.step = 0
     for name, model in training.models.items():
         objective = training.objective_sums[name].item() / len(data.train_images)
-        losses = evaluate(model, data, config.seed)
+        losses = evaluate(model, data, config.seed, config.iwae_samples)
         test = objective_values(losses, config) | summary(losses, config.metric_alpha)
         training.history.append(
             {"epoch": training.epoch, "model": name, "train_objective": objective}
             | {f"test_{metric}": value for metric, value in test.items()}
+            | learnt_df(model)
         )
         training.objective_sums[name].zero_()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import sqloss
 from sqloss.losses import binary_cross_entropy_with_logits
 from sqloss.models import VAE
 from sqloss.models.seeding import generator, initialisation
@@ -55,6 +56,14 @@ class Signalling(Progress):
         self.after -= 1
         if self.after == 0:
             signal.raise_signal(self.number)
+
+
+VARIANTS = {
+    "t": {"prior": "t", "df": 3.0, "tail": "reconstruction"},
+    "learnt df": {"prior": "t", "learn_df": True},
+    "importance-weighted": {"iwae_samples": 3},
+    "all": {"prior": "t", "learn_df": True, "iwae_samples": 3, "architecture": "conv"},
+}
 
 
 @pytest.fixture
@@ -131,6 +140,48 @@ def test_an_interrupted_run_goes_on_where_it_was(trainer, tmp_path, whole, after
     trainer.train(Run.resumed(parts, {}))
     assert not finished
     assert_same_run(parts, whole)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_kind_of_run_goes_on_where_it_was(trainer, tmp_path, variant):
+    changes = VARIANTS[variant] | {"hidden": "6,5", "channels": "2,3"}
+    trainer.config = dataclasses.replace(trainer.config, **changes)
+    trainer.train(trainer.run(tmp_path / "whole"))
+    trainer.train(trainer.run(tmp_path / "parts"), Signalling(5))
+    trainer.train(Run.resumed(tmp_path / "parts", {}))
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_learnt_df_moves_and_is_a_metric(trainer, tmp_path):
+    trainer.config = dataclasses.replace(trainer.config, prior="t", learn_df=True)
+    training, _ = trainer.train(trainer.run(tmp_path))
+    assert all(tuple(row) == (*COLUMNS, "df") for row in training.history)
+    for row, model in zip(training.latest_rows(), training.models.values(), strict=True):
+        assert row["df"] == model.df.item() != pytest.approx(5, rel=1e-4)
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0]
+    assert header.split(",") == [*COLUMNS, "df"]
+
+
+def test_the_importance_weighted_bound_is_what_is_trained_on(trainer, tmp_path):
+    config = dataclasses.replace(trainer.config, epochs=1, lr=1e-30, iwae_samples=3)
+    training, _ = trainer.train(Run.new(tmp_path, config))
+
+    model = trainer.begin(config).models["standard"]
+    noise = generator(config.seed, "noise")
+    order = torch.randperm(50, generator=generator(config.seed, "order", 0))
+    bounds, tails = [], []
+    for batch in order.split(20):
+        x = trainer.data.train_images[batch] / 255
+        weights = model.log_weights(x, draw_seed(generator=noise), 3)
+        bounds.append(-weights.exp().mean(0).log())
+        tails.append(sqloss.cvar(bounds[-1], 0.8) * len(x))
+    standard, cvar = training.history
+    assert standard["train_objective"] == pytest.approx(torch.cat(bounds).mean().item(), rel=1e-6)
+    assert cvar["train_objective"] == pytest.approx(sum(tails).item() / 50, rel=1e-6)
+
+    tested = evaluate(model, trainer.data, config.seed, iwae_samples=3)["negative_iw_bound"]
+    assert standard["test_objective_standard"] == pytest.approx(tested.mean().item())
+    assert standard["test_objective_cvar"] == pytest.approx(sqloss.cvar(tested, 0.8).item())
 
 
 def test_a_run_interrupted_again_and_again_is_the_same(trainer, tmp_path, whole):

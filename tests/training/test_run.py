@@ -46,6 +46,7 @@ SIZES = "whole numbers from 1 to 2147483647, such as 400 or 512,256"
         ("lr", 0.0, "a number above 0"),
         ("lr", float("inf"), "a number above 0"),
         ("beta", -1.0, "a number from 0 up"),
+        ("iwae_samples", -1, "a whole number from 0 to 2147483647"),
         ("limit", -1, "a whole number from 0 to 2147483647"),
         ("image_size", -1, "a whole number from 0 to 2147483647"),
         ("seed", -1, "a whole number from 0 up"),
@@ -74,6 +75,18 @@ def test_a_df_that_cannot_be_learnt(values, told):
     with pytest.raises(UserError) as raised:
         Config(learn_df=True, **values)
     assert str(raised.value) == told
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"tail": "reconstruction"}, "--tail: expected elbo with --iwae-samples"),
+        ({"beta": 2.0}, "--beta: expected 1 with --iwae-samples"),
+    ],
+)
+def test_the_importance_weighted_bound_has_no_terms_of_its_own(values, told):
+    with pytest.raises(UserError, match=told):
+        Config(iwae_samples=2, **values)
 
 
 def test_sizes_are_numbers_between_commas():
