@@ -18,7 +18,7 @@ BATCH_SIZE = 1000
 # Importance weights are drawn in blocks of so many, each with a seed of its own, so that a draw
 # does not depend on how many images are decoded at once.
 DRAWS_PER_SEED = 50
-VALUES_AT_ONCE = 2**22  # of a layer: 16 MiB, of which both cores of a CPU get a fair share
+VALUES_AT_ONCE = 2**22  # of a layer of the decoder, so 16 MiB: plenty for several cores
 
 
 @torch.no_grad()

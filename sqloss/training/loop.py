@@ -22,6 +22,7 @@ from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError
 from sqloss.training.evaluation import evaluate, learnt_df, objective_values, summary
 from sqloss.training.progress import Progress, counted
+from sqloss.training.risk import Objective
 from sqloss.training.stop import StopSignal
 
 Row = dict[str, Any]  # the metrics of one model after one epoch, by these columns and learnt_df's
@@ -159,21 +160,23 @@ def train_epoch(
 ) -> bool:
     """Run the epoch under way; False where a stop is requested before its end."""
     images = data.train_images
+    objectives = config.objectives
     order = torch.randperm(len(images), generator=generator(config.seed, "order", training.epoch))
     for batch in order.to(images.device).split(config.batch_size)[training.step :]:
         if stop.requested:
             return False
-        train_step(training, config, pixels(images[batch]))
+        train_step(training, objectives, pixels(images[batch]), config.iwae_samples)
         progress.step()
     return True
 
 
-def train_step(training: Training, config: Config, x: Tensor) -> None:
+def train_step(
+    training: Training, objectives: dict[str, Objective], x: Tensor, iwae_samples: int
+) -> None:
     """One step of every model on the same pixels and the same noise."""
-    objectives = config.objectives
     seed = draw_seed(generator=training.noise)
     for name, model in training.models.items():
-        loss = objectives[name](train_losses(model, x, seed, config.iwae_samples))
+        loss = objectives[name](train_losses(model, x, seed, iwae_samples))
         training.optimisers[name].zero_grad()
         loss.backward()
         training.optimisers[name].step()

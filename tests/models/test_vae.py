@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -167,6 +168,22 @@ def test_generated_images_are_pixel_means(vae, x):
     torch.testing.assert_close(
         vae.sample(BATCH, seed()), vae.decode(prior.rsample(seed())).sigmoid()
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"prior": "cauchy"}, "VAE: prior: expected one of ('normal', 't'), got 'cauchy'"),
+        ({"architecture": "x"}, "VAE: architecture: expected one of ('mlp', 'conv'), got 'x'"),
+        (
+            {"prior": "t", "df": 1, "learn_df": True},
+            "VAE: df: expected a number between 1 and 1e+06 with learn_df, got 1",
+        ),
+    ],
+)
+def test_what_is_no_model(options, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        make(**options)
 
 
 # importance weights
