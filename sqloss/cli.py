@@ -12,13 +12,11 @@ from typing import Any
 import torch
 
 import sqloss
-from sqloss.models import VAE
-from sqloss.models.seeding import initialisation
 from sqloss.training.config import Config, as_flag, expanded
 from sqloss.training.data import Dataset, load_dataset
 from sqloss.training.errors import UserError, require
 from sqloss.training.evaluation import evaluate
-from sqloss.training.loop import Training, begin, fit
+from sqloss.training.loop import Training, begin, build_model, fit
 from sqloss.training.plots import draw_pictures
 from sqloss.training.progress import Progress
 from sqloss.training.report import make_report, tables, write_report
@@ -46,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return complain(
             command,
             "expected a training that fits into memory, got one that does not; use a smaller "
-            "--batch-size, --hidden, --latent, --image-size, --limit or --num-samples "
+            "--batch-size, --hidden, --channels, --latent, --image-size, --limit or --num-samples "
             f"({first_line(error)})",
         )
 
@@ -82,9 +80,7 @@ def train_vae(output_dir: Path | None = None, resume: Path | None = None, **give
     whole = load_dataset(config.dataset, config.source)
     data = whole.imbalanced(config.imbalance, config.seed).to(device)
     set_threads(config, data)
-    with initialisation(config.seed, "model"):
-        model = VAE(data.shape, config.hidden, config.latent)
-    training = begin(model.to(device), config)
+    training = begin(build_model(config, data.shape).to(device), config)
     recorder = run.start(training, data)
     announce(recorder.directory, data, device)
 

@@ -182,6 +182,7 @@ def test_help_tells_every_flag_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     flags = ["dataset", "data-dir", "download", "image-size", "limit", "celeba-attribute"]
     flags += ["imbalance", "alpha", "tail", "epochs", "batch-size", "lr", "hidden", "latent"]
+    flags += ["architecture", "channels", "prior", "df", "learn-df"]
     flags += ["beta", "seed", "device", "threads", "num-samples", "checkpoint-every"]
     assert [flag for flag in [*flags, "output-dir", "resume"] if f"--{flag}" not in text] == []
     assert text.count("(default: ") == len(flags) + 1

@@ -12,10 +12,12 @@ from typing import Any, get_type_hints
 
 import torch
 
+from sqloss.models.vae import ARCHITECTURES, GREATEST_DF, LEAST_DF, PRIORS
 from sqloss.training.data import READERS, Source, parse_imbalance
 from sqloss.training.errors import UserError
 from sqloss.training.risk import TAILS, Objective, objective_name, vae_objective
 
+SMALLEST_DF = 0.5  # for which the sampling is made
 METRIC_ALPHA = 0.8  # of the tail reported where training has none
 LARGEST = 2**31 - 1  # of the numbers that become sizes of tensors
 THREADS_PER_CPU = 16  # more than anyone has a use for, and few enough to be made
@@ -62,8 +64,33 @@ class Config:
     epochs: int = flag(200, "passes over the training images", metavar="N")
     batch_size: int = flag(128, "images per step", metavar="N")
     lr: float = flag(1e-3, "learning rate of Adam")
-    hidden: int = flag(400, "units of the hidden layers", metavar="N")
+    architecture: str = flag(
+        "mlp",
+        "dense layers only, or convolutions between them and the image",
+        choices=ARCHITECTURES,
+    )
+    hidden: str = flag(
+        "400",
+        "units of the dense hidden layers, from the image's side, like 400 or 512,256; the "
+        "decoder mirrors them",
+        metavar="N,...",
+    )
+    channels: str = flag(
+        "32,64",
+        "channels of the convolutions of --architecture conv, from the image's side; each halves "
+        "the image",
+        metavar="N,...",
+    )
     latent: int = flag(20, "latent dimensions", metavar="N")
+    prior: str = flag(
+        "normal",
+        "distribution of the latent variables: of the prior and of the encoder's posterior",
+        choices=PRIORS,
+    )
+    df: float = flag(5.0, "degrees of freedom of --prior t; where they are learnt, at the start")
+    learn_df: bool = flag(
+        False, f"learn one df of --prior t, between {LEAST_DF:g} and {GREATEST_DF:g}"
+    )
     beta: float = flag(1.0, "weight of the KL term in the training objective")
     seed: int = flag(0, "seed of everything random", metavar="N")
     device: str = flag("auto", "auto, cpu or cuda; auto is cuda where there is one")
@@ -76,10 +103,17 @@ class Config:
     def __post_init__(self) -> None:
         self._expect("dataset", self.dataset in READERS, f"one of {', '.join(READERS)}")
         self._expect("tail", self.tail in TAILS, f"one of {', '.join(TAILS)}")
+        self._expect(
+            "architecture",
+            self.architecture in ARCHITECTURES,
+            f"one of {', '.join(ARCHITECTURES)}",
+        )
+        self._expect("prior", self.prior in PRIORS, f"one of {', '.join(PRIORS)}")
         self._expect("alpha", 0 <= self.alpha < 1, "a number in [0, 1)")
         self._expect("lr", 0 < self.lr < math.inf, "a number above 0")
         self._expect("beta", 0 <= self.beta < math.inf, "a number from 0 up")
-        for name in ("epochs", "batch_size", "hidden", "latent", "num_samples", "checkpoint_every"):
+        self._check_df()
+        for name in ("epochs", "batch_size", "latent", "num_samples", "checkpoint_every"):
             in_range = 1 <= getattr(self, name) <= LARGEST
             self._expect(name, in_range, f"a whole number from 1 to {LARGEST}")
         for name in ("image_size", "limit"):
@@ -88,6 +122,22 @@ class Config:
         for name in ("seed", "threads"):
             self._expect(name, getattr(self, name) >= 0, "a whole number from 0 up")
         parse_imbalance(self.imbalance)
+        parse_sizes("hidden", self.hidden)
+        parse_sizes("channels", self.channels)
+
+    def _check_df(self) -> None:
+        self._expect(
+            "df",
+            SMALLEST_DF <= self.df <= GREATEST_DF,
+            f"a number from {SMALLEST_DF:g} to {GREATEST_DF:g} (the limit is --prior normal)",
+        )
+        if self.learn_df:
+            if self.prior != "t":
+                raise UserError(
+                    f"--learn-df: expected --prior t, whose df it learns, got --prior {self.prior}"
+                )
+            between = f"a number between {LEAST_DF:g} and {GREATEST_DF:g} with --learn-df"
+            self._expect("df", LEAST_DF < self.df < GREATEST_DF, between)
 
     def _expect(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
@@ -120,6 +170,16 @@ class Config:
         return self.alpha or METRIC_ALPHA
 
     @property
+    def hidden_sizes(self) -> tuple[int, ...]:
+        """The units of the dense hidden layers."""
+        return parse_sizes("hidden", self.hidden)
+
+    @property
+    def channel_sizes(self) -> tuple[int, ...]:
+        """The channels of the convolutions."""
+        return parse_sizes("channels", self.channels)
+
+    @property
     def source(self) -> Source:
         return Source(
             data_dir=expanded(self.data_dir),
@@ -145,6 +205,20 @@ class Config:
         most = THREADS_PER_CPU * (os.cpu_count() or 1)
         self._expect("threads", self.threads <= most, f"at most {most} on this machine")
         return self.threads
+
+
+def parse_sizes(name: str, text: str) -> tuple[int, ...]:
+    """The sizes that a flag names: "512,256" is (512, 256)."""
+    try:
+        sizes = tuple(map(int, text.split(",")))
+    except ValueError:
+        sizes = (0,)
+    if not all(1 <= size <= LARGEST for size in sizes):
+        raise UserError(
+            f"{as_flag(name)}: expected whole numbers from 1 to {LARGEST}, such as 400 or "
+            f"512,256, got {text}"
+        )
+    return sizes
 
 
 def as_flag(name: str) -> str:

@@ -9,6 +9,7 @@ import sqloss
 from sqloss.models import VAE
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator
+from sqloss.student_t import draw_seed
 from sqloss.training.config import Config
 from sqloss.training.data import Dataset
 
@@ -23,12 +24,10 @@ def evaluate(model: VAE, data: Dataset, seed: int) -> dict[str, Tensor]:
     whatever beta the training uses.
     """
     images = data.test_images
-    noise = torch.randn(len(images), model.latent, generator=generator(seed, "evaluation"))
+    rows = torch.arange(len(images), device=images.device)
+    draw = draw_seed(generator=generator(seed, "evaluation"))
     batches = [
-        model.losses(pixels(x), z)
-        for x, z in zip(
-            images.split(BATCH_SIZE), noise.to(images.device).split(BATCH_SIZE), strict=True
-        )
+        model.losses(pixels(images[batch]), draw, rows=batch) for batch in rows.split(BATCH_SIZE)
     ]
     losses = {name: torch.cat([batch[name] for batch in batches]).cpu() for name in batches[0]}
     # The mean of many float32 is taken in float64.

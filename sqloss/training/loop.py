@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sqloss.models import VAE
 from sqloss.models.pixels import pixels
-from sqloss.models.seeding import generator
+from sqloss.models.seeding import generator, initialisation
+from sqloss.student_t import draw_seed
 from sqloss.training.config import Config
 from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError
@@ -95,6 +96,21 @@ class Training:
             raise ValueError("metrics of other names")
 
 
+def build_model(config: Config, data_shape: tuple[int, ...]) -> VAE:
+    """The model of a run with the weights that its seed gives it."""
+    with initialisation(config.seed, "model"):
+        return VAE(
+            data_shape,
+            config.hidden_sizes,
+            config.latent,
+            architecture=config.architecture,
+            channels=config.channel_sizes,
+            prior=config.prior,
+            df=config.df,
+            learn_df=config.learn_df,
+        )
+
+
 def begin(model: VAE, config: Config) -> Training:
     """Give every contender of the run its own copy of one initial model."""
     models = {name: copy.deepcopy(model) for name in config.contenders}
@@ -151,10 +167,9 @@ def train_epoch(
 
 def train_step(training: Training, objectives: dict[str, Objective], x: Tensor) -> None:
     """One step of every model on the same pixels and the same noise."""
-    latent = next(iter(training.models.values())).latent
-    noise = torch.randn(len(x), latent, generator=training.noise).to(x.device)
+    seed = draw_seed(generator=training.noise)
     for name, model in training.models.items():
-        loss = objectives[name](model.losses(x, noise))
+        loss = objectives[name](model.losses(x, seed))
         training.optimisers[name].zero_grad()
         loss.backward()
         training.optimisers[name].step()

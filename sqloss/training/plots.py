@@ -12,6 +12,7 @@ import sqloss
 from sqloss.models import VAE
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator
+from sqloss.student_t import draw_seed
 from sqloss.training.config import Config
 from sqloss.training.data import Dataset
 from sqloss.training.errors import require
@@ -109,10 +110,9 @@ def samples(models: Mapping[str, VAE], seed: int) -> "Figure":
     """Images that each model generates from the same latent noise."""
     figure = new_figure(4.2 * len(models), 4.6)
     panels = figure.subplots(1, len(models), squeeze=False)[0]
+    draw = draw_seed(generator=generator(seed, "samples"))
     for axes, (name, model) in zip(panels, models.items(), strict=True):
-        draws = generator(seed, "samples")
-        noise = torch.randn(SAMPLES_PER_SIDE**2, model.latent, generator=draws)
-        images = model.sample(noise.to(next(model.parameters()).device))
+        images = model.sample(SAMPLES_PER_SIDE**2, draw)
         show(axes, mosaic(images, columns=SAMPLES_PER_SIDE))
         axes.set_title(name)
     figure.suptitle("Generated from the same latent noise")

@@ -12,6 +12,7 @@ from torch import Tensor
 from sqloss.models import VAE
 from sqloss.models.classifier import Classifier, accuracy, train_classifier
 from sqloss.models.seeding import generator
+from sqloss.student_t import draw_seed
 from sqloss.training.config import Config
 from sqloss.training.data import Dataset
 from sqloss.training.errors import require
@@ -90,10 +91,9 @@ def worst_class(classes: Sequence[dict[str, Any]], metric: str) -> dict[str, Any
 def class_shares(classifier: Classifier, model: VAE, config: Config) -> list[dict[str, Any]]:
     """The share of each class in generated images; every model gets the same noise."""
     draws = generator(config.seed, "samples")
-    noise = torch.randn(config.num_samples, model.latent, generator=draws)
-    device = next(model.parameters()).device
-    batches = noise.to(device).split(GENERATED_BATCH_SIZE)
-    seen = torch.cat([classifier.predict(model.sample(z)) for z in batches])
+    batches = torch.arange(config.num_samples).split(GENERATED_BATCH_SIZE)
+    images = (model.sample(len(batch), draw_seed(generator=draws)) for batch in batches)
+    seen = torch.cat([classifier.predict(x) for x in images])
     counts = torch.bincount(seen, minlength=classifier.classes).tolist()
     return [share(count, config.num_samples) for count in counts]
 

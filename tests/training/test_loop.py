@@ -9,6 +9,7 @@ import torch
 from sqloss.losses import binary_cross_entropy_with_logits
 from sqloss.models import VAE
 from sqloss.models.seeding import generator, initialisation
+from sqloss.student_t import draw_seed, normal_rsample_kl
 from sqloss.training import checkpoint
 from sqloss.training.errors import UserError
 from sqloss.training.evaluation import evaluate
@@ -83,19 +84,19 @@ def test_the_standard_model_is_bit_for_bit_a_plain_training(trainer, tmp_path, a
     training, _ = trainer.train(Run.new(tmp_path, config))
 
     with initialisation(config.seed, "model"):
-        vae = VAE((1, 4, 3), config.hidden, config.latent)
+        vae = VAE((1, 4, 3), (8,), config.latent)
     adam = torch.optim.Adam(vae.parameters(), lr=config.lr, fused=True)
     noise = generator(config.seed, "noise")
     for epoch in range(config.epochs):
         order = torch.randperm(50, generator=generator(config.seed, "order", epoch))
         for start in range(0, 50, 20):
             x = trainer.data.train_images[order[start : start + 20]].float() / 255
-            mean, log_variance = vae.encoder(x.flatten(1)).chunk(2, dim=1)
-            z = mean + (0.5 * log_variance).exp() * torch.randn(len(x), 3, generator=noise)
+            loc, logvar = vae.encoder(x).chunk(2, dim=1)
+            # torch's own, but for rounding and the bits of the draws: tests/test_student_t.py
+            z, kl = normal_rsample_kl(loc, logvar=logvar, seed=draw_seed(generator=noise))
             logits = vae.decoder(z).unflatten(1, (1, 4, 3))
             # torch's own, but for rounding: tests/test_losses.py
             reconstruction = binary_cross_entropy_with_logits(logits, x, reduction="sum")
-            kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
             loss = (reconstruction + kl).mean()
             adam.zero_grad()
             loss.backward()
@@ -254,7 +255,7 @@ def test_the_objective_of_an_epoch_is_averaged_over_its_samples(trainer, tmp_pat
     total = 0.0
     for batch in order.split(20):
         x = trainer.data.train_images[batch] / 255
-        losses = model.losses(x, torch.randn(len(x), 3, generator=noise))
+        losses = model.losses(x, draw_seed(generator=noise))
         total += (losses["reconstruction"] + 0.5 * losses["kl"]).sum().item()
     assert training.history[0]["train_objective"] == pytest.approx(total / 50, rel=1e-6)
 
@@ -262,8 +263,8 @@ def test_the_objective_of_an_epoch_is_averaged_over_its_samples(trainer, tmp_pat
 def test_the_evaluation_repeats_itself_and_is_the_bound(trainer, monkeypatch):
     model = trainer.begin(trainer.config).models["standard"]
     first = evaluate(model, trainer.data, seed=0)
-    noise = torch.randn(20, 3, generator=generator(0, "evaluation"))
-    direct = model.losses(trainer.data.test_images / 255, noise)
+    seed = draw_seed(generator=generator(0, "evaluation"))
+    direct = model.losses(trainer.data.test_images / 255, seed)
     torch.testing.assert_close(first["kl"], direct["kl"].double())
     torch.testing.assert_close(
         first["negative_elbo"], (direct["reconstruction"] + direct["kl"]).double()

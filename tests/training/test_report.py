@@ -8,6 +8,7 @@ import torch
 import sqloss
 from sqloss.models import classifier as classifier_module
 from sqloss.models.seeding import generator
+from sqloss.student_t import draw_seed
 from sqloss.training.data import Dataset
 from sqloss.training.evaluation import evaluate
 from sqloss.training.report import (
@@ -94,8 +95,8 @@ def test_a_share_has_wilsons_interval(count, total):
     assert found["high"] == pytest.approx(centre + half, abs=1e-12)
 
 
-def test_generated_images_are_counted_by_class_from_the_same_noise(trainer):
-    seen = []
+def test_generated_images_are_counted_by_class_from_the_same_seeds(trainer):
+    asked = []
 
     class Counter:
         classes = 3
@@ -103,20 +104,22 @@ def test_generated_images_are_counted_by_class_from_the_same_noise(trainer):
         def predict(self, x):
             return (x > 0).long()
 
-    class Model(torch.nn.Linear):
-        latent = 3
-
-        def sample(self, noise):
-            seen.append(noise)
-            return noise[:, 0]
+    class Model:
+        def sample(self, count, seed):
+            asked.append((count, seed.item()))
+            return torch.randn(count, generator=torch.Generator().manual_seed(seed.item()))
 
     config = dataclasses.replace(trainer.config, num_samples=1500)
-    first, second = (class_shares(Counter(), Model(1, 1), config) for _ in range(2))
-    noise = torch.randn(1500, 3, generator=generator(0, "samples"))
-    positive = int((noise[:, 0] > 0).sum())
+    first, second = (class_shares(Counter(), Model(), config) for _ in range(2))
+    draws = generator(0, "samples")
+    seeds = [draw_seed(generator=draws).item() for _ in range(2)]
+    assert asked == [(1000, seeds[0]), (500, seeds[1])] * 2
+    images = [
+        Model().sample(*each) for each in zip((1000, 500), map(torch.tensor, seeds), strict=True)
+    ]
+    positive = int((torch.cat(images) > 0).sum())
     assert [row["count"] for row in first] == [1500 - positive, positive, 0]
     assert first == second
-    assert torch.equal(torch.cat(seen[:2]), noise)
 
 
 def test_the_classifier_learns_from_the_data_before_the_imbalance(trainer, losses, monkeypatch):
