@@ -30,6 +30,32 @@ Array = NDArray[np.floating[Any]]
 Parameters = Mapping[str, Array]
 
 
+def train_step(
+    parameters: Parameters,
+    x: Array,
+    seed: int,
+    *,
+    lr: float,
+    df: float | None = None,
+    alpha: float = 0.0,
+    tail: str = "elbo",
+    beta: float = 1.0,
+) -> float:
+    """One step of SGD, in place, on pixels ``x`` in [0, 1], [B, pixels]; the objective before it.
+
+    The noise is a function of the seed. ``df`` is that of prior and posterior; None: they are
+    normal. ``alpha``, ``tail`` and ``beta`` are those of ``objective``.
+    """
+    latent = layers(parameters, "decoder")[0].weight.shape[1]
+    rng = np.random.default_rng(seed)
+    t = standard_draws(1 - rng.random((len(x), latent)), rng.random((len(x), latent)), df)
+    with np.errstate(all="ignore"):  # the value tells what is no longer finite
+        passed = forward(parameters, x, t.astype(x.dtype), df)
+        value, of_losses = objective(passed.losses, alpha, tail, beta)
+        sgd_step(parameters, backward(parameters, passed, of_losses, df), lr)
+    return value
+
+
 class Forward(NamedTuple):
     """The losses of each sample, [B], in nats, and what the backward pass needs beside them."""
 
@@ -47,8 +73,7 @@ class Forward(NamedTuple):
 def forward(parameters: Parameters, x: Array, t: Array, df: float | None = None) -> Forward:
     """The losses of pixels ``x`` in [0, 1], [B, pixels], given the noise t [B, latent].
 
-    ``df`` is that of prior and posterior; None: they are normal. The noise is then
-    ``standard_draws`` with the same df.
+    The noise is that of ``standard_draws`` with the same ``df``.
     """
     encoded, encoder_inputs = mlp(layers(parameters, "encoder"), x)
     loc, logvar = np.split(encoded, 2, axis=1)
