@@ -158,10 +158,13 @@ def set_threads(config: Config, data: Dataset) -> None:
 
     Where other processes want the same cores that waiting has cost five times the whole training.
     """
-    if config.cpu_threads:
-        torch.set_num_threads(config.cpu_threads)
-    elif math.prod(data.shape) <= SINGLE_THREADED_PIXELS:
-        torch.set_num_threads(1)
+    threads = config.cpu_threads
+    if not threads and math.prod(data.shape) <= SINGLE_THREADED_PIXELS:
+        threads = 1
+    if threads:
+        torch.set_num_threads(threads)
+        if config.backend == "numpy":
+            require("threadpoolctl").threadpool_limits(threads, "blas")
 
 
 def announce(directory: Path, data: Dataset, device: torch.device) -> None:

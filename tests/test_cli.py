@@ -115,9 +115,11 @@ def test_the_command_line_is_light(environment):
 # within this process
 
 
-def test_a_run_is_resumed_or_only_reported_again(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("backend", ["torch", "numpy"])
+def test_a_run_is_resumed_or_only_reported_again(capsys, tmp_path, monkeypatch, backend):
     monkeypatch.setattr(classifier, "STEPS", 5)
-    assert cli.main(["vae", *TINY, "--epochs", "2", "--output-dir", str(tmp_path)]) == 0
+    flags = [*TINY, "--backend", backend, "--epochs", "2"]
+    assert cli.main(["vae", *flags, "--output-dir", str(tmp_path)]) == 0
     first = capsys.readouterr()
 
     assert cli.main(["vae", "--resume", str(tmp_path)]) == 0
@@ -224,7 +226,7 @@ def test_help_tells_every_flag_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     flags = ["dataset", "data-dir", "download", "image-size", "limit", "celeba-attribute"]
     flags += ["imbalance", "alpha", "tail", "epochs", "batch-size", "lr", "hidden", "latent"]
-    flags += ["architecture", "channels", "prior", "df", "learn-df", "iwae-samples"]
+    flags += ["architecture", "channels", "prior", "df", "learn-df", "iwae-samples", "backend"]
     flags += ["beta", "seed", "device", "threads", "num-samples", "checkpoint-every"]
     assert [flag for flag in [*flags, "output-dir", "resume"] if f"--{flag}" not in text] == []
     assert text.count("(default: ") == len(flags) + 1

@@ -17,6 +17,7 @@ from sqloss.training.data import READERS, Source, parse_imbalance
 from sqloss.training.errors import UserError
 from sqloss.training.risk import TAILS, Objective, objective_name, vae_objective
 
+DEFAULT_LR = {"torch": 1e-3, "numpy": 1e-2}  # of Adam, and of SGD; the keys are the backends
 SMALLEST_DF = 0.5  # for which the sampling is made
 METRIC_ALPHA = 0.8  # of the tail reported where training has none
 LARGEST = 2**31 - 1  # of the numbers that become sizes of tensors
@@ -63,7 +64,17 @@ class Config:
     )
     epochs: int = flag(200, "passes over the training images", metavar="N")
     batch_size: int = flag(128, "images per step", metavar="N")
-    lr: float = flag(1e-3, "learning rate of Adam")
+    backend: str = flag(
+        "torch",
+        "torch trains with Adam; numpy trains a dense VAE with SGD, and with its backward pass "
+        "written by hand",
+        choices=tuple(DEFAULT_LR),
+    )
+    lr: float = flag(
+        0.0,
+        "learning rate; 0: "
+        + ", ".join(f"{lr:g} with --backend {name}" for name, lr in DEFAULT_LR.items()),
+    )
     architecture: str = flag(
         "mlp",
         "dense layers only, or convolutions between them and the image",
@@ -116,10 +127,11 @@ class Config:
         )
         self._expect("prior", self.prior in PRIORS, f"one of {', '.join(PRIORS)}")
         self._expect("alpha", 0 <= self.alpha < 1, "a number in [0, 1)")
-        self._expect("lr", 0 < self.lr < math.inf, "a number above 0")
+        self._expect("lr", 0 <= self.lr < math.inf, "a number from 0 up")
         self._expect("beta", 0 <= self.beta < math.inf, "a number from 0 up")
         self._check_df()
         self._check_iwae()
+        self._check_backend()
         for name in ("epochs", "batch_size", "latent", "num_samples", "checkpoint_every"):
             in_range = 1 <= getattr(self, name) <= LARGEST
             self._expect(name, in_range, f"a whole number from 1 to {LARGEST}")
@@ -152,6 +164,16 @@ class Config:
             self._expect("tail", self.tail == "elbo", f"elbo {terms}")
             self._expect("beta", self.beta == 1, f"1 {terms}")
 
+    def _check_backend(self) -> None:
+        self._expect("backend", self.backend in DEFAULT_LR, f"one of {', '.join(DEFAULT_LR)}")
+        if self.backend == "numpy":
+            self._expect("architecture", self.architecture == "mlp", "mlp with --backend numpy")
+            self._expect("iwae_samples", self.iwae_samples == 0, "0 with --backend numpy")
+            if self.learn_df:
+                raise UserError("--learn-df: expected --backend torch with it, got --backend numpy")
+            in_numpy = self.device in ("auto", "cpu")
+            self._expect("device", in_numpy, "auto or cpu with --backend numpy")
+
     def _expect(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
             raise UserError(f"{as_flag(name)}: expected {expected}, got {getattr(self, name)}")
@@ -162,20 +184,24 @@ class Config:
         return ("standard", "cvar") if self.alpha > 0 else ("standard",)
 
     @property
+    def learning_rate(self) -> float:
+        """That asked for, or the backend's own."""
+        return self.lr or DEFAULT_LR[self.backend]
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """The confidence levels of the objectives."""
+        return {"standard": 0.0, "cvar": self.metric_alpha}
+
+    @property
     def objectives(self) -> dict[str, Objective]:
         """What is measured of every model; that of the tail also where none is trained on it."""
-        return {
-            "standard": vae_objective(0.0, *self._bound),
-            "cvar": vae_objective(self.metric_alpha, *self._bound),
-        }
+        return {name: vae_objective(alpha, *self._bound) for name, alpha in self.alphas.items()}
 
     @property
     def objective_names(self) -> dict[str, str]:
         """The objectives in words."""
-        return {
-            "standard": objective_name(0.0, *self._bound),
-            "cvar": objective_name(self.metric_alpha, *self._bound),
-        }
+        return {name: objective_name(alpha, *self._bound) for name, alpha in self.alphas.items()}
 
     @property
     def _bound(self) -> tuple[str, float, int]:
@@ -213,7 +239,7 @@ class Config:
         self._expect(
             "device", self.device in ["auto", *here], f"auto or, on this machine, {', '.join(here)}"
         )
-        best = "cuda" if cuda else "cpu"
+        best = "cuda" if cuda and self.backend == "torch" else "cpu"
         return torch.device(best if self.device == "auto" else self.device)
 
     @property
