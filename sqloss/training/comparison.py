@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import json
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -282,7 +283,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     if are_equal(values):
         return values[0], values[0], values[0]
     interval = require("scipy.stats").ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
-    return sum(values) / len(values), float(interval.low), float(interval.high)
+    return statistics.fmean(values), float(interval.low), float(interval.high)
 
 
 def are_equal(values: Sequence[float]) -> bool:
@@ -305,7 +306,7 @@ def paired(key: Key, values: Mapping[int, float], others: Mapping[int, float]) -
         difference=mean,
         low=low,
         high=high,
-        relative=mean / (sum(right) / len(right)),
+        relative=mean / statistics.fmean(right) if any(right) else math.nan,
         below=sum(difference < 0 for difference in differences),
         seeds=len(seeds),
         p=p,
