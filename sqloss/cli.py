@@ -45,10 +45,8 @@ from sqloss.training.trained import MAY_DIFFER, Trained, load_trained
 
 Settings = TypeVar("Settings", ImputeConfig, CompareConfig)
 
-PLAIN: dict[str, Any] = {
-    "alpha": 0.0,
-    "imbalance": "none",
-}  # how priors are compared if nothing else is asked for
+# How priors are compared where nothing else is asked for.
+PLAIN: dict[str, Any] = {"alpha": 0.0, "imbalance": "none"}
 USER_ERROR = 2
 SINGLE_THREADED_PIXELS = 16 * 16  # the digits, at 8 x 8, are no slower with one thread
 INTERRUPTED = 130  # what a shell returns for it: 128 + SIGINT

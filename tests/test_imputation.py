@@ -1,14 +1,18 @@
+import csv
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from sqloss.models import VAE
+from sqloss import cli
+from sqloss.models import VAE, classifier
 from sqloss.models.classifier import Classifier
 from sqloss.models.seeding import generator
 from sqloss.training import UserError
+from sqloss.training.config import Config
 from sqloss.training.data import Source, load_dataset
 from sqloss.training.imputation import (
     COLUMNS,
@@ -26,8 +30,12 @@ from sqloss.training.imputation import (
     structural_similarity,
     vae_methods,
 )
+from sqloss.training.imputation_plots import MISSING_COLOUR, draws_of_one_image, grid
+from sqloss.training.loop import begin, build_model, fit
+from sqloss.training.progress import Silence
+from sqloss.training.run import Run
 
-for needed in ("sklearn", "scipy", "torchmetrics"):
+for needed in ("joblib", "matplotlib", "scipy", "sklearn", "torchmetrics", "tqdm"):
     pytest.importorskip(needed)
 
 SMALL = ImputeConfig(draws=3, iterations=4, burn_in=2, components=5, neighbour_images=100)
@@ -312,8 +320,8 @@ def test_a_row_per_mask_and_method(digits, methods):
     masks = make_masks(images, SMALL, 0)
     named = {("standard", name): method for name, method in methods.items()}
     torch.manual_seed(0)
-    classifier = Classifier(digits.shape, 10)
-    rows, imputed = measure(named, images, labels, masks, classifier)
+    judge = Classifier(digits.shape, 10)
+    rows, imputed = measure(named, images, labels, masks, judge)
     assert [(row["mask"], row["method"]) for row in rows] == [
         (m, n) for m in masks for n in METHODS
     ]
@@ -324,9 +332,9 @@ def test_a_row_per_mask_and_method(digits, methods):
         assert guess.equal(impute(methods[row["method"]], images / 255, mask))
         assert errors(guess, images / 255, mask).items() <= row.items()
         assert row["missing"] == mask.double().mean().item()
-        right = (classifier(guess).argmax(1) == labels).double().mean().item()
+        right = (judge(guess).argmax(1) == labels).double().mean().item()
         assert row["accuracy"] == right
-    originals = (classifier(images / 255).argmax(1) == labels).double().mean().item()
+    originals = (judge(images / 255).argmax(1) == labels).double().mean().item()
     assert {row["accuracy_of_originals"] for row in rows} == {originals}
 
 
@@ -354,3 +362,158 @@ def test_wrong_settings(name, values):
             UserError, match=rf"^--{name.replace('_', '-')}: expected .*, got {value}"
         ):
             ImputeConfig(**{name: value})
+
+
+# the command line
+
+
+TINY = ["--draws", "2", "--iterations", "3", "--burn-in", "1", "--neighbour-images", "50"]
+FEW = [*TINY, "--test-images", "20"]
+TRAINING = ["--limit", "200", "--hidden", "8", "--latent", "3", "--epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run")
+    config = Config(limit=200, hidden="8", latent=3, epochs=1, prior="t", df=4.0, num_samples=20)
+    run = Run.new(directory, config)
+    data = load_dataset("digits", config.source).imbalanced(config.imbalance, config.seed)
+    training = begin(build_model(config, data.shape), config)
+    recorder = run.start(training, data)
+    assert fit(training, data, config, recorder.save, Silence())
+    return directory
+
+
+@pytest.fixture
+def quick_classifier(monkeypatch):
+    monkeypatch.setattr(classifier, "STEPS", 5)
+
+
+def test_a_run_imputes(run, capsys, quick_classifier):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert cli.main(["impute", str(run), *FEW]) == 0
+    told = capsys.readouterr()
+    made = {path for path in run.rglob("*") if path.is_file()} - before.keys()
+    assert {path.name for path in made} == {
+        "impute.csv",
+        "imputation_bottom_half.png",
+        "imputation_draws.png",
+        "imputation_random_pixels.png",
+        "imputation_random_squares.png",
+    }
+    assert all(path.read_bytes() == content for path, content in before.items())
+    with (run / "impute.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS
+    of_models = [(m, n) for m in ("standard", "cvar") for n in METHODS[:2]]
+    names = [*of_models, *(("baseline", name) for name in METHODS[2:])]
+    masks = ["random pixels", "random squares", "bottom half"]
+    assert [(row["mask"], row["model"], row["method"]) for row in rows] == [
+        (mask, *name) for mask in masks for name in names
+    ]
+    assert f"{float(rows[0]['rmse']):.4f}" in told.out
+    assert "of the originals right" in told.err
+    for path in made:
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                picture.load()
+                assert (600 < picture.width < 2500, 200 < picture.height < 1500) == (True, True)
+
+    content = (run / "impute.csv").read_bytes()
+    assert cli.main(["impute", str(run), *FEW]) == 0, "again"
+    assert (run / "impute.csv").read_bytes() == content
+
+
+def test_priors_are_compared_and_what_is_done_is_kept(tmp_path, capsys, quick_classifier):
+    directory = tmp_path / "comparison"
+    command = ["impute", "--compare", *FEW, *TRAINING, "--dfs", "3", "--betas", "none"]
+    command += ["--output-dir", str(directory), "--seeds", "2"]
+    assert cli.main(command) == 0
+    first = capsys.readouterr()
+    assert "6 of 6 trainings to do" in first.err
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "compare.csv",
+        "compare.json",
+        "compare.md",
+    ]
+    with (directory / "compare.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    # Two seeds, three masks, two methods of two models each and three baselines.
+    assert len(rows) == 2 * 3 * (2 * 2 + 3)
+    report = (directory / "compare.md").read_text()
+    assert "RMSE: difference from normal" in report
+    assert "Accuracy: pseudo-Gibbs - one-shot" in report
+    assert "RMSE: difference from normal" in first.out
+
+    assert cli.main(command) == 0
+    second = capsys.readouterr()
+    assert "0 of 6 trainings to do" in second.err
+    assert second.out == first.out
+
+    assert cli.main([*command, "--draws", "3"]) == 2
+    assert "these differ: draws" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "RUN_DIR: expected the directory of a run, or --compare, got neither"),
+        (["RUN", "--compare"], "RUN_DIR: expected the directory of a run, or --compare, got both"),
+        (["/nowhere"], "RUN_DIR: expected the directory of a run, with a config.json, got"),
+        (["RUN", "--missing", "1"], "--missing: expected a number between 0 and 1, got 1.0"),
+        (["RUN", "--epochs", "2"], "--epochs: expected no such flag with RUN_DIR"),
+        (["RUN", "--seeds", "2"], "--seeds: expected no such flag with RUN_DIR"),
+        (["RUN", "--output-dir", "x"], "--output-dir: expected no such flag with RUN_DIR"),
+        (["--compare", "--df", "3"], "--df: expected --dfs with --compare"),
+        (["--compare", "--dfs", "0.1"], "--dfs: --df: expected a number from 0.5"),
+        (["--compare", "--seeds", "1"], "--seeds: expected a whole number from 2"),
+    ],
+)
+def test_wrong_flags(run, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    filled_in = [str(run) if argument == "RUN" else argument for argument in arguments]
+    assert cli.main(["impute", *filled_in]) == 2
+    assert capsys.readouterr().err.startswith(f"sqloss impute: error: {message}")
+    assert not list(tmp_path.iterdir())
+
+
+# pictures
+
+
+def test_the_grid_has_a_row_each_and_a_colour_for_what_is_missing(digits):
+    originals = digits.test_images[:4] / 255
+    mask = bottom_half(4, 8, 8)
+    guesses = {("standard", "one-shot"): torch.zeros(9, 1, 8, 8), ("baseline", "kNN"): originals}
+    axes = grid(originals, mask, guesses).axes[0]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["original", "masked", "standard, one-shot", "kNN"]
+    shown = torch.as_tensor(axes.images[0].get_array().data)
+    assert shown.shape == (4 * 9 - 1, 4 * 9 - 1, 3)
+    column = slice(9, 17)  # of the second image
+    torch.testing.assert_close(shown[9:13, column], originals[1, 0, :4, :, None].expand(4, 8, 3))
+    assert shown[13:17, column].equal(torch.tensor(MISSING_COLOUR).expand(4, 8, 3))
+    assert (shown[18:26, column] == 0).all()
+    torch.testing.assert_close(shown[27:, column], originals[1, 0, :, :, None].expand(8, 8, 3))
+
+
+def test_one_image_is_reconstructed_ten_times_and_drawn_thirty_times(digits):
+    torch.manual_seed(0)
+    models = {"standard": VAE(digits.shape, (8,), 3), "cvar": VAE(digits.shape, (8,), 3)}
+    figure = draws_of_one_image(models, bottom_half(1, 8, 8), digits, seed=0)
+    assert [axes.get_title() for axes in figure.axes] == ["standard", "cvar"]
+    shown = torch.as_tensor(figure.axes[0].images[0].get_array().data)
+    rows = [shown[9 * i : 9 * i + 8] for i in range(5)]
+    cells = [[row[:, 9 * j : 9 * j + 8, 0] for j in range(10)] for row in rows]
+    original = digits.test_images[0, 0] / 255
+    torch.testing.assert_close(cells[0][0], original)
+    draws = torch.stack([cell for row in cells[2:] for cell in row])
+    assert draws[:, :4].equal(original[:4].expand(30, 4, 8)), "what is observed stays"
+    assert len(draws.unique(dim=0)) == 30
+    assert len(torch.stack(cells[1]).unique(dim=0)) == 10
+
+
+def test_colour_images_are_drawn_too():
+    originals = torch.rand(2, 3, 6, 5)
+    axes = grid(originals, bottom_half(2, 6, 5), {("baseline", "mean"): originals}).axes[0]
+    shown = torch.as_tensor(axes.images[0].get_array().data)
+    torch.testing.assert_close(shown[:6, :5], originals[0].permute(1, 2, 0))

@@ -224,14 +224,15 @@ def refuse_others(path: Path, settings: Mapping[str, Any]) -> None:
 def read_rows(path: Path) -> list[Row]:
     try:
         with path.open(newline="") as file:
-            return [as_row(row) for row in csv.DictReader(file, strict=True)]
+            reader = csv.DictReader(file, strict=True)
+            if tuple(reader.fieldnames or ()) != COMPARED_COLUMNS:
+                raise ValueError(f"expected the columns {', '.join(COMPARED_COLUMNS)}")
+            return [as_row(row) for row in reader]
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"--output-dir: cannot use {path}: {error}") from error
 
 
 def as_row(texts: Mapping[str, str]) -> Row:
-    if tuple(texts) != COMPARED_COLUMNS:
-        raise ValueError(f"expected the columns {', '.join(COMPARED_COLUMNS)}")
     numbers = {k: float(v) for k, v in texts.items() if k not in TEXTS and (k != ELBO or v)}
     return {**texts, **numbers, "seed": int(texts["seed"])}
 
