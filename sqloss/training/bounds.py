@@ -1,6 +1,7 @@
 """How well the models of a run explain the test images, by bounds as tight as one has time for."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sqloss.models.seeding import generator
+from sqloss.training.config import LARGEST, expect, flag
 from sqloss.training.errors import require
 from sqloss.training.evaluation import importance_weighted, learnt_df
 from sqloss.training.files import write_json
@@ -18,14 +20,26 @@ from sqloss.training.trained import Trained
 IMAGES_SEED = 0  # not the run's: runs with different seeds are measured on the same images
 
 
-def measure_bounds(trained: Trained, num_samples: int, images: int) -> dict[str, Any]:
-    """The test -ELBO and -IW-num_samples bound of every model, in nats per image.
+@dataclass(frozen=True)
+class BoundsConfig:
+    """How closely the models are measured, valid by construction."""
 
-    With images > 0 of so many random test images, the same for every run; 0: of all.
-    """
+    iwae_samples: int = flag(
+        100, "draws per image: the more, the closer is the bound to log p(x)", metavar="K"
+    )
+    images: int = flag(0, "random test images, the same for every run; 0: all", metavar="N")
+
+    def __post_init__(self) -> None:
+        for name, least in (("iwae_samples", 1), ("images", 0)):
+            in_range = least <= getattr(self, name) <= LARGEST
+            expect(self, name, in_range, f"a whole number from {least} to {LARGEST}")
+
+
+def measure_bounds(trained: Trained, config: BoundsConfig) -> dict[str, Any]:
+    """The test -ELBO and importance-weighted bound of every model, in nats per image."""
     test_images = trained.data.test_images
     chosen = torch.randperm(len(test_images), generator=generator(IMAGES_SEED, "evaluated images"))
-    rows = chosen[: images or None].sort().values.to(test_images.device)
+    rows = chosen[: config.images or None].sort().values.to(test_images.device)
     models = {}
     total = len(rows) * len(trained.models)
     with require("tqdm").tqdm(
@@ -33,14 +47,14 @@ def measure_bounds(trained: Trained, num_samples: int, images: int) -> dict[str,
     ) as bar:
         for name, model in trained.models.items():
             bounds = importance_weighted(
-                model, test_images, rows, trained.config.seed, num_samples, bar.update
+                model, test_images, rows, trained.config.seed, config.iwae_samples, bar.update
             )
             estimates = {bound: estimate(values) for bound, values in bounds.items()}
             models[name] = estimates | learnt_df(model)
     return {
         "trained_for": trained.done,
         "images": len(rows),
-        "iwae_samples": num_samples,
+        "iwae_samples": config.iwae_samples,
         "models": models,
     }
 

@@ -175,8 +175,7 @@ class Config:
             self._expect("device", in_numpy, "auto or cpu with --backend numpy")
 
     def _expect(self, name: str, valid: bool, expected: str) -> None:
-        if not valid:
-            raise UserError(f"{as_flag(name)}: expected {expected}, got {getattr(self, name)}")
+        expect(self, name, valid, expected)
 
     @property
     def contenders(self) -> tuple[str, ...]:
@@ -262,6 +261,12 @@ def parse_sizes(name: str, text: str) -> tuple[int, ...]:
             f"512,256, got {text}"
         )
     return sizes
+
+
+def expect(config: object, name: str, valid: bool, expected: str) -> None:
+    """Refuse the value that a configuration has in one of its fields."""
+    if not valid:
+        raise UserError(f"{as_flag(name)}: expected {expected}, got {getattr(config, name)}")
 
 
 def as_flag(name: str) -> str:

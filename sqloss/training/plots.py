@@ -50,9 +50,7 @@ def draw_pictures(
         "vae_reconstructions.png": reconstructions(models, losses, data),
     }
     for name, figure in figures.items():
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=DPI, bbox_inches="tight")
-        write_atomically(directory / name, picture.getbuffer())
+        save_picture(directory / name, figure)
 
 
 def loss_curves(history: Sequence[Row], objective_names: Mapping[str, str]) -> "Figure":
@@ -140,6 +138,12 @@ def reconstructions(
         height = data.shape[1]
         axes.set_yticks([(height + 1) * i + (height - 1) / 2 for i in range(len(labels))], labels)
     return figure
+
+
+def save_picture(path: Path, figure: "Figure") -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=DPI, bbox_inches="tight")
+    write_atomically(path, picture.getbuffer())
 
 
 def new_figure(width: float, height: float) -> "Figure":

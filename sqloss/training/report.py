@@ -39,12 +39,7 @@ def make_report(
 
     ``whole`` is the data before the imbalance: from it the classifier learns every class.
     """
-    classifier = train_classifier(
-        whole.train_images.to(data.train_images.device),
-        whole.train_labels.to(data.train_labels.device),
-        len(whole.class_names),
-        config.seed,
-    )
+    classifier = classifier_of(whole, data.train_images.device, config.seed)
     return {
         "config": dataclasses.asdict(config),
         "alpha_of_cvar": config.metric_alpha,
@@ -64,6 +59,12 @@ def make_report(
             for name, model in models.items()
         },
     }
+
+
+def classifier_of(whole: Dataset, device: torch.device, seed: int) -> Classifier:
+    """The classifier that has learnt the classes of these training images."""
+    images, labels = whole.train_images.to(device), whole.train_labels.to(device)
+    return train_classifier(images, labels, len(whole.class_names), seed)
 
 
 def overall(losses: Losses, alpha: float) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """The directory of a run: its configuration, checkpoints and metrics."""
 
-import csv
 import dataclasses
 import functools
-import io
 import itertools
 import json
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from sqloss.training.config import Config, as_flag, from_stored, to_stored
 from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError
 from sqloss.training.files import (
+    as_csv,
     as_json,
     create_atomically,
     temporary_of,
@@ -183,7 +182,7 @@ class Recorder:
 
     def _write_metrics(self, training: Training) -> None:
         # All rows every time: what the checkpoint holds, no row lost or doubled by resuming.
-        write_atomically(self.directory / "metrics.csv", as_csv(training.history, training.columns))
+        write_atomically(self.directory / "metrics.csv", as_csv(training.columns, training.history))
 
     def show_in_tensorboard(self, rows: list[Row]) -> None:
         if self.tensorboard is None:
@@ -232,14 +231,6 @@ def restore(training: Training, directory: Path, data: str, argument: str) -> bo
         reason = " ".join(str(error).split())
         raise other_run(f"one that does not fit ({reason})") from error
     return True
-
-
-def as_csv(history: list[Row], columns: tuple[str, ...]) -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    return text.getvalue().encode()
 
 
 def read_config(path: Path, argument: str) -> Config:

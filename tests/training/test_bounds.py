@@ -8,7 +8,13 @@ import torch
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
 from sqloss.training import evaluation
-from sqloss.training.bounds import bounds_table, estimate, measure_bounds, write_bounds
+from sqloss.training.bounds import (
+    BoundsConfig,
+    bounds_table,
+    estimate,
+    measure_bounds,
+    write_bounds,
+)
 from sqloss.training.errors import UserError
 from sqloss.training.evaluation import evaluate, importance_weighted, largest_layer
 from sqloss.training.loop import build_model
@@ -145,7 +151,7 @@ def test_what_cannot_be_loaded(trainer, run, tmp_path):
 
 def test_the_bounds_of_a_run(trainer, run):
     trained = load_trained(run, {})
-    measured = measure_bounds(trained, 30, images=0)
+    measured = measure_bounds(trained, BoundsConfig(30))
     write_bounds(run, measured)
     stored = json.loads((run / "evaluation.json").read_text(), parse_constant=pytest.fail)
     assert stored == measured
@@ -169,7 +175,8 @@ def test_some_images_are_the_same_for_every_run(trainer, run):
     measured = []
     for seed in (0, 0, 1):
         config = dataclasses.replace(trained.config, seed=seed)
-        measured.append(measure_bounds(dataclasses.replace(trained, config=config), 4, images=6))
+        trained_so = dataclasses.replace(trained, config=config)
+        measured.append(measure_bounds(trained_so, BoundsConfig(4, images=6)))
     assert measured[0] == measured[1] != measured[2]
     assert measured[0]["images"] == 6
     chosen = torch.randperm(20, generator=generator(0, "evaluated images"))[:6].sort().values
