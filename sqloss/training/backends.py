@@ -28,15 +28,22 @@ class Torch:
 
     def __init__(self, model: VAE, contender: str, config: Config) -> None:
         self.model = model
+        self.iwae_samples = config.iwae_samples
         self.objective = config.objectives[contender]
         self.adam = torch.optim.Adam(model.parameters(), config.learning_rate, fused=True)
 
     def step(self, x: Tensor, seed: Tensor) -> Tensor:
-        loss = self.objective(self.model.losses(x, seed))
+        loss = self.objective(self.losses(x, seed))
         self.adam.zero_grad()
         loss.backward()
         self.adam.step()
         return loss.detach()
+
+    def losses(self, x: Tensor, seed: Tensor) -> dict[str, Tensor]:
+        """The losses, one per sample, that the objectives are of."""
+        if self.iwae_samples:
+            return {"negative_iw_bound": self.model.negative_iw_bound(x, seed, self.iwae_samples)}
+        return self.model.losses(x, seed)
 
     def state_dict(self) -> dict[str, Any]:
         return self.adam.state_dict()

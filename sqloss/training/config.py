@@ -102,6 +102,12 @@ class Config:
     learn_df: bool = flag(
         False, f"learn one df of --prior t, between {LEAST_DF:g} and {GREATEST_DF:g}"
     )
+    iwae_samples: int = flag(
+        0,
+        "train on the importance-weighted bound of K draws per image; 1: the ELBO with its KL "
+        "sampled too; 0: the ELBO",
+        metavar="K",
+    )
     beta: float = flag(1.0, "weight of the KL term in the training objective")
     seed: int = flag(0, "seed of everything random", metavar="N")
     device: str = flag("auto", "auto, cpu or cuda; auto is cuda where there is one")
@@ -124,11 +130,12 @@ class Config:
         self._expect("lr", 0 <= self.lr < math.inf, "a number from 0 up")
         self._expect("beta", 0 <= self.beta < math.inf, "a number from 0 up")
         self._check_df()
+        self._check_iwae()
         self._check_backend()
         for name in ("epochs", "batch_size", "latent", "num_samples", "checkpoint_every"):
             in_range = 1 <= getattr(self, name) <= LARGEST
             self._expect(name, in_range, f"a whole number from 1 to {LARGEST}")
-        for name in ("image_size", "limit"):
+        for name in ("image_size", "limit", "iwae_samples"):
             in_range = 0 <= getattr(self, name) <= LARGEST
             self._expect(name, in_range, f"a whole number from 0 to {LARGEST}")
         for name in ("seed", "threads"):
@@ -157,8 +164,15 @@ class Config:
             self._expect("architecture", self.architecture == "mlp", "mlp with --backend numpy")
             if self.learn_df:
                 raise UserError("--learn-df: expected --backend torch with it, got --backend numpy")
-            in_numpy = self.device in ("auto", "cpu")
-            self._expect("device", in_numpy, "auto or cpu with --backend numpy")
+            self._expect("iwae_samples", self.iwae_samples == 0, "0 with --backend numpy")
+            on_cpu = self.device in ("auto", "cpu")
+            self._expect("device", on_cpu, "auto or cpu with --backend numpy")
+
+    def _check_iwae(self) -> None:
+        if self.iwae_samples:
+            terms = "with --iwae-samples, whose bound is not a sum of reconstruction and KL"
+            self._expect("tail", self.tail == "elbo", f"elbo {terms}")
+            self._expect("beta", self.beta == 1, f"1 {terms}")
 
     def _expect(self, name: str, valid: bool, expected: str) -> None:
         if not valid:
@@ -182,16 +196,16 @@ class Config:
     @property
     def objectives(self) -> dict[str, Objective]:
         """What is measured of every model; that of the tail also where none is trained on it."""
-        return {
-            name: vae_objective(alpha, self.tail, self.beta) for name, alpha in self.alphas.items()
-        }
+        return {name: vae_objective(alpha, *self._bound) for name, alpha in self.alphas.items()}
 
     @property
     def objective_names(self) -> dict[str, str]:
         """The objectives in words."""
-        return {
-            name: objective_name(alpha, self.tail, self.beta) for name, alpha in self.alphas.items()
-        }
+        return {name: objective_name(alpha, *self._bound) for name, alpha in self.alphas.items()}
+
+    @property
+    def _bound(self) -> tuple[str, float, int]:
+        return self.tail, self.beta, self.iwae_samples
 
     @property
     def metric_alpha(self) -> float:

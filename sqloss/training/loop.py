@@ -21,11 +21,11 @@ from sqloss.training.backends import BACKENDS, Backend
 from sqloss.training.config import Config
 from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError
-from sqloss.training.evaluation import evaluate, objective_values, summary
+from sqloss.training.evaluation import evaluate, learnt_df, objective_values, summary
 from sqloss.training.progress import Progress, counted
 from sqloss.training.stop import StopSignal
 
-Row = dict[str, Any]  # the metrics of one model after one epoch, by these columns
+Row = dict[str, Any]  # the metrics of one model after one epoch, by these columns and learnt_df's
 COLUMNS = (
     "epoch",
     "model",
@@ -70,6 +70,11 @@ class Training:
         """How far it is, in words."""
         return f"{counted(self.epoch, 'epoch')} and {counted(self.step, 'step')}"
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the metrics."""
+        return (*COLUMNS, *learnt_df(next(iter(self.models.values()))))
+
     def latest_rows(self) -> list[Row]:
         """The metrics of the last whole epoch, one row per model."""
         return self.history[-len(self.models) :]
@@ -92,7 +97,7 @@ class Training:
             raise ValueError(f"models {', '.join(models)}")
         if len(history) != epoch * len(self.models):
             raise ValueError(f"{len(history)} rows of metrics after {epoch} epochs")
-        if any(tuple(row) != COLUMNS for row in history):
+        if any(tuple(row) != self.columns for row in history):
             raise ValueError("metrics of other names")
 
 
@@ -177,11 +182,12 @@ def close_epoch(training: Training, data: Dataset, config: Config) -> None:
     training.step = 0
     for name, model in training.models.items():
         objective = training.objective_sums[name].item() / len(data.train_images)
-        losses = evaluate(model, data, config.seed)
+        losses = evaluate(model, data, config.seed, config.iwae_samples)
         test = objective_values(losses, config) | summary(losses, config.metric_alpha)
         training.history.append(
             {"epoch": training.epoch, "model": name, "train_objective": objective}
             | {f"test_{metric}": value for metric, value in test.items()}
+            | learnt_df(model)
         )
         training.objective_sums[name].zero_()
 

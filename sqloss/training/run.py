@@ -23,7 +23,7 @@ from sqloss.training.files import (
     write_atomically,
     write_json,
 )
-from sqloss.training.loop import COLUMNS, NonFiniteError, Row, Training
+from sqloss.training.loop import NonFiniteError, Row, Training
 
 CHECKPOINTS = "checkpoints"
 MAY_CHANGE = ("epochs", "device", "threads", "data_dir", "download")  # on resuming
@@ -183,7 +183,7 @@ class Recorder:
 
     def _write_metrics(self, training: Training) -> None:
         # All rows every time: what the checkpoint holds, no row lost or doubled by resuming.
-        write_atomically(self.directory / "metrics.csv", as_csv(training.history))
+        write_atomically(self.directory / "metrics.csv", as_csv(training.history, training.columns))
 
     def show_in_tensorboard(self, rows: list[Row]) -> None:
         if self.tensorboard is None:
@@ -234,9 +234,9 @@ def restore(training: Training, directory: Path, data: str, argument: str) -> bo
     return True
 
 
-def as_csv(history: list[Row]) -> bytes:
+def as_csv(history: list[Row], columns: tuple[str, ...]) -> bytes:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
     return text.getvalue().encode()

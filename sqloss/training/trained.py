@@ -25,7 +25,8 @@ class Trained:
     whole: Dataset  # before the imbalance
     data: Dataset  # that of the training
     models: dict[str, VAE]
-    done: str  # how far the training is, in words
+    epoch: int  # whole epochs done
+    step: int  # steps done of the one after them
 
 
 def load_trained(directory: Path, changes: Mapping[str, Any]) -> Trained:
@@ -40,4 +41,4 @@ def load_trained(directory: Path, changes: Mapping[str, Any]) -> Trained:
         raise UserError(
             f"{ARGUMENT}: expected a run with a checkpoint, got {directory}, which has none yet"
         )
-    return Trained(config, whole, data, training.models, training.done())
+    return Trained(config, whole, data, training.models, training.epoch, training.step)

@@ -47,6 +47,7 @@ SIZES = "whole numbers from 1 to 2147483647, such as 400 or 512,256"
         ("lr", -1e-3, "a number from 0 up"),
         ("lr", float("inf"), "a number from 0 up"),
         ("beta", -1.0, "a number from 0 up"),
+        ("iwae_samples", -1, "a whole number from 0 to 2147483647"),
         ("limit", -1, "a whole number from 0 to 2147483647"),
         ("image_size", -1, "a whole number from 0 to 2147483647"),
         ("seed", -1, "a whole number from 0 up"),
@@ -80,11 +81,24 @@ def test_a_df_that_cannot_be_learnt(values, told):
 @pytest.mark.parametrize(
     ("values", "told"),
     [
+        ({"tail": "reconstruction"}, "--tail: expected elbo with --iwae-samples"),
+        ({"beta": 2.0}, "--beta: expected 1 with --iwae-samples"),
+    ],
+)
+def test_the_importance_weighted_bound_has_no_terms_of_its_own(values, told):
+    with pytest.raises(UserError, match=told):
+        Config(iwae_samples=2, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
         ({"architecture": "conv"}, "--architecture: expected mlp with --backend numpy, got conv"),
         (
             {"prior": "t", "learn_df": True},
             "--learn-df: expected --backend torch with it, got --backend numpy",
         ),
+        ({"iwae_samples": 5}, "--iwae-samples: expected 0 with --backend numpy, got 5"),
         ({"device": "cuda"}, "--device: expected auto or cpu with --backend numpy, got cuda"),
     ],
 )
