@@ -312,12 +312,18 @@ def test_a_missing_package_is_told_before_the_training(capsys, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("threads", "side", "expected"), [(3, 8, 3), (3, 28, 3), (0, 8, 1), (0, 16, 1), (0, 28, 2)]
 )
-def test_threads(threads, side, expected):
+@pytest.mark.parametrize("backend", ["torch", "numpy"])
+def test_threads(threads, side, expected, backend):
+    threadpoolctl = pytest.importorskip("threadpoolctl")
     torch.set_num_threads(2)
     images = torch.zeros(1, 1, side, side, dtype=torch.uint8)
     labels = torch.zeros(1, dtype=torch.int64)
-    cli.set_threads(Config(threads=threads), Dataset("d", ("a",), images, labels, images, labels))
-    assert torch.get_num_threads() == expected
+    config = Config(threads=threads, backend=backend)
+    with threadpoolctl.threadpool_limits(2, "blas"):
+        cli.set_threads(config, Dataset("d", ("a",), images, labels, images, labels))
+        blas = threadpoolctl.ThreadpoolController().select(user_api="blas").info()
+        assert torch.get_num_threads() == expected
+    assert {library["num_threads"] for library in blas} == {expected if backend == "numpy" else 2}
 
 
 def test_too_little_memory(capsys, tmp_path):

@@ -89,7 +89,7 @@ def assert_close(ours, expected, tolerance):
 @pytest.mark.parametrize("of", OBJECTIVES)
 def test_losses_and_gradients_are_those_of_autograd(vae, x, uniform, df, of):
     expected = torch_losses(vae, x, uniform, df)
-    loss = vae_objective(*of)(expected)
+    loss = vae_objective(*of, iwae_samples=0)(expected)
     loss.backward()
     losses, value, gradients = numpy_step(parameters(vae), x, uniform, df, of)
 
@@ -121,7 +121,7 @@ def test_steps_are_those_of_torchs_sgd(vae, x, uniform, df):
     for step in range(5):
         noise = tuple(array.roll(step, 0) for array in uniform)
         sgd.zero_grad()
-        vae_objective(0.8, "elbo", 1.0)(torch_losses(vae, x, noise, df)).backward()
+        vae_objective(0.8, "elbo", 1.0, 0)(torch_losses(vae, x, noise, df)).backward()
         sgd.step()
         sgd_step(values, numpy_step(values, x, noise, df, (0.8, "elbo", 1.0))[2], 0.01)
     for name, tensor in vae.state_dict().items():
@@ -202,7 +202,7 @@ def test_objectives_are_those_of_the_torch_trainer(tail, alpha):
         name: torch.rand(9, generator=draws).double().requires_grad_()
         for name in ("reconstruction", "kl")
     }
-    expected = vae_objective(alpha, tail, 0.3)(losses)
+    expected = vae_objective(alpha, tail, 0.3, 0)(losses)
     expected.backward()
     arrays = {name: tensor.detach().numpy() for name, tensor in losses.items()}
     value, gradients = objective(arrays, alpha, tail, 0.3)
