@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -47,6 +48,8 @@ Settings = TypeVar("Settings", ImputeConfig, CompareConfig)
 
 # How priors are compared where nothing else is asked for.
 PLAIN: dict[str, Any] = {"alpha": 0.0, "imbalance": "none"}
+# What its arms set themselves, and what it has no use for: no report, no checkpoints.
+NOT_COMPARED = ("prior", "df", "learn_df", "num_samples", "checkpoint_every")
 USER_ERROR = 2
 SINGLE_THREADED_PIXELS = 16 * 16  # the digits, at 8 x 8, are no slower with one thread
 INTERRUPTED = 130  # what a shell returns for it: 128 + SIGINT
@@ -165,9 +168,6 @@ def compare_priors(
 ) -> int:
     """Train every arm with every seed, unless it is there already, and compare what they impute."""
     compare_config, given = taken(CompareConfig, given)
-    for name in ("prior", "df", "learn_df"):
-        if name in given:
-            raise UserError(f"{as_flag(name)}: expected --dfs with --compare, which sets the prior")
     config = Config(**PLAIN | given)
     if compare_config.jobs > 1 and not config.cpu_threads:
         config = dataclasses.replace(config, threads=1)
@@ -284,11 +284,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_flags(
-    part: argparse._ActionsContainer, kind: type, defaults: Mapping[str, Any] | None = None
+    part: argparse._ActionsContainer,
+    kind: type,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    without: Sequence[str] = (),
 ) -> None:
     """A flag per field of a configuration; those not given stay absent, so that one can tell."""
     for field in dataclasses.fields(kind):
-        default = (defaults or {}).get(field.name, field.default)
+        if field.name in without:
+            continue
+        default = defaults.get(field.name, field.default)
         action: dict[str, Any] = (
             {"action": "store_true"} if field.type is bool else {"type": field.type}
         )
@@ -324,7 +329,7 @@ def add_impute_flags(impute: argparse.ArgumentParser) -> None:
     training = impute.add_argument_group(
         "how --compare trains; with RUN_DIR only " + ", ".join(map(as_flag, MAY_DIFFER))
     )
-    add_flags(training, Config, PLAIN)
+    add_flags(training, Config, PLAIN, without=NOT_COMPARED)
 
 
 def add_vae_flags(vae: argparse.ArgumentParser) -> None:
