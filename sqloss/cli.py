@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 import sqloss
+from sqloss.training.bounds import bounds_table, measure_bounds, write_bounds
 from sqloss.training.comparison import (
     CompareConfig,
     Ledger,
@@ -21,7 +22,7 @@ from sqloss.training.comparison import (
     make_tasks,
     trials,
 )
-from sqloss.training.config import Config, as_flag, expanded
+from sqloss.training.config import LARGEST, Config, as_flag, expanded
 from sqloss.training.data import Dataset, load_dataset
 from sqloss.training.errors import UserError, require
 from sqloss.training.evaluation import evaluate
@@ -52,6 +53,11 @@ PLAIN: dict[str, Any] = {"alpha": 0.0, "imbalance": "none"}
 NOT_COMPARED = ("prior", "df", "learn_df", "num_samples", "checkpoint_every")
 USER_ERROR = 2
 SINGLE_THREADED_PIXELS = 16 * 16  # the digits, at 8 x 8, are no slower with one thread
+SMALLER = {
+    "vae": "; use a smaller --batch-size, --hidden, --channels, --latent, --iwae-samples, "
+    "--image-size, --limit or --num-samples",
+    "impute": "; use a smaller --test-images, --draws or --neighbour-images",
+}
 INTERRUPTED = 130  # what a shell returns for it: 128 + SIGINT
 
 
@@ -71,9 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return complain(
             command,
-            "expected a training that fits into memory, got one that does not; use a smaller "
-            "--batch-size, --hidden, --channels, --latent, --image-size, --limit or --num-samples "
-            f"({first_line(error)})",
+            "expected work that fits into memory, got work that does not"
+            f"{SMALLER.get(command, '')} ({first_line(error)})",
         )
 
 
@@ -214,13 +219,35 @@ def report_on(
 ) -> None:
     """Measure, draw and tell what the training has come to."""
     models = training.models
-    losses = {name: evaluate(model, data, config.seed) for name, model in models.items()}
+    losses = {
+        name: evaluate(model, data, config.seed, config.iwae_samples)
+        for name, model in models.items()
+    }
     report = make_report(models, losses, whole, data, config)
     write_report(directory, report)
     draw_pictures(directory, models, losses, training.history, data, config)
     print(tables(report))
     say(f"the classifier gets {report['classifier_test_accuracy']:.1%} of the test images right")
     say(f"how to read this, and the pictures: {directory / 'report.md'}")
+
+
+def evaluate_run(run_dir: Path, iwae_samples: int, images: int, **changes: Any) -> int:
+    """Measure the models of a run by their -ELBO and importance-weighted bound on test images."""
+    expect_number("--iwae-samples", iwae_samples, 1)
+    expect_number("--images", images, 0)
+    require("scipy.stats")
+    require("tqdm")
+    trained = load_trained(run_dir, changes)
+    set_threads(trained.config, trained.data)
+    bounds = measure_bounds(trained, iwae_samples, images)
+    write_bounds(run_dir, bounds)
+    print(bounds_table(bounds))
+    return 0
+
+
+def expect_number(name: str, value: int, least: int) -> None:
+    if not least <= value <= LARGEST:
+        raise UserError(f"{name}: expected a whole number from {least} to {LARGEST}, got {value}")
 
 
 def show_config() -> int:
@@ -240,10 +267,13 @@ def set_threads(config: Config, data: Dataset) -> None:
 
     Where other processes want the same cores that waiting has cost five times the whole training.
     """
-    if config.cpu_threads:
-        torch.set_num_threads(config.cpu_threads)
-    elif math.prod(data.shape) <= SINGLE_THREADED_PIXELS:
-        torch.set_num_threads(1)
+    threads = config.cpu_threads
+    if not threads and math.prod(data.shape) <= SINGLE_THREADED_PIXELS:
+        threads = 1
+    if threads:
+        torch.set_num_threads(threads)
+        if config.backend == "numpy":
+            require("threadpoolctl").threadpool_limits(threads, "blas")
 
 
 def announce(directory: Path, data: Dataset, device: torch.device) -> None:
@@ -271,69 +301,23 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"sqloss {sqloss.__version__}")
     subcommands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands = {"vae": train_vae, "impute": impute, "config": show_config}
-    for name, subcommand in commands.items():
+    for name, (subcommand, add_flags) in {
+        "vae": (train_vae, add_vae_flags),
+        "evaluate": (evaluate_run, add_evaluate_flags),
+        "impute": (impute, add_impute_flags),
+        "config": (show_config, None),
+    }.items():
         description = subcommand.__doc__
         part = subcommands.add_parser(name, help=description, description=description)
         part.set_defaults(subcommand=subcommand)
-        if name == "vae":
-            add_vae_flags(part)
-        if name == "impute":
-            add_impute_flags(part)
+        if add_flags:
+            add_flags(part)
     return whole
 
 
-def add_flags(
-    part: argparse._ActionsContainer,
-    kind: type,
-    defaults: Mapping[str, Any] = MappingProxyType({}),
-    without: Sequence[str] = (),
-) -> None:
-    """A flag per field of a configuration; those not given stay absent, so that one can tell."""
-    for field in dataclasses.fields(kind):
-        if field.name in without:
-            continue
-        default = defaults.get(field.name, field.default)
-        action: dict[str, Any] = (
-            {"action": "store_true"} if field.type is bool else {"type": field.type}
-        )
-        options = dict(field.metadata) | {"help": f"{field.metadata['help']} (default: {default})"}
-        part.add_argument(as_flag(field.name), default=argparse.SUPPRESS, **action, **options)
-
-
-def add_impute_flags(impute: argparse.ArgumentParser) -> None:
-    impute.add_argument(
-        "run_dir",
-        nargs="?",
-        type=expanded,
-        metavar="RUN_DIR",
-        help="the directory of a run of sqloss vae; impute.csv and imputation_*.png go there",
-    )
-    add_flags(impute, ImputeConfig)
-    comparison = impute.add_argument_group("comparing priors")
-    comparison.add_argument(
-        "--compare",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="train normal and t priors, and controls, with several seeds each, and compare them",
-    )
-    add_flags(comparison, CompareConfig)
-    comparison.add_argument(
-        "--output-dir",
-        type=expanded,
-        default=argparse.SUPPRESS,
-        metavar="DIR",
-        help="where compare.csv and compare.md go; trainings that are there already are not done "
-        "again (default: runs/impute-DATASET)",
-    )
-    training = impute.add_argument_group(
-        "how --compare trains; with RUN_DIR only " + ", ".join(map(as_flag, MAY_DIFFER))
-    )
-    add_flags(training, Config, PLAIN, without=NOT_COMPARED)
-
-
 def add_vae_flags(vae: argparse.ArgumentParser) -> None:
-    add_flags(vae, Config)
+    """A flag per field of ``Config``; those not given stay absent, so that --resume can tell."""
+    add_config_flags(vae, Config)
     place = vae.add_mutually_exclusive_group()
     place.add_argument(
         "--output-dir",
@@ -349,3 +333,81 @@ def add_vae_flags(vae: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="continue the run in DIR with its own settings; --epochs raises its total",
     )
+
+
+def add_evaluate_flags(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument("run_dir", type=expanded, metavar="RUN_DIR", help="a run of sqloss vae")
+    evaluate.add_argument(
+        "--iwae-samples",
+        type=int,
+        default=100,
+        metavar="K",
+        help="draws per image: the more, the closer is the bound to -log p(x) (default: 100)",
+    )
+    evaluate.add_argument(
+        "--images",
+        type=int,
+        default=0,
+        metavar="N",
+        help="random test images, the same for every run; 0: all of them (default: 0)",
+    )
+    add_flags_that_may_differ(evaluate)
+
+
+def add_impute_flags(impute: argparse.ArgumentParser) -> None:
+    impute.add_argument(
+        "run_dir",
+        nargs="?",
+        type=expanded,
+        metavar="RUN_DIR",
+        help="a run of sqloss vae; impute.csv and imputation_*.png go there",
+    )
+    add_config_flags(impute, ImputeConfig)
+    comparison = impute.add_argument_group("comparing priors")
+    comparison.add_argument(
+        "--compare",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="train normal and t priors, and controls, with several seeds each, and compare them",
+    )
+    add_config_flags(comparison, CompareConfig)
+    comparison.add_argument(
+        "--output-dir",
+        type=expanded,
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="where compare.csv and compare.md go; trainings that are there already are not done "
+        "again (default: runs/impute-DATASET)",
+    )
+    training = impute.add_argument_group(
+        "how --compare trains; with RUN_DIR only " + ", ".join(map(as_flag, MAY_DIFFER))
+    )
+    add_config_flags(training, Config, PLAIN, without=NOT_COMPARED)
+
+
+def add_flags_that_may_differ(part: argparse.ArgumentParser) -> None:
+    """Those of the flags of a run that a command on a run of before has too."""
+    for field in dataclasses.fields(Config):
+        if field.name in MAY_DIFFER:
+            add_config_flag(part, field, "as in the run")
+
+
+def add_config_flags(
+    part: argparse._ActionsContainer,
+    kind: type,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    without: Sequence[str] = (),
+) -> None:
+    """A flag per field of a configuration."""
+    for field in dataclasses.fields(kind):
+        if field.name not in without:
+            add_config_flag(part, field, str(defaults.get(field.name, field.default)))
+
+
+def add_config_flag(
+    part: argparse._ActionsContainer, field: "dataclasses.Field[Any]", default: str
+) -> None:
+    """The flag of a field of a configuration, absent where it is not given."""
+    kind: dict[str, Any] = {"action": "store_true"} if field.type is bool else {"type": field.type}
+    options = dict(field.metadata) | {"help": f"{field.metadata['help']} (default: {default})"}
+    part.add_argument(as_flag(field.name), default=argparse.SUPPRESS, **kind, **options)

@@ -42,7 +42,12 @@ class Normal(NamedTuple):
         """Reparameterised draws: [B, latent], or [S, B, latent] where num_samples = S is given."""
         seed = seed.to(self.loc.device)
         return student_t_rsample(
-            math.inf, self.loc, None, num_samples, logvar=self.logvar, seed=seed, rows=rows
+            math.inf,
+            self.loc,
+            logvar=self.logvar,
+            num_samples=num_samples,
+            seed=seed,
+            rows=rows,
         )
 
     def rsample_kl(
@@ -80,7 +85,12 @@ class StudentT(NamedTuple):
         """Reparameterised draws: [B, latent], or [S, B, latent] where num_samples = S is given."""
         seed = seed.to(self.loc.device)
         return student_t_rsample(
-            self.df, self.loc, None, num_samples, logvar=self.logvar, seed=seed, rows=rows
+            self.df,
+            self.loc,
+            logvar=self.logvar,
+            num_samples=num_samples,
+            seed=seed,
+            rows=rows,
         )
 
     def rsample_kl(
@@ -119,6 +129,23 @@ class VAE(nn.Module):
         df: of the t.
         learn_df: whether df is a parameter, one number that starts at ``df`` and stays between
             ``LEAST_DF`` and ``GREATEST_DF``.
+
+    Raises:
+        ValueError: another word, or a df that cannot be learnt.
+
+    Example::
+
+        >>> import torch, sqloss
+        >>> from sqloss.models import VAE
+        >>> model = VAE((1, 8, 8), hidden=(32,), latent=4, prior="t", df=5)
+        >>> x, seed = torch.rand(3, 1, 8, 8), sqloss.draw_seed()
+        >>> losses = model.losses(x, seed)
+        >>> losses["reconstruction"].shape, losses["kl"].shape
+        (torch.Size([3]), torch.Size([3]))
+        >>> model.log_weights(x, seed, num_samples=10).shape
+        torch.Size([10, 3])
+        >>> model.sample(2, seed).shape
+        torch.Size([2, 1, 8, 8])
     """
 
     def __init__(
@@ -134,12 +161,23 @@ class VAE(nn.Module):
         learn_df: bool = False,
     ) -> None:
         super().__init__()
+        for argument, value, known in (
+            ("architecture", architecture, ARCHITECTURES),
+            ("prior", prior, PRIORS),
+        ):
+            if value not in known:
+                raise ValueError(f"VAE: {argument}: expected one of {known}, got {value!r}")
+        if learn_df and not LEAST_DF < df < GREATEST_DF:
+            raise ValueError(
+                f"VAE: df: expected a number between {LEAST_DF:g} and {GREATEST_DF:g} with "
+                f"learn_df, got {df}"
+            )
         self.data_shape = tuple(data_shape)
         self.latent = latent
         self.prior = prior
         # Of an unbounded number, so that no step of an optimiser leaves the range of df.
         self.free_df = nn.Parameter(torch.tensor(as_free(df))) if learn_df else None
-        self._fixed_df = df
+        self._fixed_df = float(df)
         layers = {"mlp": mlp_layers, "conv": conv_layers}[architecture]
         self.encoder, self.decoder = layers(self.data_shape, hidden, latent, channels)
 
@@ -181,8 +219,7 @@ class VAE(nn.Module):
     ) -> Tensor:
         """The log importance weights log p(x|z) + log p(z) - log q(z|x) of draws z, [S, B].
 
-        The importance-weighted bound on log p(x) of Burda et al. (2016) is their logsumexp over the
-        S = num_samples draws, less log S. Takes memory for S * B images.
+        S is num_samples. Takes memory for S * B images.
         """
         z, kl = self.encode(x).rsample_kl(
             seed, num_samples, estimator="mc", reduction="none", rows=rows
@@ -192,6 +229,18 @@ class VAE(nn.Module):
             logits, x.expand_as(logits), reduction="sum", sample_dims=2
         )
         return -(reconstruction + kl)
+
+    def negative_iw_bound(
+        self, x: Tensor, seed: Tensor, num_samples: int, *, rows: Tensor | None = None
+    ) -> Tensor:
+        """-log of the mean of num_samples importance weights of each image, [B].
+
+        Its expectation is the negative of the importance-weighted bound on log p(x) of Burda et al.
+        (2016). With one sample that is the negative ELBO, whose KL is then a sampled one too; it
+        falls, towards -log p(x), with every sample more.
+        """
+        log_weights = self.log_weights(x, seed, num_samples, rows=rows)
+        return math.log(num_samples) - log_weights.logsumexp(0)
 
     def sample(self, count: int, seed: Tensor) -> Tensor:
         """The pixel means of images drawn from the prior, [count, *data_shape]."""

@@ -22,7 +22,7 @@ from sqloss.training.files import (
     write_atomically,
     write_json,
 )
-from sqloss.training.loop import COLUMNS, NonFiniteError, Row, Training
+from sqloss.training.loop import NonFiniteError, Row, Training
 
 CHECKPOINTS = "checkpoints"
 MAY_CHANGE = ("epochs", "device", "threads", "data_dir", "download")  # on resuming
@@ -182,7 +182,7 @@ class Recorder:
 
     def _write_metrics(self, training: Training) -> None:
         # All rows every time: what the checkpoint holds, no row lost or doubled by resuming.
-        write_atomically(self.directory / "metrics.csv", as_csv(COLUMNS, training.history))
+        write_atomically(self.directory / "metrics.csv", as_csv(training.columns, training.history))
 
     def show_in_tensorboard(self, rows: list[Row]) -> None:
         if self.tensorboard is None:

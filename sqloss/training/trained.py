@@ -11,10 +11,10 @@ from sqloss.training.config import Config
 from sqloss.training.data import Dataset, load_dataset
 from sqloss.training.errors import UserError
 from sqloss.training.loop import begin, build_model
-from sqloss.training.run import read_config, restore
+from sqloss.training.run import MAY_CHANGE, read_config, restore
 
 ARGUMENT = "RUN_DIR"
-MAY_DIFFER = ("device", "threads", "data_dir", "download")  # from the training
+MAY_DIFFER = tuple(name for name in MAY_CHANGE if name != "epochs")  # nothing is trained here
 
 
 @dataclass(frozen=True)

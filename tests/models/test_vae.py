@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -146,8 +147,12 @@ def test_extreme_logits_stay_finite(vae, x):
     assert vae.losses(x, seed())["reconstruction"].isfinite().all()
 
 
-def test_every_parameter_gets_a_gradient(vae, x):
-    sum(loss.sum() for loss in vae.losses(x, seed()).values()).backward()
+@pytest.mark.parametrize("iwae_samples", [0, 1, 4])
+def test_every_parameter_gets_a_gradient(vae, x, iwae_samples):
+    if iwae_samples:
+        vae.negative_iw_bound(x, seed(), iwae_samples).sum().backward()
+    else:
+        sum(loss.sum() for loss in vae.losses(x, seed()).values()).backward()
     assert all(p.grad is not None and p.grad.any() for p in vae.parameters())
 
 
@@ -163,6 +168,22 @@ def test_generated_images_are_pixel_means(vae, x):
     torch.testing.assert_close(
         vae.sample(BATCH, seed()), vae.decode(prior.rsample(seed())).sigmoid()
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"prior": "cauchy"}, "VAE: prior: expected one of ('normal', 't'), got 'cauchy'"),
+        ({"architecture": "x"}, "VAE: architecture: expected one of ('mlp', 'conv'), got 'x'"),
+        (
+            {"prior": "t", "df": 1, "learn_df": True},
+            "VAE: df: expected a number between 1 and 1e+06 with learn_df, got 1",
+        ),
+    ],
+)
+def test_what_is_no_model(options, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        make(**options)
 
 
 # importance weights
@@ -181,12 +202,17 @@ def test_log_weights_are_those_of_torch_distributions(vae, x):
     torch.testing.assert_close(weights, expected)
 
 
-def test_one_weight_is_the_elbo_with_a_sampled_kl(x):
-    model = make(prior="t")
-    losses = model.losses(x, seed())
-    torch.testing.assert_close(
-        model.log_weights(x, seed(), 1)[0], -(losses["reconstruction"] + losses["kl"])
-    )
+def test_the_bound_of_one_draw_is_the_elbo_with_a_sampled_kl(vae, x):
+    posterior = vae.encode(x)
+    _, kl = posterior.rsample_kl(seed(), estimator="mc")
+    expected = vae.losses(x, seed())["reconstruction"] + kl
+    torch.testing.assert_close(vae.negative_iw_bound(x, seed(), 1), expected)
+
+
+def test_the_bound_is_minus_the_log_of_the_mean_weight(vae, x):
+    vae, x = vae.double(), x.double()
+    expected = -vae.log_weights(x, seed(), 5).exp().mean(0).log()
+    torch.testing.assert_close(vae.negative_iw_bound(x, seed(), 5), expected)
 
 
 def test_the_first_weights_of_many_are_those_of_few(vae, x):

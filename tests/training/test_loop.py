@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import sqloss
 from sqloss.losses import binary_cross_entropy_with_logits
 from sqloss.models import VAE
+from sqloss.models.numpy_vae import train_step
 from sqloss.models.seeding import generator, initialisation
 from sqloss.student_t import draw_seed, normal_rsample_kl
 from sqloss.training import checkpoint
@@ -57,6 +59,22 @@ class Signalling(Progress):
             signal.raise_signal(self.number)
 
 
+torch_only = pytest.mark.parametrize("trainer", ["torch"], indirect=True)
+
+VARIANTS = {
+    "t": {"prior": "t", "df": 3.0, "tail": "reconstruction"},
+    "learnt df": {"prior": "t", "learn_df": True},
+    "importance-weighted": {"iwae_samples": 3},
+    "all": {"prior": "t", "learn_df": True, "iwae_samples": 3, "architecture": "conv"},
+}
+
+
+@pytest.fixture(params=["torch", "numpy"])
+def trainer(trainer, request):
+    trainer.config = dataclasses.replace(trainer.config, backend=request.param)
+    return trainer
+
+
 @pytest.fixture
 def whole(trainer, tmp_path) -> Path:
     """Four epochs without a break."""
@@ -78,6 +96,7 @@ def test_at_alpha_0_there_is_only_the_standard_model(trainer):
     ]
 
 
+@torch_only
 @pytest.mark.parametrize("alpha", [0.0, 0.8])
 def test_the_standard_model_is_bit_for_bit_a_plain_training(trainer, tmp_path, alpha):
     config = dataclasses.replace(trainer.config, alpha=alpha)
@@ -85,7 +104,7 @@ def test_the_standard_model_is_bit_for_bit_a_plain_training(trainer, tmp_path, a
 
     with initialisation(config.seed, "model"):
         vae = VAE((1, 4, 3), (8,), config.latent)
-    adam = torch.optim.Adam(vae.parameters(), lr=config.lr, fused=True)
+    adam = torch.optim.Adam(vae.parameters(), lr=config.learning_rate, fused=True)
     noise = generator(config.seed, "noise")
     for epoch in range(config.epochs):
         order = torch.randperm(50, generator=generator(config.seed, "order", epoch))
@@ -103,6 +122,32 @@ def test_the_standard_model_is_bit_for_bit_a_plain_training(trainer, tmp_path, a
             adam.step()
 
     assert_same(training.models["standard"].state_dict(), vae.state_dict())
+
+
+@pytest.mark.parametrize("trainer", ["numpy"], indirect=True)
+@pytest.mark.parametrize("prior", ["normal", "t"])
+def test_in_numpy_it_is_one_without_autograd(trainer, tmp_path, monkeypatch, prior):
+    def fail(*_, **__):
+        raise AssertionError("autograd")
+
+    monkeypatch.setattr(torch.Tensor, "backward", fail)
+    config = dataclasses.replace(trainer.config, prior=prior, df=3.0, tail="reconstruction", lr=0.1)
+    training, _ = trainer.train(Run.new(tmp_path, config))
+
+    model = trainer.begin(config).models["standard"]
+    cvar = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
+    noise = generator(config.seed, "noise")
+    for epoch in range(config.epochs):
+        order = torch.randperm(50, generator=generator(config.seed, "order", epoch))
+        for batch in order.split(20):
+            x = (trainer.data.train_images[batch] / 255).flatten(1).numpy()
+            seed = int(draw_seed(generator=noise)) % 2**64
+            df = 3.0 if prior == "t" else None
+            train_step(cvar, x, seed, lr=0.1, df=df, alpha=0.8, tail="reconstruction")
+
+    for name, tensor in training.models["cvar"].state_dict().items():
+        assert (tensor.numpy() == cvar[name]).all()
+        assert not torch.equal(tensor, model.state_dict()[name])
 
 
 def test_the_models_of_another_alpha_differ(trainer, tmp_path):
@@ -131,6 +176,51 @@ def test_an_interrupted_run_goes_on_where_it_was(trainer, tmp_path, whole, after
     trainer.train(Run.resumed(parts, {}))
     assert not finished
     assert_same_run(parts, whole)
+
+
+@torch_only
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_kind_of_run_goes_on_where_it_was(trainer, tmp_path, variant):
+    changes = VARIANTS[variant] | {"hidden": "6,5", "channels": "2,3"}
+    trainer.config = dataclasses.replace(trainer.config, **changes)
+    trainer.train(trainer.run(tmp_path / "whole"))
+    trainer.train(trainer.run(tmp_path / "parts"), Signalling(5))
+    trainer.train(Run.resumed(tmp_path / "parts", {}))
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@torch_only
+def test_a_learnt_df_moves_and_is_a_metric(trainer, tmp_path):
+    trainer.config = dataclasses.replace(trainer.config, prior="t", learn_df=True)
+    training, _ = trainer.train(trainer.run(tmp_path))
+    assert all(tuple(row) == (*COLUMNS, "df") for row in training.history)
+    for row, model in zip(training.latest_rows(), training.models.values(), strict=True):
+        assert row["df"] == model.df.item() != pytest.approx(5, rel=1e-4)
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0]
+    assert header.split(",") == [*COLUMNS, "df"]
+
+
+@torch_only
+def test_the_importance_weighted_bound_is_what_is_trained_on(trainer, tmp_path):
+    config = dataclasses.replace(trainer.config, epochs=1, lr=1e-30, iwae_samples=3)
+    training, _ = trainer.train(Run.new(tmp_path, config))
+
+    model = trainer.begin(config).models["standard"]
+    noise = generator(config.seed, "noise")
+    order = torch.randperm(50, generator=generator(config.seed, "order", 0))
+    bounds, tails = [], []
+    for batch in order.split(20):
+        x = trainer.data.train_images[batch] / 255
+        weights = model.log_weights(x, draw_seed(generator=noise), 3)
+        bounds.append(-weights.exp().mean(0).log())
+        tails.append(sqloss.cvar(bounds[-1], 0.8) * len(x))
+    standard, cvar = training.history
+    assert standard["train_objective"] == pytest.approx(torch.cat(bounds).mean().item(), rel=1e-6)
+    assert cvar["train_objective"] == pytest.approx(sum(tails).item() / 50, rel=1e-6)
+
+    tested = evaluate(model, trainer.data, config.seed, iwae_samples=3)["negative_iw_bound"]
+    assert standard["test_objective_standard"] == pytest.approx(tested.mean().item())
+    assert standard["test_objective_cvar"] == pytest.approx(sqloss.cvar(tested, 0.8).item())
 
 
 def test_a_run_interrupted_again_and_again_is_the_same(trainer, tmp_path, whole):
@@ -245,6 +335,7 @@ def test_by_default_the_objectives_are_the_bound_and_its_tail(trainer, tmp_path,
         assert row["test_objective_cvar"] == pytest.approx(row["test_negative_elbo_cvar"])
 
 
+@torch_only
 def test_the_objective_of_an_epoch_is_averaged_over_its_samples(trainer, tmp_path):
     config = dataclasses.replace(trainer.config, epochs=1, lr=1e-30, alpha=0.0, beta=0.5)
     training, _ = trainer.train(Run.new(tmp_path, config))

@@ -36,7 +36,14 @@ def few_steps(monkeypatch):
 @pytest.fixture
 def losses(trainer) -> dict[str, dict[str, torch.Tensor]]:
     models = trainer.begin(trainer.config).models
-    return {name: evaluate(model, trainer.data, 0) for name, model in models.items()}
+    return evaluated(models, trainer.data, trainer.config)
+
+
+def evaluated(models, data, config) -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        name: evaluate(model, data, config.seed, config.iwae_samples)
+        for name, model in models.items()
+    }
 
 
 @pytest.fixture
@@ -161,13 +168,20 @@ def test_the_files(report, tmp_path):
         ({}, "for 4 epochs, from the same initial weights, on the same batches and noise."),
         ({"epochs": 1}, "for 1 epoch, from"),
         ({"alpha": 0.0, "epochs": 1}, "for 1 epoch."),
+        ({}, "Prior and posterior of the latent variables are normal."),
+        ({"prior": "t", "df": 3.0}, "latent variables are Student's t with df = 3."),
+        (
+            {"prior": "t", "learn_df": True},
+            "latent variables are Student's t, with a df that is learnt from 5 on.",
+        ),
+        ({"iwae_samples": 2}, "`cvar` minimises the CVaR 0.8 of -IW-2 bound ("),
+        ({"iwae_samples": 2}, "- The IW-2 bound is the importance-weighted one on log p(x)"),
     ],
 )
-def test_the_text_says_what_each_model_was_trained_on(
-    trainer, losses, few_steps, tmp_path, changes, words
-):
+def test_the_text_says_what_each_model_was_trained_on(trainer, few_steps, tmp_path, changes, words):
     config = dataclasses.replace(trainer.config, **changes)
     models = trainer.begin(config).models
+    losses = evaluated(models, trainer.data, config)
     write_report(tmp_path, make_report(models, losses, trainer.data, trainer.data, config))
     assert words in " ".join((tmp_path / "report.md").read_text().split())
 
@@ -184,19 +198,31 @@ def test_the_text_says_what_each_model_was_trained_on(
                 "cvar": "CVaR 0.8 of (reconstruction + 2 KL)",
             },
         ),
+        (
+            {"iwae_samples": 2},
+            {"standard": "mean of -IW-2 bound", "cvar": "CVaR 0.8 of -IW-2 bound"},
+        ),
     ],
 )
-def test_objectives_of_their_own_have_rows_of_their_own(
-    trainer, losses, few_steps, changes, labels
-):
+def test_objectives_of_their_own_have_rows_of_their_own(trainer, few_steps, changes, labels):
     config = dataclasses.replace(trainer.config, **changes)
     models = trainer.begin(config).models
+    losses = evaluated(models, trainer.data, config)
     report = make_report(models, losses, trainer.data, trainer.data, config)
     rows = {row[0]: row[1:] for row in overall_table(report)}
     assert len(rows) == 9 + len(labels)
     for objective, label in labels.items():
         values = [config.objectives[objective](losses[name]).item() for name in models]
         assert rows[label] == [f"{value:.2f}" for value in values]
+
+
+def test_a_learnt_df_is_told_of_every_model(trainer, few_steps):
+    config = dataclasses.replace(trainer.config, prior="t", learn_df=True, df=2.5)
+    models = trainer.begin(config).models
+    losses = evaluated(models, trainer.data, config)
+    report = make_report(models, losses, trainer.data, trainer.data, config)
+    assert [model["df"] for model in report["models"].values()] == pytest.approx([2.5, 2.5])
+    assert ["learnt df", "2.5", "2.5"] in list(overall_table(report))
 
 
 def test_every_row_of_the_table_is_the_metric_of_its_label(report):
@@ -246,7 +272,7 @@ def test_a_single_model_and_a_single_test_image(trainer, few_steps, tmp_path):
     )  # fmt: skip
     config = dataclasses.replace(trainer.config, alpha=0.0)
     models = trainer.begin(config).models
-    losses = {name: evaluate(model, data, 0) for name, model in models.items()}
+    losses = evaluated(models, data, config)
     report = make_report(models, losses, data, data, config)
     assert report["alpha_of_cvar"] == 0.8
     assert report["models"]["standard"]["test"]["negative_elbo_standard_error"] is None
