@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -48,11 +49,14 @@ Settings = TypeVar("Settings", BoundsConfig, ImputeConfig, CompareConfig)
 
 # How priors are compared where nothing else is asked for.
 PLAIN: dict[str, Any] = {"alpha": 0.0, "imbalance": "none"}
+# What its arms set themselves, and what it has no use for: no report, no checkpoints.
+NOT_COMPARED = ("prior", "df", "learn_df", "num_samples", "checkpoint_every")
 USER_ERROR = 2
 SINGLE_THREADED_PIXELS = 16 * 16  # the digits, at 8 x 8, are no slower with one thread
 SMALLER = {
     "vae": "; use a smaller --batch-size, --hidden, --channels, --latent, --iwae-samples, "
-    "--image-size, --limit or --num-samples"
+    "--image-size, --limit or --num-samples",
+    "impute": "; use a smaller --test-images, --draws or --neighbour-images",
 }
 INTERRUPTED = 130  # what a shell returns for it: 128 + SIGINT
 
@@ -169,9 +173,6 @@ def compare_priors(
 ) -> int:
     """Train every arm with every seed, unless it is there already, and compare what they impute."""
     compare_config, given = taken(CompareConfig, given)
-    for name in ("prior", "df", "learn_df"):
-        if name in given:
-            raise UserError(f"{as_flag(name)}: expected --dfs with --compare, which sets the prior")
     config = Config(**PLAIN | given)
     if compare_config.jobs > 1 and not config.cpu_threads:
         config = dataclasses.replace(config, threads=1)
@@ -294,7 +295,7 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"sqloss {sqloss.__version__}")
     subcommands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (subcommand, add_own_flags) in {
+    for name, (subcommand, add_flags) in {
         "vae": (train_vae, add_vae_flags),
         "evaluate": (evaluate_run, add_evaluate_flags),
         "impute": (impute, add_impute_flags),
@@ -303,62 +304,14 @@ def parser() -> argparse.ArgumentParser:
         description = subcommand.__doc__
         part = subcommands.add_parser(name, help=description, description=description)
         part.set_defaults(subcommand=subcommand)
-        if add_own_flags:
-            add_own_flags(part)
+        if add_flags:
+            add_flags(part)
     return whole
 
 
-def add_flags(
-    part: argparse._ActionsContainer,
-    kind: type,
-    defaults: Mapping[str, Any] | None = None,
-    only: Sequence[str] = (),
-) -> None:
-    """A flag per field of a configuration; those not given stay absent, so that one can tell."""
-    for field in dataclasses.fields(kind):
-        if only and field.name not in only:
-            continue
-        default = (defaults or {}).get(field.name, field.default)
-        action: dict[str, Any] = (
-            {"action": "store_true"} if field.type is bool else {"type": field.type}
-        )
-        options = dict(field.metadata) | {"help": f"{field.metadata['help']} (default: {default})"}
-        part.add_argument(as_flag(field.name), default=argparse.SUPPRESS, **action, **options)
-
-
-def add_impute_flags(impute: argparse.ArgumentParser) -> None:
-    impute.add_argument(
-        "run_dir",
-        nargs="?",
-        type=expanded,
-        metavar="RUN_DIR",
-        help="the directory of a run of sqloss vae; impute.csv and imputation_*.png go there",
-    )
-    add_flags(impute, ImputeConfig)
-    comparison = impute.add_argument_group("comparing priors")
-    comparison.add_argument(
-        "--compare",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="train normal and t priors, and controls, with several seeds each, and compare them",
-    )
-    add_flags(comparison, CompareConfig)
-    comparison.add_argument(
-        "--output-dir",
-        type=expanded,
-        default=argparse.SUPPRESS,
-        metavar="DIR",
-        help="where compare.csv and compare.md go; trainings that are there already are not done "
-        "again (default: runs/impute-DATASET)",
-    )
-    training = impute.add_argument_group(
-        "how --compare trains; with RUN_DIR only " + ", ".join(map(as_flag, MAY_DIFFER))
-    )
-    add_flags(training, Config, PLAIN)
-
-
 def add_vae_flags(vae: argparse.ArgumentParser) -> None:
-    add_flags(vae, Config)
+    """A flag per field of ``Config``; those not given stay absent, so that --resume can tell."""
+    add_config_flags(vae, Config)
     place = vae.add_mutually_exclusive_group()
     place.add_argument(
         "--output-dir",
@@ -381,7 +334,66 @@ def add_evaluate_flags(evaluate: argparse.ArgumentParser) -> None:
         "run_dir",
         type=expanded,
         metavar="RUN_DIR",
-        help="the directory of a run of sqloss vae; evaluation.json goes there",
+        help="a run of sqloss vae; evaluation.json goes there",
     )
-    add_flags(evaluate, BoundsConfig)
-    add_flags(evaluate, Config, dict.fromkeys(MAY_DIFFER, "as in the run"), only=MAY_DIFFER)
+    add_config_flags(evaluate, BoundsConfig)
+    add_flags_that_may_differ(evaluate)
+
+
+def add_impute_flags(impute: argparse.ArgumentParser) -> None:
+    impute.add_argument(
+        "run_dir",
+        nargs="?",
+        type=expanded,
+        metavar="RUN_DIR",
+        help="a run of sqloss vae; impute.csv and imputation_*.png go there",
+    )
+    add_config_flags(impute, ImputeConfig)
+    comparison = impute.add_argument_group("comparing priors")
+    comparison.add_argument(
+        "--compare",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="train normal and t priors, and controls, with several seeds each, and compare them",
+    )
+    add_config_flags(comparison, CompareConfig)
+    comparison.add_argument(
+        "--output-dir",
+        type=expanded,
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="where compare.csv and compare.md go; trainings that are there already are not done "
+        "again (default: runs/impute-DATASET)",
+    )
+    training = impute.add_argument_group(
+        "how --compare trains; with RUN_DIR only " + ", ".join(map(as_flag, MAY_DIFFER))
+    )
+    add_config_flags(training, Config, PLAIN, without=NOT_COMPARED)
+
+
+def add_flags_that_may_differ(part: argparse.ArgumentParser) -> None:
+    """Those of the flags of a run that a command on a run of before has too."""
+    for field in dataclasses.fields(Config):
+        if field.name in MAY_DIFFER:
+            add_config_flag(part, field, "as in the run")
+
+
+def add_config_flags(
+    part: argparse._ActionsContainer,
+    kind: type,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    without: Sequence[str] = (),
+) -> None:
+    """A flag per field of a configuration."""
+    for field in dataclasses.fields(kind):
+        if field.name not in without:
+            add_config_flag(part, field, str(defaults.get(field.name, field.default)))
+
+
+def add_config_flag(
+    part: argparse._ActionsContainer, field: "dataclasses.Field[Any]", default: str
+) -> None:
+    """The flag of a field of a configuration, absent where it is not given."""
+    kind: dict[str, Any] = {"action": "store_true"} if field.type is bool else {"type": field.type}
+    options = dict(field.metadata) | {"help": f"{field.metadata['help']} (default: {default})"}
+    part.add_argument(as_flag(field.name), default=argparse.SUPPRESS, **kind, **options)

@@ -464,7 +464,6 @@ def test_priors_are_compared_and_what_is_done_is_kept(tmp_path, capsys, quick_cl
         (["RUN", "--epochs", "2"], "--epochs: expected no such flag with RUN_DIR"),
         (["RUN", "--seeds", "2"], "--seeds: expected no such flag with RUN_DIR"),
         (["RUN", "--output-dir", "x"], "--output-dir: expected no such flag with RUN_DIR"),
-        (["--compare", "--df", "3"], "--df: expected --dfs with --compare"),
         (["--compare", "--dfs", "0.1"], "--dfs: --df: expected a number from 0.5"),
         (["--compare", "--seeds", "1"], "--seeds: expected a whole number from 2"),
     ],
