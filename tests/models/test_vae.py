@@ -229,6 +229,28 @@ def test_the_bound_rises_with_the_number_of_draws(vae, x):
     assert bounds[-1] > bounds[0]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_bound_tends_to_the_likelihood(family):
+    torch.manual_seed(3)
+    model = VAE(SHAPE, hidden=(16,), latent=1, **FAMILIES[family]).double()
+    x = torch.rand(BATCH, *SHAPE, dtype=torch.float64).round()
+    with torch.no_grad():
+        model.decoder[0].weight.mul_(4)  # else z would hardly matter
+        # log p(x) by the trapezoid rule over z = tan(angle), which has all of the tails
+        angle = torch.linspace(-math.pi / 2, math.pi / 2, 20_003, dtype=torch.float64)[1:-1]
+        z = angle.tan()[:, None]
+        _, prior = in_torch(model.distribution(torch.zeros_like(z), torch.zeros_like(z)))
+        logits = model.decode(z).flatten(1)
+        likelihood = x.flatten(1) @ logits.T - torch.nn.functional.softplus(logits).sum(1)
+        log_density = likelihood + prior.log_prob(z)[:, 0] + torch.log1p(z[:, 0].square())
+        log_evidence = (log_density + (angle[1] - angle[0]).log()).logsumexp(1)
+
+        bound = model.negative_iw_bound(x, seed(), 20_000)
+        losses = [sum(model.losses(x, seed(i)).values()) for i in range(200)]
+    torch.testing.assert_close(-bound, log_evidence, atol=0.02, rtol=0)
+    assert (torch.stack(losses).mean(0) > -log_evidence).all(), "the ELBO is below"
+
+
 # a learnt df
 
 
