@@ -37,11 +37,13 @@ class Contender:
     """One function to time, and what it must be."""
 
     name: str
-    function: Callable[..., Tensor]
+    function: Callable[..., Tensor | Sequence[Tensor]]
     twin: Callable[..., Sequence[Tensor]] | None = None
-    """From inputs in float64 to the value and its sum's gradients; else the function itself."""
+    """From inputs in float64 to the values and their sum's gradients; else the function itself."""
     exact: bool = True
     """False for a peer that is off by design: its error is printed, not judged."""
+    repeatable: bool = True
+    """False for a peer that draws other random numbers on every call: it has no errors."""
     bars: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """What it may cost: ``{BOTH: {"mean": 1.2}}`` is 1.2 times forward + backward of the mean."""
     extra_bytes: int | None = None
@@ -233,15 +235,19 @@ def _call(contender: Contender, inputs: Sequence[Tensor], mode: str) -> Callable
     function = contender.function
     if mode == FORWARD:
         return function
-    value = function(*inputs).detach()
-    gradient = None if value.dim() == 0 else torch.ones_like(value)
+    values = _values(function(*inputs))
+    gradients = [None if v.dim() == 0 else torch.ones_like(v) for v in values]
 
     def forward_and_backward(*inputs: Tensor) -> None:
-        function(*inputs).backward(gradient)
+        torch.autograd.backward(function(*inputs), gradients)
         for x in inputs:
             x.grad = None  # frees the gradient, as it is freed inside a network
 
     return forward_and_backward
+
+
+def _values(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [v.detach() for v in ([outputs] if isinstance(outputs, Tensor) else outputs)]
 
 
 def _checks(case: Case, inputs: Mapping[str, Sequence[Tensor]]) -> dict[str, Row]:
@@ -250,26 +256,29 @@ def _checks(case: Case, inputs: Mapping[str, Sequence[Tensor]]) -> dict[str, Row
     expected: dict[Any, Sequence[Tensor]] = {}  # contenders that share a twin and inputs share it
     for c in case.contenders:
         leaves = [x for x in inputs[c.name] if x.requires_grad]
-        key = (c.twin or c.function, *map(id, inputs[c.name]))
-        if key not in expected:
-            expected[key] = _expected(c, inputs[c.name])
         try:
-            value = c.function(*inputs[c.name])
+            outputs = c.function(*inputs[c.name])
+            values = _values(outputs)
             if leaves:
-                value.backward(torch.ones_like(value))
+                torch.autograd.backward(outputs, [torch.ones_like(v) for v in values])
         except RuntimeError as error:  # not for this size or dtype
             checks[c.name] = {"status": str(error).partition("\n")[0], "errors": []}
             continue
-        outcomes = [value.detach(), *(x.grad for x in leaves)]
-        errors = [
-            math.inf if actual is None else relative_error(actual, twin)
-            for actual, twin in zip(outcomes, expected[key][: len(outcomes)], strict=True)
-        ]
-        tolerance = max(case.tolerance, 8 * torch.finfo(value.dtype).eps)
-        right = not c.exact or all(error <= tolerance for error in errors)
-        checks[c.name] = {"status": "ok" if right else "wrong", "errors": errors}
+        outcomes = [*values, *(x.grad for x in leaves)]
         for x in leaves:
             x.grad = None
+        errors = []
+        if c.repeatable:
+            key = (c.twin or c.function, *map(id, inputs[c.name]))
+            if key not in expected:
+                expected[key] = _expected(c, inputs[c.name])
+            errors = [
+                math.inf if actual is None else relative_error(actual, twin)
+                for actual, twin in zip(outcomes, expected[key][: len(outcomes)], strict=True)
+            ]
+        tolerance = max(case.tolerance, *(8 * torch.finfo(v.dtype).eps for v in values))
+        right = not c.exact or all(error <= tolerance for error in errors)
+        checks[c.name] = {"status": "ok" if right else "wrong", "errors": errors}
     return checks
 
 
@@ -281,11 +290,12 @@ def _expected(contender: Contender, inputs: Sequence[Tensor]) -> Sequence[Tensor
         d.clone().requires_grad_() if x.requires_grad else d
         for x, d in zip(inputs, doubles, strict=True)
     ]
-    value = contender.function(*doubles)
-    if not value.requires_grad:
-        return [value]
-    value.sum().backward()
-    return [value.detach(), *(d.grad for d in doubles if d.requires_grad)]
+    outputs = contender.function(*doubles)
+    values = _values(outputs)
+    leaves = [d for d in doubles if d.requires_grad]
+    if leaves:
+        torch.autograd.backward(outputs, [torch.ones_like(v) for v in values])
+    return [*values, *(d.grad for d in leaves)]
 
 
 @contextlib.contextmanager

@@ -20,7 +20,8 @@ Each time is the median over interleaved rounds, with its quartiles; each ratio 
 rounds' own ratios. The floor is the time that reading the inputs and writing the gradients once
 takes at the measured bandwidth, and its share of the median (what lies in a cache can be faster).
 Memory is the peak that torch's allocator holds beyond the inputs, over the gradients' bytes. The
-errors of value / gradient are sums of differences relative to the float64 twin, in their dtype.
+errors of values / gradients are sums of differences relative to the float64 twin, in their dtype;
+what draws other random numbers on every call has none.
 """
 
 

@@ -12,6 +12,7 @@
 #include "core/find_operator.h"
 #include "cross_entropy_losses/cross_entropy_losses.h"
 #include "pointwise_losses/pointwise_losses.h"
+#include "student_t/student_t.h"
 #include "superquantile/superquantile.h"
 
 namespace sqloss {
@@ -51,6 +52,27 @@ TORCH_LIBRARY_FRAGMENT(sqloss, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
+TORCH_LIBRARY_FRAGMENT(sqloss, m) {
+  m.set_python_module("sqloss._ops.student_t");
+  m.def(
+      "student_t_rsample_kl(Tensor? df, Tensor loc, Tensor scale, Tensor? prior_df, Tensor seed, "
+      "Tensor? rows, int? num_samples, str parameterization, str kl, bool kl_mean, bool return_z) "
+      "-> (Tensor z, Tensor kl)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "student_t_rsample_kl_backward(Tensor? grad_z, Tensor? grad_kl, Tensor? df, Tensor loc, "
+      "Tensor scale, Tensor? prior_df, Tensor seed, Tensor? rows, int? num_samples, "
+      "str parameterization, str kl, bool kl_mean, bool[4] output_mask) "
+      "-> (Tensor grad_df, Tensor grad_loc, Tensor grad_scale, Tensor grad_prior_df)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "student_t_noise(Tensor loc, Tensor seed, Tensor? rows, int? num_samples) "
+      "-> (Tensor energy, Tensor cosine)",
+      {at::Tag::pt2_compliant_tag});
+  m.def("draw_seed(Generator? generator, Device device) -> Tensor",
+        {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded});
+}
+
 TORCH_LIBRARY_IMPL(sqloss, CPU, m) {
   m.impl("superquantile", superquantile::forward_cpu);
   m.impl("superquantile_backward", superquantile::backward_cpu);
@@ -58,6 +80,18 @@ TORCH_LIBRARY_IMPL(sqloss, CPU, m) {
   m.impl("pointwise_losses_backward", pointwise_losses::backward_cpu);
   m.impl("cross_entropy_losses", cross_entropy_losses::forward_cpu);
   m.impl("cross_entropy_losses_backward", cross_entropy_losses::backward_cpu);
+  m.impl("student_t_rsample_kl", student_t::forward_cpu);
+  m.impl("student_t_rsample_kl_backward", student_t::backward_cpu);
+  m.impl("student_t_noise", student_t::noise_cpu);
+}
+
+TORCH_LIBRARY_IMPL(sqloss, CompositeExplicitAutograd, m) {
+  m.impl("draw_seed", student_t::draw_seed);
+}
+
+// Under vmap: torch's own random operator, which knows whether each of its batch is to have a seed.
+TORCH_LIBRARY_IMPL(sqloss, FuncTorchVmapMode, m) {
+  m.impl("draw_seed", student_t::draw_seed_by_torch);
 }
 
 #ifdef SQLOSS_WITH_CUDA
@@ -133,6 +167,30 @@ ValueAndLosses cvar_cross_entropy(double tail_fraction, const std::optional<at::
                  extra, tail_fraction, mask, return_losses);
 }
 
+at::Tensor draw_seed_eager(const std::optional<at::Generator>& generator, at::Device device) {
+  static const auto op = core::find_operator<decltype(student_t::draw_seed)>("sqloss::draw_seed");
+  return op.call(generator, device);
+}
+
+// The outputs that are wanted.
+using ZAndKl = std::tuple<std::optional<at::Tensor>, std::optional<at::Tensor>>;
+ZAndKl student_t_rsample_kl_eager(const std::optional<at::Tensor>& df, const at::Tensor& loc,
+                                  const at::Tensor& scale,
+                                  const std::optional<at::Tensor>& prior_df, const at::Tensor& seed,
+                                  const std::optional<at::Tensor>& rows,
+                                  std::optional<int64_t> num_samples,
+                                  std::string_view parameterization, std::string_view kl,
+                                  bool kl_mean, bool return_z) {
+  static const auto op =
+      core::find_operator<decltype(student_t::forward_cpu)>("sqloss::student_t_rsample_kl");
+  auto [z, of_kl] = op.call(df, loc, scale, prior_df, seed, rows, num_samples, parameterization, kl,
+                            kl_mean, return_z);
+  ZAndKl wanted;
+  if (return_z) std::get<0>(wanted) = std::move(z);
+  if (kl != "none") std::get<1>(wanted) = std::move(of_kl);
+  return wanted;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -142,6 +200,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("pointwise_losses", torch::wrap_pybind_function_no_gil(pointwise_losses_eager));
   m.def("cross_entropy_losses", torch::wrap_pybind_function_no_gil(cross_entropy_losses_eager));
   m.def("cvar_pointwise", torch::wrap_pybind_function_no_gil(cvar_pointwise));
+  m.def("draw_seed", torch::wrap_pybind_function_no_gil(draw_seed_eager));
+  m.def("student_t_rsample_kl", torch::wrap_pybind_function_no_gil(student_t_rsample_kl_eager));
   m.def("cvar_cross_entropy", torch::wrap_pybind_function_no_gil(cvar_cross_entropy));
 }
 

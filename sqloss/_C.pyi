@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 def cpu_capability() -> str: ...
@@ -59,3 +60,17 @@ def cvar_cross_entropy(
     label_smoothing: float,
     return_losses: bool,
 ) -> tuple[Tensor, Tensor | None]: ...
+def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor: ...
+def student_t_rsample_kl(
+    df: Tensor | None,
+    loc: Tensor,
+    scale: Tensor,
+    prior_df: Tensor | None,
+    seed: Tensor,
+    rows: Tensor | None,
+    num_samples: int | None,
+    parameterization: str,
+    kl: str,
+    kl_mean: bool,
+    return_z: bool,
+) -> tuple[Tensor | None, Tensor | None]: ...

@@ -2,6 +2,7 @@
 
 sqloss.cvar(losses, alpha=0.8)              # the mean of the worst 20 % of the losses
 sqloss.cvar_cross_entropy(x, y, alpha=0.8)  # the same, fused with the losses
+sqloss.student_t_rsample_kl(5.0, loc, scale)  # heavy-tailed latents for a VAE, with their KL
 """
 
 from pkgutil import extend_path
@@ -10,6 +11,7 @@ from pkgutil import extend_path
 # sys.path it is found there too.
 __path__ = extend_path(__path__, __name__)
 
+from sqloss import distributions as distributions
 from sqloss import losses as losses
 from sqloss import nn as nn
 from sqloss import reference as reference
@@ -22,6 +24,10 @@ from sqloss.losses import cvar_cross_entropy as cvar_cross_entropy
 from sqloss.losses import cvar_gaussian_nll_loss as cvar_gaussian_nll_loss
 from sqloss.losses import cvar_mse_loss as cvar_mse_loss
 from sqloss.losses import cvar_smooth_l1_loss as cvar_smooth_l1_loss
+from sqloss.student_t import draw_seed as draw_seed
+from sqloss.student_t import normal_rsample_kl as normal_rsample_kl
+from sqloss.student_t import student_t_rsample as student_t_rsample
+from sqloss.student_t import student_t_rsample_kl as student_t_rsample_kl
 from sqloss.superquantile import cvar as cvar
 from sqloss.superquantile import superquantile as superquantile
 from sqloss.superquantile import tail_weights as tail_weights
@@ -34,10 +40,15 @@ __all__ = [
     "cvar_gaussian_nll_loss",
     "cvar_mse_loss",
     "cvar_smooth_l1_loss",
+    "distributions",
+    "draw_seed",
     "losses",
     "nn",
+    "normal_rsample_kl",
     "reference",
     "show_config",
+    "student_t_rsample",
+    "student_t_rsample_kl",
     "superquantile",
     "tail_weights",
     "value_at_risk",

@@ -5,7 +5,7 @@ Everything is computed in float64, whatever the dtypes of the tensors; nothing w
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -365,3 +365,349 @@ def _require_classes(target: Tensor, classes: int, ignore_index: int) -> None:
         torch._assert_async(~bad.any(), message)
     elif bad.any():
         raise IndexError(f"{message}, got {target[bad][0]}")
+
+
+# --- Student-t sampling ---------------------------------------------------------------------------
+
+_WORD = 0xFFFFFFFF  # 32 bits
+
+# The polynomials below reach 1e-16 up to an argument of _SMALL, those of log1p up to _SMALL_LOG1P,
+# those in 2 / df from _LARGE_DF on.
+_SMALL = 0.1
+_SMALL_LOG1P = 0.01
+_LARGE_DF = 40.0
+
+# log(expm1(x) / x) and 1 - x / (1 - exp(-x)): of the Bernoulli numbers.
+_LOG_EXPM1_RATIO = (0.0, 1 / 2, 1 / 24, 0.0, -1 / 2880, 0.0, 1 / 181440, 0.0, -1 / 9676800)
+_LOG_T_SLOPE = (0.0, -1 / 2, -1 / 12, 0.0, 1 / 720, 0.0, -1 / 30240, 0.0, 1 / 1209600)
+# log1p(y) / y and (log1p(y) - y / (1 + y)) / y^2.
+_LOG1P_RATIO = tuple((-1) ** k / (k + 1) for k in range(9))
+_LOG1P_REST = tuple((-1) ** k * (k + 1) / (k + 2) for k in range(9))
+# log Z and the entropy H of Student's t less those of the normal distribution, in j = 2 / df: from
+# log Gamma(a + 1/2) - log Gamma(a) - log(a) / 2 in 1 / a, and from its derivative.
+_LOG_Z = (0.0, 1 / 8, 0.0, -1 / 192, 0.0, 1 / 640, 0.0, -17 / 14336, 0.0, 31 / 18432)
+_ENTROPY = (
+    0.0,
+    1 / 4 + 2 * _LOG_Z[1],
+    *((k + 1) * _LOG_Z[k] + 0.5 * (k - 1) * _LOG_Z[k - 1] for k in range(2, 10)),
+)
+
+
+def student_t_rsample_kl(
+    df: Tensor | None,
+    loc: Tensor,
+    scale: Tensor,
+    prior_df: Tensor | None,
+    seed: Tensor,
+    rows: Tensor | None,
+    num_samples: int | None,
+    parameterization: str,
+    kl: str,
+    kl_mean: bool,
+    return_z: bool,
+) -> tuple[Tensor, Tensor]:
+    """Samples of Student's t, and the Kullback-Leibler divergence from the prior t(0, 1, prior_df).
+
+    With u, v of :func:`uniforms`, for every element and sample::
+
+        t  = sqrt(df * expm1(-2 log(u) / df)) * cos(2 pi v),    z = loc + sigma * t
+        kl = log q(z) - log p(z) = -log(sigma) + log Z(prior_df) - log Z(df)
+             - (df + 1) / 2 * log1p(t^2 / df) + (prior_df + 1) / 2 * log1p(z^2 / prior_df)
+        log Z(df) = lgamma(df / 2) - lgamma((df + 1) / 2) + log(df * pi) / 2
+
+    where ``parameterization`` tells what ``scale`` is of sigma: ``"scale"``, ``"log_scale"`` or
+    ``"logvar"`` (2 log sigma). df, loc, scale and prior_df have one shape ``[..., m]``; without
+    prior_df it is df, without df both are infinite: the normal distribution. ``kl`` is::
+
+        "none"              not computed
+        "mc"                the above
+        "analytic_entropy"  E[log q] instead of log q(z)
+        "closed_form"       its expectation, (loc^2 + sigma^2 - 1) / 2 - log(sigma), without df
+
+    A df that is not positive gives NaN. Returns z in the dtype of loc, ``[..., m]`` or
+    ``[num_samples, ..., m]`` (empty unless ``return_z``), and kl, summed over the last dimension,
+    ``[...]`` or, where samples are counted and it is not their mean (``kl_mean``),
+    ``[num_samples, ...]``; in float64 if loc or scale is, else float32.
+    """
+    dtype = losses_dtype(loc, scale)
+    e, cosine = _noise(loc, seed, rows, num_samples, dtype)
+    i, mu, sigma, log_sigma = _parameters(df, loc, scale, parameterization)
+    t = (e.sqrt() * (0.5 * _log_expm1_ratio(e * i)).exp()) * cosine
+    z = mu + sigma * t
+    samples = z.to(loc.dtype) if return_z else loc.new_empty(0)
+    if kl == "none":
+        return samples, loc.new_empty(0, dtype=dtype)
+
+    if kl == "closed_form":
+        elements = (0.5 * (mu**2 + (2 * log_sigma).expm1()) - log_sigma).expand_as(z)
+    else:
+        p = i if prior_df is None else _inverse(prior_df)
+        of_q = -_entropy(i) if kl == "analytic_entropy" else -_log_z(i) - _log_kernel(t, i)
+        elements = -log_sigma + of_q + _log_z(p) + _log_kernel(z, p)
+    divergence = elements.sum(-1)
+    if kl_mean and num_samples is not None:
+        divergence = divergence.mean(0)
+    return samples, divergence.to(dtype)
+
+
+def student_t_rsample_kl_backward(
+    grad_z: Tensor | None,
+    grad_kl: Tensor | None,
+    df: Tensor | None,
+    loc: Tensor,
+    scale: Tensor,
+    prior_df: Tensor | None,
+    seed: Tensor,
+    rows: Tensor | None,
+    num_samples: int | None,
+    parameterization: str,
+    kl: str,
+    kl_mean: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of df, loc, scale and prior_df that ``output_mask`` wants; else empty tensors.
+
+    They are pathwise, at fixed u and v; t depends on df by::
+
+        d log|t| / d df = (1 - e / (1 - exp(-e))) / (2 df),    e = -2 log(u) / df
+
+    Without prior_df the gradient of df has the prior's part.
+    """
+    e, cosine = _noise(loc, seed, rows, num_samples, losses_dtype(loc, scale))
+    i, mu, sigma, log_sigma = _parameters(df, loc, scale, parameterization)
+    x = e * i
+    t = (e.sqrt() * (0.5 * _log_expm1_ratio(x)).exp()) * cosine
+    z = mu + sigma * t
+    slope = _log_t_slope(x)  # of log|t| in df, times 2 df
+
+    zero = torch.zeros_like(z)
+    of_z = zero if grad_z is None else grad_z.double()
+    of_log_sigma, of_df, of_prior_df = zero, zero, zero
+    if grad_kl is not None and kl != "none":
+        grad = grad_kl.double().unsqueeze(-1)
+        if kl_mean and num_samples is not None:
+            grad = grad / num_samples
+        if kl == "closed_form":
+            of_mu, of_log_sigma = grad * mu, grad * (2 * log_sigma).expm1()
+        else:
+            p = i if prior_df is None else _inverse(prior_df)
+            of_mu, of_log_sigma = zero, -grad
+            of_z = of_z + grad * (1 + p) * z / (1 + p * z**2)
+            if kl == "analytic_entropy":
+                of_df = -grad * _entropy_slope(i)
+            else:
+                y = i * t**2
+                turned = y / (1 + y) * (slope * (1 + i) - i)
+                of_df = -grad * (0.5 * (_log1p_rest(y) + turned) + _log_z_slope(i))
+            w = p * z**2
+            of_prior_df = grad * (0.5 * (_log1p_rest(w) - p * w / (1 + w)) + _log_z_slope(p))
+    else:
+        of_mu = zero
+
+    of_mu = of_mu + of_z
+    of_log_sigma = of_log_sigma + of_z * sigma * t
+    of_df = of_df + of_z * sigma * t * (0.5 * i * slope)
+    if prior_df is None:
+        of_df = of_df + of_prior_df
+    of_scale = {
+        "scale": of_log_sigma / sigma,
+        "log_scale": of_log_sigma,
+        "logvar": 0.5 * of_log_sigma,
+    }[parameterization]
+
+    def gradient(of: Tensor | None, derivative: Tensor, wanted: bool) -> Tensor:
+        if of is None or not wanted:
+            return loc.new_empty(0)
+        if num_samples is not None:
+            derivative = derivative.expand_as(z).sum(0)
+        return derivative.expand_as(of).to(of.dtype)
+
+    tensors, derivatives = (df, loc, scale, prior_df), (of_df, of_mu, of_scale, of_prior_df)
+    grad_df, grad_loc, grad_scale, grad_prior_df = map(gradient, tensors, derivatives, output_mask)
+    return grad_df, grad_loc, grad_scale, grad_prior_df
+
+
+def uniforms(
+    seed: Tensor, rows: Tensor, columns: int, num_samples: int | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Two independent uniform numbers, u in (0, 1] and v in [-1/2, 1/2), for every element.
+
+    They are functions of the seed, the sample and the element, ``row * columns + column``: of the
+    Philox block ``key = seed, counter = (element // 2 in two words, sample, 0)`` an even element
+    has the words 0 and 1, an odd one 2 and 3, as ``u = (word + 1/2) / 2^32`` in the arithmetic of
+    float32, so that it has all its digits where it is small, and ``v = word as a signed int32 /
+    2^32``; in float64 both are continued by 21 bits of the block whose last counter is 1. ``seed``
+    and ``rows`` are int64 of shapes that broadcast.
+    Returns float64 ``[..., columns]``, or ``[num_samples, ..., columns]``.
+    """
+    device = rows.device
+    element = rows.unsqueeze(-1) * columns + torch.arange(columns, device=device)
+    seed = seed.to(device).unsqueeze(-1)
+    sample = torch.zeros((), dtype=torch.int64, device=device)
+    if num_samples is not None:
+        sample = torch.arange(num_samples, device=device).view(-1, *[1] * element.dim())
+
+    def words(block: int) -> tuple[Tensor, Tensor]:
+        last = torch.full((), block, dtype=torch.int64, device=device)
+        counter = ((element >> 1) & _WORD, (element >> 33) & (_WORD >> 1), sample, last)
+        a, b, c, d = philox(counter, (seed & _WORD, (seed >> 32) & _WORD))
+        odd = (element & 1) == 1
+        return torch.where(odd, c, a), torch.where(odd, d, b)
+
+    of_u, of_v = words(0)
+    v = (of_v - ((of_v >> 31) << 32)).double()
+    if dtype == torch.float64:
+        more_of_u, more_of_v = words(1)
+        u = of_u.double() + ((more_of_u >> 11).double() + 0.5) / 2**21
+        v = v + (more_of_v >> 11).double() / 2**21
+    else:
+        u = (of_u.float() + 0.5).double()
+    return u / 2**32, v / 2**32
+
+
+def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-10: the four words of a block, in int64 tensors, from four of a counter and two of
+    a key. J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    a, b, c, d = counter
+    k0, k1 = key
+    for _ in range(10):
+        of_a, of_c = a * 0xD2511F53, c * 0xCD9E8D57  # modulo 2^64
+        a, b, c, d = (
+            ((of_c >> 32) & _WORD) ^ b ^ k0,
+            of_c & _WORD,
+            ((of_a >> 32) & _WORD) ^ d ^ k1,
+            of_a & _WORD,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return a, b, c, d
+
+
+def student_t_noise(
+    loc: Tensor, seed: Tensor, rows: Tensor | None, num_samples: int | None
+) -> tuple[Tensor, Tensor]:
+    """-2 log(u) and cos(2 pi v) of :func:`uniforms`, of the dtype of loc, float32 or float64."""
+    energy, cosine = _noise(loc, seed, rows, num_samples, loc.dtype)
+    return energy.to(loc.dtype), cosine.to(loc.dtype)
+
+
+def _noise(
+    loc: Tensor, seed: Tensor, rows: Tensor | None, num_samples: int | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """-2 log(u) and cos(2 pi v)."""
+    leading = loc.shape[:-1]
+    if rows is None:
+        rows = torch.arange(math.prod(leading), device=loc.device).reshape(leading)
+    u, v = uniforms(seed, rows, loc.shape[-1], num_samples, dtype)
+    return -2 * u.log(), (0.5 * math.pi * (1 - 4 * v.abs())).sin()  # exact where it is small
+
+
+def _parameters(
+    df: Tensor | None, loc: Tensor, scale: Tensor, parameterization: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """1 / df, loc, sigma and log(sigma)."""
+    mu, s = loc.double(), scale.double()
+    i = torch.zeros_like(mu) if df is None else _inverse(df)
+    if parameterization == "scale":
+        return i, mu, s, s.log()
+    log_sigma = 0.5 * s if parameterization == "logvar" else s
+    return i, mu, log_sigma.exp(), log_sigma
+
+
+def _inverse(df: Tensor) -> Tensor:
+    """1 / df, by which all formulas reach an infinite df; NaN where df is not positive."""
+    return torch.where(df > 0, df, math.nan).double().reciprocal()
+
+
+def _polynomial(coefficients: Sequence[float], x: Tensor) -> Tensor:
+    value = torch.zeros_like(x)
+    for coefficient in reversed(coefficients):
+        value = value * x + coefficient
+    return value
+
+
+def _derivative(coefficients: Sequence[float]) -> list[float]:
+    return [k * coefficient for k, coefficient in enumerate(coefficients)][1:]
+
+
+def _log_expm1_ratio(x: Tensor) -> Tensor:
+    """log(expm1(x) / x)"""
+    near, far = x.clamp(max=_SMALL), x.clamp(min=_SMALL)
+    exact = far + (-(-far).exp()).log1p() - far.log()
+    return torch.where(x < _SMALL, _polynomial(_LOG_EXPM1_RATIO, near), exact)
+
+
+def _log_t_slope(x: Tensor) -> Tensor:
+    """1 - x / (1 - exp(-x))"""
+    near, far = x.clamp(max=_SMALL), x.clamp(min=_SMALL)
+    return torch.where(x < _SMALL, _polynomial(_LOG_T_SLOPE, near), 1 + far / (-far).expm1())
+
+
+def _log_kernel(t: Tensor, i: Tensor) -> Tensor:
+    """(df + 1) / 2 * log1p(t^2 / df)"""
+    square = t**2
+    y = torch.where(i == 0, 0.0, i * square)  # also where t is infinite
+    small = y < _SMALL_LOG1P
+    ratio = _polynomial(_LOG1P_RATIO, y.clamp(max=_SMALL_LOG1P)) * square
+    return 0.5 * (1 + i) * torch.where(small, ratio, y.log1p() / torch.where(small, 1.0, i))
+
+
+def _log1p_rest(y: Tensor) -> Tensor:
+    """log1p(y) - y / (1 + y)"""
+    near = y.clamp(max=_SMALL_LOG1P)
+    return torch.where(
+        y < _SMALL_LOG1P, _polynomial(_LOG1P_REST, near) * near**2, y.log1p() - y / (1 + y)
+    )
+
+
+def _by_df(i: Tensor, series: Sequence[float], exact: Callable[[Tensor], Tensor]) -> Tensor:
+    """The series in 2 / df where that is small, else the function of df / 2: differences of
+    lgamma and its derivatives lose their digits where df is large.
+    """
+    large = ~(i > 1 / _LARGE_DF)
+    j = torch.where(large, 2 * i, 0.0)
+    return torch.where(large, _polynomial(series, j), exact(0.5 / torch.where(large, 1.0, i)))
+
+
+def _log_z(i: Tensor) -> Tensor:
+    normal = 0.5 * math.log(2 * math.pi)
+    return _by_df(
+        i,
+        (normal, *_LOG_Z[1:]),
+        lambda a: a.lgamma() - (a + 0.5).lgamma() + 0.5 * (2 * math.pi * a).log(),
+    )
+
+
+def _log_z_slope(i: Tensor) -> Tensor:
+    """The derivative of log Z in df."""
+    return (
+        -2
+        * i**2
+        * _by_df(
+            i,
+            _derivative(_LOG_Z),
+            lambda a: a**2 * ((a + 0.5).digamma() - a.digamma()) - 0.5 * a,
+        )
+    )
+
+
+def _entropy(i: Tensor) -> Tensor:
+    """Of Student's t: -E[log q] at sigma = 1."""
+    normal = 0.5 * (1 + math.log(2 * math.pi))
+
+    def exact(a: Tensor) -> Tensor:
+        log_z = a.lgamma() - (a + 0.5).lgamma() + 0.5 * (2 * math.pi * a).log()
+        return (a + 0.5) * ((a + 0.5).digamma() - a.digamma()) + log_z
+
+    return _by_df(i, (normal, *_ENTROPY[1:]), exact)
+
+
+def _entropy_slope(i: Tensor) -> Tensor:
+    """The derivative of the entropy in df."""
+
+    def exact(a: Tensor) -> Tensor:
+        # the trigamma function; torch.polygamma(1, a) has but 10 digits
+        step: Tensor = torch.special.zeta(2.0, a + 0.5) - torch.special.zeta(2.0, a)
+        return -(a**2) * (a + 0.5) * step - 0.5 * a
+
+    return -2 * i**2 * _by_df(i, _derivative(_ENTROPY), exact)

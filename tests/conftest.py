@@ -1,5 +1,6 @@
 import os
 import tempfile
+import warnings
 
 import pytest
 import torch
@@ -27,3 +28,33 @@ def device(request):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def peak_memory():
+    def measure(step):
+        """The most bytes that torch has held at once during the step, beyond those held before."""
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        ) as profile:
+            step()
+        held = peak = 0
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak
+
+    return measure
+
+
+@pytest.fixture
+def call_without_kernel():
+    def call(operator, *arguments):
+        """The operator as a device without a kernel gets it."""
+        key = torch._C.DispatchKey.CompositeExplicitAutograd
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return operator.default._op_dk(key, *arguments)
+
+    return call

@@ -88,10 +88,27 @@ def test_a_wrong_function_is_not_timed(run, tmp_path, capsys, monkeypatch, wrong
         )
 
 
+def another_seed(function):
+    def drawn(*arguments, seed, **options):
+        return function(*arguments, seed=seed + 1, **options)
+
+    return drawn
+
+
+def test_random_numbers_are_checked_where_they_are_known(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sqloss, "normal_rsample_kl", another_seed(sqloss.normal_rsample_kl))
+    assert run("--op", "rsample_kl", "--sizes", 8, "--json", tmp_path / "it.json") == 1
+    for row in json.loads((tmp_path / "it.json").read_text())["rows"]:
+        ours, wrong = row["function"].startswith("sqloss"), row["function"] == "sqloss, normal"
+        assert row["status"] == ("wrong" if wrong else "ok")
+        assert bool(row["seconds"]) != wrong and bool(row["errors"]) == ours
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_dtypes(run, dtype):
     operations = ("cvar", "batched", "weighted", "value_at_risk", "inputs")
     assert run("--dtype", dtype, "--sizes", 64, "--op", *operations) == 0
+    assert run("--dtype", dtype, "--sizes", 8, "--op", "rsample_kl", "kl_of_many_samples") == 0
 
 
 def test_a_new_file_takes_part(benchmark, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ import math
 import os
 import subprocess
 import sys
-import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -1038,22 +1037,8 @@ def test_activation_checkpointing(use_reentrant):
 # --- memory ---------------------------------------------------------------------------------------
 
 
-def peak_memory(step):
-    """The most bytes that torch has held at once during the step, beyond those held before."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        step()
-    held = peak = 0
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_peak_memory_is_the_gradient_and_a_number_per_sample(dtype):
+def test_peak_memory_is_the_gradient_and_a_number_per_sample(peak_memory, dtype):
     n, d = 64, 20_000
     logits, target = torch.randn(n, d, dtype=dtype, requires_grad=True), torch.rand(n, d)
     classes, transposed = torch.randint(d, (n,)), torch.rand(d, n).t()
@@ -1068,7 +1053,7 @@ def test_peak_memory_is_the_gradient_and_a_number_per_sample(dtype):
         logits.grad = None
 
 
-def test_the_measure_of_memory_sees_the_elements_losses():
+def test_the_measure_of_memory_sees_the_elements_losses(peak_memory):
     logits, target = torch.randn(64, 20_000, requires_grad=True), torch.rand(64, 20_000)
 
     def step():
@@ -1464,15 +1449,7 @@ def test_compiled_autograd():
 # --- devices without a kernel ---------------------------------------------------------------------
 
 
-def call_without_kernel(operator, *arguments):
-    """The operator as a device without a kernel gets it."""
-    key = torch._C.DispatchKey.CompositeExplicitAutograd
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return operator.default._op_dk(key, *arguments)
-
-
-def test_devices_without_a_kernel_get_the_twins():
+def test_devices_without_a_kernel_get_the_twins(call_without_kernel):
     ops = torch.ops.sqloss
     for arguments in pointwise_arguments():
         losses = call_without_kernel(ops.pointwise_losses, *arguments)

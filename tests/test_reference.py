@@ -1,7 +1,9 @@
 """The twin itself, against other people's code and by hand: what it says, kernels must follow."""
 
+import itertools
 import math
 
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -204,3 +206,185 @@ def test_dtypes_of_the_losses():
         assert losses.dtype == expected
         grads = reference.pointwise_losses_backward(losses, *arguments, [True, True, False])
         assert (grads[0].dtype, grads[1].dtype) == (input.dtype, target.dtype)
+
+
+# --- Student-t sampling ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "counter, key, block",
+    [
+        ("00000000 " * 4, "00000000 " * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff " * 4, "ffffffff " * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            "243f6a88 85a308d3 13198a2e 03707344",
+            "a4093822 299f31d0",
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
+def test_philox_gives_the_known_answers(counter, key, block):
+    """Those of Random123, its authors' library: kat_vectors, philox4x32 10."""
+
+    def words(text):
+        return torch.tensor([int(word, 16) for word in text.split()])
+
+    got = reference.philox(words(counter).unbind(), words(key).unbind())
+    assert torch.equal(torch.stack(got), words(block))
+
+
+def test_uniforms_are_words_of_the_blocks():
+    seed, rows = torch.tensor(-(2**62) + 12345), torch.tensor([0, 2, 2**40 + 1])
+    key = [seed.item() & 0xFFFFFFFF, (seed.item() >> 32) & 0xFFFFFFFF]
+
+    def block(element, sample, last):
+        counter = [element // 2 % 2**32, element // 2 >> 32, sample, last]
+        words = reference.philox([torch.tensor(c) for c in counter], [torch.tensor(k) for k in key])
+        return [word.item() for word in words][2 * (element % 2) :][:2]
+
+    u, v = reference.uniforms(seed, rows, 5, 3, torch.float32)
+    finer_u, finer_v = reference.uniforms(seed, rows, 5, 3, torch.float64)
+    assert u.shape == v.shape == (3, 3, 5)
+    for sample in range(3):
+        for r, row in enumerate(rows.tolist()):
+            for column in range(5):
+                at, element = (sample, r, column), row * 5 + column
+                of_u, of_v = block(element, sample, 0)
+                low_u, low_v = (word >> 11 for word in block(element, sample, 1))
+                signed = of_v - 2**32 if of_v >= 2**31 else of_v
+                assert u[at].item() == float(np.float32(of_u) + np.float32(0.5)) / 2**32
+                assert v[at].item() == signed / 2**32
+                assert finer_u[at].item() == (of_u + (low_u + 0.5) / 2**21) / 2**32
+                assert finer_v[at].item() == (signed + low_v / 2**21) / 2**32
+    one, _ = reference.uniforms(seed, rows, 5, None, torch.float32)
+    assert torch.equal(one, u[0])
+    by_row, _ = reference.uniforms(torch.stack([seed, seed + 1, seed]), rows, 5, 3, torch.float32)
+    assert torch.equal(by_row[:, [0, 2]], u[:, [0, 2]]) and (by_row[:, 1] != u[:, 1]).all()
+
+
+DFS = [0.5, 1.0, 2.0, 3.0, 5.0, 21.0, 39.9, 40.0, 41.0, 1e3, 1e4, 1e6, math.inf]
+
+
+def log_density(t, df):
+    if mpmath.isinf(df):
+        return -(t**2) / 2 - mpmath.log(2 * mpmath.pi) / 2
+    df = mpmath.mpf(df)
+    log_z = mpmath.loggamma(df / 2) - mpmath.loggamma((df + 1) / 2) + mpmath.log(df * mpmath.pi) / 2
+    return -(df + 1) / 2 * mpmath.log1p(t**2 / df) - log_z
+
+
+def entropy(df):
+    if mpmath.isinf(df):
+        return mpmath.log(2 * mpmath.pi * mpmath.e) / 2
+    a, b = mpmath.mpf(df) / 2, (mpmath.mpf(df) + 1) / 2
+    digammas = b * (mpmath.digamma(b) - mpmath.digamma(a))
+    return digammas + mpmath.log(mpmath.sqrt(df)) + mpmath.log(mpmath.beta(a, 0.5))
+
+
+def rsample_kl(df, loc, scale, prior_df=None, num_samples=None, form="scale", kl="mc", mean=True):
+    seed = torch.tensor(20_251_121)
+    return reference.student_t_rsample_kl(
+        df, loc, scale, prior_df, seed, None, num_samples, form, kl, mean, True
+    )
+
+
+@pytest.mark.parametrize("df", DFS)
+def test_student_t_by_its_formulas_in_40_digits(df):
+    loc, scale = torch.randn(7, 1, dtype=torch.float64), torch.rand(7, 1, dtype=torch.float64) + 0.1
+    u, v = reference.uniforms(torch.tensor(20_251_121), torch.arange(7), 1, None, torch.float64)
+    q_df = torch.full_like(loc, df)
+    for prior in (0.5, 5.0, 1e6, math.inf):
+        p_df = torch.full_like(loc, prior)
+        z, kl = rsample_kl(q_df, loc, scale, p_df)
+        _, analytic = rsample_kl(q_df, loc, scale, p_df, kl="analytic_entropy")
+        for row in range(7):
+            with mpmath.workdps(40):
+                e = -2 * mpmath.log(mpmath.mpf(u[row].item()))
+                squared = e if math.isinf(df) else df * mpmath.expm1(e / df)
+                t = mpmath.sqrt(squared) * mpmath.cos(2 * mpmath.pi * mpmath.mpf(v[row].item()))
+                expected = loc[row].item() + scale[row].item() * t
+                of_p, log_scale = log_density(expected, prior), mpmath.log(scale[row].item())
+                mc = log_density(t, df) - log_scale - of_p
+                cross = -entropy(df) - log_scale - of_p
+            assert z[row].item() == pytest.approx(float(expected), rel=1e-12, abs=1e-12)
+            assert kl[row].item() == pytest.approx(float(mc), rel=1e-12, abs=1e-12)
+            assert analytic[row].item() == pytest.approx(float(cross), rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("df", DFS[:-1])
+def test_derivatives_of_log_z_and_entropy_in_40_digits(df):
+    inverse = torch.tensor(df, dtype=torch.float64).reciprocal()
+    with mpmath.workdps(40):
+        of_log_z = -mpmath.diff(lambda at: log_density(0, at), df)
+        of_entropy = mpmath.diff(entropy, df)
+    assert reference._log_z_slope(inverse).item() == pytest.approx(float(of_log_z), rel=1e-12)
+    assert reference._entropy_slope(inverse).item() == pytest.approx(float(of_entropy), rel=1e-12)
+
+
+@pytest.mark.parametrize("form", ["scale", "log_scale", "logvar"])
+@pytest.mark.parametrize("kl", ["none", "mc", "analytic_entropy", "closed_form"])
+@pytest.mark.parametrize("num_samples, mean", [(None, True), (1, False), (3, True), (3, False)])
+def test_student_t_gradients_are_those_of_the_forward_twin(form, kl, num_samples, mean):
+    """By autograd through its formulas, with every df beside the others in a row."""
+    shape, normal = (2, 3, len(DFS)), kl == "closed_form"
+    # autograd's derivative of digamma has 10 digits; the gradient of df = 1e6 is of order 1e-12
+    rounding = {"rtol": 1e-8, "atol": 1e-9 if kl == "analytic_entropy" else 1e-19}
+    df = torch.tensor(DFS, dtype=torch.float64).expand(shape)
+    prior_df = df.flip(-1) * 0.9
+    loc, scale = torch.randn(shape, dtype=torch.float64), torch.rand(shape, dtype=torch.float64)
+    for dfs in ((None, None),) if normal else ((df, prior_df), (df, None), (None, None)):
+        given = (dfs[0], loc, scale, dfs[1])
+        wanted = [tensor is not None for tensor in given]
+        leaves = [t if t is None else t.clone().requires_grad_() for t in given]
+        rest = (num_samples, form, kl, mean)
+        z, divergence = rsample_kl(*leaves, *rest)
+        assert z.shape == (shape if num_samples is None else (num_samples, *shape))
+        of_z, of_kl = torch.randn_like(z), torch.randn_like(divergence)
+        for grad_z, grad_kl in ((of_z, of_kl), (of_z, None), (None, of_kl)):
+            if kl == "none" and grad_z is None:
+                continue
+            total = 0.0 if grad_z is None else (z * grad_z).sum()
+            if kl != "none" and grad_kl is not None:
+                total = total + (divergence * grad_kl).sum()
+            expected = torch.autograd.grad(
+                total,
+                [leaf for leaf in leaves if leaf is not None],
+                retain_graph=True,
+                materialize_grads=True,
+                allow_unused=True,
+            )
+            got = reference.student_t_rsample_kl_backward(
+                grad_z, grad_kl, *given, torch.tensor(20_251_121), None, *rest, wanted
+            )
+            got = [g for g, want in zip(got, wanted, strict=True) if want]
+            for a, b in zip(got, expected, strict=True):
+                torch.testing.assert_close(a, b, **rounding)
+            unwanted = reference.student_t_rsample_kl_backward(
+                grad_z, grad_kl, *given, torch.tensor(0), None, *rest, [False] * 4
+            )
+            assert [t.shape for t in unwanted] == [(0,)] * 4
+
+
+def test_student_t_where_df_is_not_positive_and_infinities():
+    df = torch.tensor([[0.0], [-1.0], [math.nan], [3.0], [3.0], [math.inf], [3.0]])
+    loc = torch.tensor([[0.0], [0.0], [0.0], [math.nan], [math.inf], [math.inf], [0.0]])
+    scale = torch.tensor([[1.0], [1.0], [1.0], [1.0], [1.0], [1.0], [0.0]])
+    z, kl = rsample_kl(df, loc, scale)
+    assert z[:4].isnan().all() and kl[:4].isnan().all()
+    assert (z[4:6] == math.inf).all() and (kl[4:] == math.inf).all() and z[6] == 0
+
+
+def test_student_t_dtypes():
+    """float64 has its own bits; df does not decide."""
+    for of_loc, of_scale, of_df in itertools.product(
+        (torch.half, torch.bfloat16, torch.float, torch.double), repeat=3
+    ):
+        loc, scale = torch.randn(2, 3).to(of_loc), torch.rand(2, 3).to(of_scale)
+        df = torch.full((2, 3), 5.0, dtype=of_df)
+        z, kl = rsample_kl(df, loc, scale)
+        double = torch.double in (of_loc, of_scale)
+        assert z.dtype == of_loc and kl.dtype == (torch.double if double else torch.float)
+        grads = reference.student_t_rsample_kl_backward(
+            z, kl, df, loc, scale, df, torch.tensor(0), None, None, "scale", "mc", True, [True] * 4
+        )
+        assert [g.dtype for g in grads] == [of_df, of_loc, of_scale, of_df]

@@ -1,17 +1,20 @@
-// exp and logarithms in which the compiler finds vectors: no branch, no table, no call. Every CPU
-// capability computes the same bits, within three units in the last place of the true value.
+// exp, logarithms and a cosine in which the compiler finds vectors: no branch, no table, no call.
+// Every CPU capability computes the same bits, within three units in the last place of the true
+// value (exp of more than 1: six).
 //
-// Included by csrc/*/cpu.cpp alone; compiled once per CPU capability, in its namespace.
+// In the namespace of who includes it: a csrc/*/cpu.cpp, once per CPU capability, or a cuda.cu.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <limits>
 
+#include "core/inline.h"
+
 namespace sqloss::core::CPU_CAPABILITY {
 
 template <typename To, typename From>
-inline To bits_as(From from) {
+SQLOSS_INLINE To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof(to));
@@ -28,10 +31,10 @@ struct Float<float> {
   static constexpr Bits kExponentOfOne = 127;
   // ln 2 in two parts, the first so short that its products with exponents are exact
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  // Below, exp is taken for 0: nearly all of that has no normal value
-  static constexpr float kExpOfLessIsZero = -87.0f;
+  // Below, exp is taken for 0: nearly all of that has no normal value. Above, it is infinite.
+  static constexpr float kExpOfLessIsZero = -87.0f, kExpOfMoreIsInfinite = 89.0f;
   // Terms of the series below whose remainder is under half a unit in the last place
-  static constexpr int kExpTerms = 8, kLogTerms = 5, kLog1pTerms = 7;
+  static constexpr int kExpTerms = 8, kLogTerms = 5, kLog1pTerms = 7, kSineTerms = 7;
 };
 
 template <>
@@ -41,13 +44,13 @@ struct Float<double> {
   static constexpr Bits kExponentOfOne = 1023;
   static constexpr double kLn2High = 6.93147180369123816490e-01,
                           kLn2Low = 1.90821492927058770002e-10;
-  static constexpr double kExpOfLessIsZero = -708.0;
-  static constexpr int kExpTerms = 14, kLogTerms = 11, kLog1pTerms = 17;
+  static constexpr double kExpOfLessIsZero = -708.0, kExpOfMoreIsInfinite = 710.0;
+  static constexpr int kExpTerms = 14, kLogTerms = 11, kLog1pTerms = 17, kSineTerms = 12;
 };
 
 // sum of x^k / k! for k < kTerms, by Horner's rule; factor is 1 / k!
 template <int kTerms, int k = 0, typename T>
-inline T exp_series(T x, double factor = 1.0) {
+SQLOSS_INLINE T exp_series(T x, double factor = 1.0) {
   if constexpr (k + 1 == kTerms) {
     return T(factor);
   } else {
@@ -57,7 +60,7 @@ inline T exp_series(T x, double factor = 1.0) {
 
 // sum of z^k / (2 k + 1) for k < kTerms
 template <int kTerms, int k = 0, typename T>
-inline T atanh_series(T z) {
+SQLOSS_INLINE T atanh_series(T z) {
   if constexpr (k + 1 == kTerms) {
     return T(1.0 / (2 * k + 1));
   } else {
@@ -65,9 +68,10 @@ inline T atanh_series(T z) {
   }
 }
 
-// exp(x) for x <= 1 as 2^n * exp(x - n ln 2), |x - n ln 2| <= ln 2 / 2; 0 below kExpOfLessIsZero.
+// exp(x), not of numbers near kExpOfMoreIsInfinite, as 2^n * exp(x - n ln 2), |x - n ln 2| <= ln 2
+// / 2; 0 below kExpOfLessIsZero.
 template <typename T>
-inline T exp_small(T x) {
+SQLOSS_INLINE T exp_small(T x) {
   using Type = Float<T>;
   using Bits = typename Type::Bits;
   // Added to a number, this leaves it rounded to an integer in the lowest bits of the sum.
@@ -82,35 +86,61 @@ inline T exp_small(T x) {
   return x < Type::kExpOfLessIsZero ? T(0) : result;
 }
 
+// exp(x) of any x
+template <typename T>
+SQLOSS_INLINE T exp(T x) {
+  constexpr T kMost = Float<T>::kExpOfMoreIsInfinite;
+  const T half = exp_small(T(0.5) * (x > kMost ? kMost : x));
+  return half * half;
+}
+
+// sin(pi / 2 * s) / s for s^2 <= 1, given s^2: the series of sine
+template <int kTerms, int k = 0, typename T>
+SQLOSS_INLINE T sine_series(T s2, double factor = 1.57079632679489661923) {
+  if constexpr (k + 1 == kTerms) {
+    return T(factor);
+  } else {
+    constexpr double kQuarterTurnSquared = 2.46740110027233965471;  // (pi / 2)^2
+    return T(factor) + s2 * sine_series<kTerms, k + 1>(
+                                s2, -factor * kQuarterTurnSquared / ((2 * k + 2) * (2 * k + 3)));
+  }
+}
+
 // log(1 + t) for t in [0, 1], as 2 atanh(t / (2 + t))
 template <typename T>
-inline T log1p_of_fraction(T t) {
+SQLOSS_INLINE T log1p_of_fraction(T t) {
   const T s = t / (T(2) + t);
   return T(2) * s * atanh_series<Float<T>::kLog1pTerms>(s * s);
 }
 
-// log(x) = e ln 2 + 2 atanh((m - 1) / (m + 1)) for x = m 2^e, m in [sqrt(1/2), sqrt(2))
+// log(x) = e ln 2 + 2 atanh((m - 1) / (m + 1)) for x = m 2^e, m in [sqrt(1/2), sqrt(2)); x a normal
+// positive number, e more by `shift`
 template <typename T>
-inline T log(T x) {
+SQLOSS_INLINE T log_of_normal(T x, T shift = T(0)) {
   using Type = Float<T>;
   using Bits = typename Type::Bits;
-  constexpr T kTiny = std::numeric_limits<T>::min();
   constexpr T kTwoToMantissaBits = T(Bits(1) << Type::kMantissaBits);
-  const bool subnormal = x < kTiny;
-  const T normal = subnormal ? x * kTwoToMantissaBits : x;
-
   const Bits one = Type::kExponentOfOne << Type::kMantissaBits;
   const Bits root = bits_as<Bits>(T(0.70710678118654752440));
-  const Bits shifted = bits_as<Bits>(normal) + (one - root);
+  const Bits shifted = bits_as<Bits>(x) + (one - root);
   const T m = bits_as<T>(Bits((shifted & ((Bits(1) << Type::kMantissaBits) - 1)) + root));
   // The biased exponent as the lowest bits of a number 2^kMantissaBits
   const T biased =
       bits_as<T>(Bits((shifted >> Type::kMantissaBits) | bits_as<Bits>(kTwoToMantissaBits)));
-  const T e = biased - (kTwoToMantissaBits + T(Type::kExponentOfOne)) -
-              (subnormal ? T(Type::kMantissaBits) : T(0));
+  const T e = biased - (kTwoToMantissaBits + T(Type::kExponentOfOne)) + shift;
   const T s = (m - T(1)) / (m + T(1));
   const T log_m = T(2) * s * atanh_series<Type::kLogTerms>(s * s);
-  const T finite = e * Type::kLn2High + (log_m + e * Type::kLn2Low);
+  return e * Type::kLn2High + (log_m + e * Type::kLn2Low);
+}
+
+// log(x) of any x
+template <typename T>
+SQLOSS_INLINE T log(T x) {
+  constexpr int kMantissaBits = Float<T>::kMantissaBits;
+  constexpr T kTwoToMantissaBits = T(typename Float<T>::Bits(1) << kMantissaBits);
+  const bool subnormal = x < std::numeric_limits<T>::min();
+  const T finite =
+      log_of_normal(subnormal ? x * kTwoToMantissaBits : x, subnormal ? T(-kMantissaBits) : T(0));
 
   constexpr T infinity = std::numeric_limits<T>::infinity();
   const T positive = x < infinity ? finite : x;  // also NaN

@@ -1,0 +1,126 @@
+// Student-t and normal samples with their KL divergence: what the kernels take and promise.
+//
+// With loc, scale and df of an element, t a draw of t(0, 1, df) (student_t_math.h; of no df: of the
+// standard normal), prior_df that of the prior t(0, 1, prior_df):
+//
+//   z = loc + scale * t
+//   kl of the element, one of
+//     mc                 log q(z) - log p(z)
+//     analytic_entropy   E log q - log p(z), whose first term needs no sample
+//     closed_form        of the normal: (loc^2 + scale^2 - 1) / 2 - log(scale)
+//
+// summed over the columns of a row, and averaged over the samples if `mean`. Random bits are a
+// function of (seed of the row, sample, row, column): Philox blocks of counter (e / 2, sample,
+// part) with e = row * columns + column, of which an even e takes the words 0 and 1 and an odd e
+// the words 2 and 3; part 1 has the lower bits for double. So a row may be drawn again alone, and
+// every number of threads draws the same.
+//
+// Elements are computed in float, or in double where loc or scale is of it; sums over columns and
+// samples are in double and in an order that depends on sizes alone.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "core/strided.h"
+
+namespace sqloss::student_t {
+
+// What `scale` holds: the scale, its logarithm, or twice that.
+enum class Parameterization { kScale, kLogScale, kLogvar };
+enum class Kl { kNone, kMc, kAnalyticEntropy, kClosedForm };
+
+// By their names; raise ValueError.
+Parameterization parameterization_named(std::string_view name);
+Kl kl_named(std::string_view name);
+
+// Tensors as sequences of rows * columns numbers.
+struct Inputs {
+  Parameterization parameterization;
+  Kl kl;
+  bool mean;
+  int64_t rows, columns, num_samples;
+  core::Strided df;  // absent: the normal distribution
+  core::Strided loc, scale;
+  core::Strided prior_df;        // absent: df
+  core::Strided seeds, row_ids;  // int64, one per row; no row_ids: 0, 1, 2, ...
+};
+
+// Where the outputs go, in the sequence [num_samples, rows, columns] or [num_samples or 1, rows];
+// the unwanted ones absent.
+struct Outputs {
+  core::Strided z;
+  void* kl = nullptr;
+};
+
+// Of the outputs, the same sequences; of none that is not used.
+struct Gradients {
+  core::Strided z, kl;
+  core::Strided df, loc, scale, prior_df;  // to be written: those wanted
+};
+
+// [num_samples, rows, columns] each
+struct NoiseOutputs {
+  core::Strided energy, cosine;
+};
+
+// The kernels of one CPU capability. `dtype` is that of the computation and of the KL divergence.
+struct CpuKernels {
+  void (*forward)(const Inputs&, at::ScalarType dtype, const Outputs&);
+  void (*backward)(const Inputs&, at::ScalarType dtype, const Gradients&);
+  // The random numbers alone; of the inputs, those that have to do with them.
+  void (*noise)(const Inputs&, at::ScalarType dtype, const NoiseOutputs&);
+};
+
+namespace DEFAULT {
+extern const CpuKernels kernels;
+}
+#if defined(__x86_64__)
+namespace AVX2 {
+extern const CpuKernels kernels;
+}
+namespace AVX512 {
+extern const CpuKernels kernels;
+}
+#else
+namespace AVX2 = DEFAULT;
+namespace AVX512 = DEFAULT;
+#endif
+
+// From tensors to kernels. df, loc, scale and prior_df have one shape [..., columns] and any
+// strides; seed and rows broadcast to, and have, the shape [...]. No num_samples is one sample,
+// without a dimension of its own in z and kl. Outputs that are not wanted are empty.
+using Outs = std::tuple<at::Tensor, at::Tensor>;  // z, kl
+Outs forward_cpu(const std::optional<at::Tensor>& df, const at::Tensor& loc,
+                 const at::Tensor& scale, const std::optional<at::Tensor>& prior_df,
+                 const at::Tensor& seed, const std::optional<at::Tensor>& rows,
+                 std::optional<int64_t> num_samples, std::string_view parameterization,
+                 std::string_view kl, bool kl_mean, bool return_z);
+
+// The gradients of df, loc, scale and prior_df that output_mask wants; without a prior_df, that of
+// df holds both.
+using InputGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+InputGradients backward_cpu(const std::optional<at::Tensor>& grad_z,
+                            const std::optional<at::Tensor>& grad_kl,
+                            const std::optional<at::Tensor>& df, const at::Tensor& loc,
+                            const at::Tensor& scale, const std::optional<at::Tensor>& prior_df,
+                            const at::Tensor& seed, const std::optional<at::Tensor>& rows,
+                            std::optional<int64_t> num_samples, std::string_view parameterization,
+                            std::string_view kl, bool kl_mean, std::array<bool, 4> output_mask);
+
+// The random numbers of the samples, -2 log(u) and cos(2 pi v), of the dtype and with the shape of
+// loc, after num_samples: for derivatives beyond those of backward.
+using NoiseTensors = std::tuple<at::Tensor, at::Tensor>;  // energy, cosine
+NoiseTensors noise_cpu(const at::Tensor& loc, const at::Tensor& seed,
+                       const std::optional<at::Tensor>& rows, std::optional<int64_t> num_samples);
+
+// A seed, int64 of no dimension on the device: 64 random bits of the generator, or of the device's
+// own.
+at::Tensor draw_seed(const std::optional<at::Generator>& generator, at::Device device);
+at::Tensor draw_seed_by_torch(const std::optional<at::Generator>& generator, at::Device device);
+
+}  // namespace sqloss::student_t

@@ -1,0 +1,219 @@
+// The mathematics of Student-t samples and of their KL divergence, on single numbers, for CPU and
+// CUDA kernels: plain arithmetic without branches.
+//
+// Bailey's transform (Mathematics of Computation 62, 1994): with u, v uniform in (0, 1] and
+//
+//   e = -2 log(u) / df,   t = sqrt(df * expm1(e)) * cos(2 pi v)
+//
+// t is Student-t with df degrees of freedom, exactly and for every df > 0; of infinite df it is the
+// normal sample of Box and Muller. What follows is written in
+//
+//   g = exp(-e) and psi = (1 - g) / e, both in (0, 1], so that
+//   t = sqrt(-2 log(u) * psi / g) * cos(2 pi v),   d t / d df = t * (1 - 1 / psi) / (2 df)
+//
+// which neither overflows before t does nor loses digits where e is tiny, and holds for 1 / df = 0.
+//
+// In the namespace of who includes it: a csrc/*/cpu.cpp, once per CPU capability, or a cuda.cu.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "core/inline.h"
+#include "core/vector_math.h"
+
+namespace sqloss::student_t::CPU_CAPABILITY {
+
+using core::CPU_CAPABILITY::Float;
+
+// --- random numbers ------------------------------------------------------------------------------
+
+// The two that make a sample.
+template <typename T>
+struct Noise {
+  T energy;  // -2 log(u)
+  T cosine;  // cos(2 pi v)
+};
+
+constexpr double kTwoToMinus21 = 1.0 / (1 << 21), kTwoToMinus30 = 1.0 / (1 << 30),
+                 kTwoToMinus32 = kTwoToMinus30 / 4;
+
+// cos(2 pi v) = sin(pi / 2 * (1 - 4 |v|)) for v in [-1/2, 1/2); quarter is 1 - 4 |v|.
+template <typename T>
+SQLOSS_INLINE T cosine_of_turn(T quarter) {
+  return quarter * core::CPU_CAPABILITY::sine_series<Float<T>::kSineTerms>(quarter * quarter);
+}
+
+// From a word each: u = (word + 1/2) / 2^32, v = word / 2^32 as a signed number. Both end in
+// rounding to float alone, which keeps u's digits where it is small, in the tail.
+SQLOSS_INLINE Noise<float> noise(uint32_t u, uint32_t v) {
+  const float uniform = (static_cast<float>(u) + 0.5f) * static_cast<float>(kTwoToMinus32);
+  const uint32_t magnitude = v >> 31 ? 0u - v : v;
+  const auto quarter = static_cast<float>(static_cast<int32_t>((1u << 30) - magnitude)) *
+                       static_cast<float>(kTwoToMinus30);
+  return {-2.0f * core::CPU_CAPABILITY::log_of_normal(uniform), cosine_of_turn(quarter)};
+}
+
+// From 53 bits each: a word, and the 21 high bits of another.
+SQLOSS_INLINE Noise<double> noise(uint32_t u, uint32_t v, uint32_t u_more, uint32_t v_more) {
+  const double u_fraction = (static_cast<double>(u_more >> 11) + 0.5) * kTwoToMinus21;
+  const double v_fraction = static_cast<double>(v_more >> 11) * kTwoToMinus21;
+  const double uniform = (static_cast<double>(u) + u_fraction) * kTwoToMinus32;
+  const double turn = static_cast<double>(static_cast<int32_t>(v)) + v_fraction;
+  const double quarter = (static_cast<double>(1 << 30) - std::abs(turn)) * kTwoToMinus30;
+  return {-2.0 * core::CPU_CAPABILITY::log_of_normal(uniform), cosine_of_turn(quarter)};
+}
+
+// --- samples -------------------------------------------------------------------------------------
+
+template <typename T>
+struct Sample {
+  T t, e, g, psi;
+  T psi_less_1;  // psi - 1 without its rounding
+  T cosine;
+};
+
+// Series in e are summed where e is below; elsewhere nothing cancels.
+template <typename T>
+constexpr T kSmall = T(0.5);
+
+template <typename T>
+SQLOSS_INLINE Sample<T> student_t_sample(const Noise<T>& noise, T inverse_df) {
+  constexpr int kTerms = Float<T>::kExpTerms + 2;
+  const T e = noise.energy * inverse_df;
+  const T root_of_g = core::CPU_CAPABILITY::exp_small(T(-0.5) * e);
+  const T g = root_of_g * root_of_g;
+  const bool small = e < kSmall<T>;
+  // psi = sum of (-e)^k / (k + 1)!
+  const T series = -e * core::CPU_CAPABILITY::exp_series<kTerms, 2>(-e, 0.5);
+  const T psi_of_small = T(1) + series, psi_of_large = (T(1) - g) / e;
+  const T psi = small ? psi_of_small : psi_of_large;
+  const T less_1_of_large = psi_of_large - T(1), less_1 = small ? series : less_1_of_large;
+  const T radius = std::sqrt(noise.energy * psi) / root_of_g;
+  return {radius * noise.cosine, e, g, psi, less_1, noise.cosine};
+}
+
+template <typename T>
+SQLOSS_INLINE T normal_sample(const Noise<T>& noise) {
+  return std::sqrt(noise.energy) * noise.cosine;
+}
+
+// d t / d df
+template <typename T>
+SQLOSS_INLINE T in_df(const Sample<T>& sample, T inverse_df) {
+  return T(0.5) * sample.t * inverse_df * (sample.psi_less_1 / sample.psi);
+}
+
+// (1 + t^2 / df) * g, between g and 1
+template <typename T>
+SQLOSS_INLINE T scaled_square(const Sample<T>& s) {
+  const T cosine2 = s.cosine * s.cosine;
+  return cosine2 + (T(1) - cosine2) * s.g;
+}
+
+// log(1 + x) with w = 1 + x rounded, given log(w)
+template <typename T>
+SQLOSS_INLINE T corrected(T log_w, T w, T x) {
+  return log_w + (x - (w - T(1))) / w;
+}
+
+// log(1 + t^2 / df) = e + log(scaled_square)
+template <typename T>
+SQLOSS_INLINE T log1p_of_square(const Sample<T>& s, T inverse_df) {
+  constexpr T kLeast = std::numeric_limits<T>::min();
+  const bool small = s.e < kSmall<T>;
+  const T square = scaled_square(s), at_least = square < kLeast ? kLeast : square;
+  const T x = s.t * s.t * inverse_df, plus_1 = T(1) + x;
+  const T w = small ? plus_1 : at_least;
+  const T log_w = core::CPU_CAPABILITY::log_of_normal(w);
+  const T of_small = corrected(log_w, w, x), of_large = log_w + s.e;
+  return small ? of_small : of_large;
+}
+
+// -d log(1 + t^2 / df) / d df
+template <typename T>
+SQLOSS_INLINE T log1p_of_square_falls(const Sample<T>& s, T inverse_df) {
+  return s.e * inverse_df * (s.cosine * s.cosine / scaled_square(s));
+}
+
+// --- the prior -----------------------------------------------------------------------------------
+
+// Of a sample z under t(0, 1, df), a = |z| / sqrt(df): log(1 + a^2) ...
+template <typename T>
+SQLOSS_INLINE T log1p_of_square(T a) {
+  constexpr T kLarge = sizeof(T) == 4 ? T(1e6) : T(1e10);  // then 1 + a^2 rounds to a^2
+  const bool large = a > kLarge;
+  const T x = a * a, plus_1 = T(1) + x, w = large ? a : plus_1;
+  const T log_w = core::CPU_CAPABILITY::log(w);
+  const T of_small = corrected(log_w, w, x), of_large = T(2) * log_w;
+  return large ? of_large : of_small;
+}
+
+// ... and a / (1 + a^2), half its derivative; of any a from 0 up
+template <typename T>
+SQLOSS_INLINE T over_1_plus_square(T a) {
+  return T(1) / (a + T(1) / a);
+}
+
+// --- normalising constants -----------------------------------------------------------------------
+
+// The density of t(0, 1, df) is (1 + t^2/df)^(-(df+1)/2) / Z with
+//
+//   log Z = lgamma(df/2) - lgamma((df+1)/2) + log(df * pi) / 2 = log(2 pi) / 2 + rho(df/2)
+//
+// where rho(x) = log(x)/2 - log(gamma(x + 1/2) / gamma(x)) = 1/(8 x) - 1/(192 x^3) + ...; the
+// series follows from the asymptotic one of lgamma (NIST DLMF 5.11.8), with Bernoulli numbers.
+// Small x are shifted up by kShift first: gamma(x + 1) = x * gamma(x).
+template <typename T>
+struct Rho {
+  T value, first, second;  // and derivatives in x
+};
+
+template <bool kSecond, typename T>
+SQLOSS_INLINE Rho<T> rho(T x) {
+  constexpr int kShift = 8;
+  constexpr T kLargeEnough = T(64);  // and small enough for products of 2 kShift of them
+  const bool shifted = x < kLargeEnough;
+  const T y = shifted ? x + T(kShift) : x;
+
+  constexpr double kSeries[] = {1.0 / 8,      -1.0 / 192,      1.0 / 640,      -17.0 / 14336,
+                                31.0 / 18432, -691.0 / 180224, 5461.0 / 425984};
+  constexpr int kTerms = sizeof(T) == 4 ? 3 : 7;
+  const T inverse = T(1) / y, inverse2 = inverse * inverse;
+  Rho<T> result = {T(0), T(0), T(0)};
+  for (int k = kTerms - 1; k >= 0; --k) {
+    result.value = result.value * inverse2 + T(kSeries[k]);
+    result.first = result.first * inverse2 - T((2 * k + 1) * kSeries[k]);
+    result.second = result.second * inverse2 + T((2 * k + 1) * (2 * k + 2) * kSeries[k]);
+  }
+  result.value *= inverse;
+  result.first *= inverse2;
+  result.second *= inverse2 * inverse;
+
+  // rho(x) - rho(x + kShift): the logarithm of a product, and its derivatives
+  const T from = shifted ? x : T(1);
+  T numerator = T(1), denominator = T(1);          // of the product
+  T sum_numerator = T(0), sum_denominator = T(1);  // of the sum of 1 / ((x + i) * (x + i + 1/2))
+  T second = T(0);
+  for (int i = 0; i < kShift; ++i) {
+    const T a = from + T(i), b = from + T(i + 0.5), ab = a * b;
+    numerator *= b;
+    denominator *= a;
+    sum_numerator = sum_numerator * ab + sum_denominator;
+    sum_denominator *= ab;
+    if constexpr (kSecond) second += (a + b) / (ab * ab);
+  }
+  const T to = from + T(kShift), ratio = numerator / denominator;
+  const T value = core::CPU_CAPABILITY::log_of_normal(std::sqrt(from / to) * ratio);
+  const T first = T(0.5) * (T(kShift) / (from * to) - sum_numerator / sum_denominator);
+  result.value += shifted ? value : T(0);
+  result.first += shifted ? first : T(0);
+  if constexpr (kSecond) {
+    const T squares = T(1) / (to * to) - T(1) / (from * from);
+    result.second += shifted ? T(0.5) * (squares + second) : T(0);
+  }
+  return result;
+}
+
+}  // namespace sqloss::student_t::CPU_CAPABILITY
