@@ -42,7 +42,12 @@ class Normal(NamedTuple):
         """Reparameterised draws: [B, latent], or [S, B, latent] where num_samples = S is given."""
         seed = seed.to(self.loc.device)
         return student_t_rsample(
-            math.inf, self.loc, None, num_samples, logvar=self.logvar, seed=seed, rows=rows
+            math.inf,
+            self.loc,
+            logvar=self.logvar,
+            num_samples=num_samples,
+            seed=seed,
+            rows=rows,
         )
 
     def rsample_kl(
@@ -80,7 +85,12 @@ class StudentT(NamedTuple):
         """Reparameterised draws: [B, latent], or [S, B, latent] where num_samples = S is given."""
         seed = seed.to(self.loc.device)
         return student_t_rsample(
-            self.df, self.loc, None, num_samples, logvar=self.logvar, seed=seed, rows=rows
+            self.df,
+            self.loc,
+            logvar=self.logvar,
+            num_samples=num_samples,
+            seed=seed,
+            rows=rows,
         )
 
     def rsample_kl(

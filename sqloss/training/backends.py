@@ -28,8 +28,8 @@ class Torch:
 
     def __init__(self, model: VAE, contender: str, config: Config) -> None:
         self.model = model
-        self.iwae_samples = config.iwae_samples
         self.objective = config.objectives[contender]
+        self.iwae_samples = config.iwae_samples
         self.adam = torch.optim.Adam(model.parameters(), config.learning_rate, fused=True)
 
     def step(self, x: Tensor, seed: Tensor) -> Tensor:
@@ -40,9 +40,10 @@ class Torch:
         return loss.detach()
 
     def losses(self, x: Tensor, seed: Tensor) -> dict[str, Tensor]:
-        """The losses, one per sample, that the objectives are of."""
+        """The losses, one per sample, that the objective is of."""
         if self.iwae_samples:
-            return {"negative_iw_bound": self.model.negative_iw_bound(x, seed, self.iwae_samples)}
+            bound = self.model.negative_iw_bound(x, seed, self.iwae_samples)
+            return {"negative_iw_bound": bound}
         return self.model.losses(x, seed)
 
     def state_dict(self) -> dict[str, Any]:

@@ -38,8 +38,7 @@ def measure_bounds(trained: Trained, num_samples: int, images: int) -> dict[str,
             estimates = {bound: estimate(values) for bound, values in bounds.items()}
             models[name] = estimates | learnt_df(model)
     return {
-        "epoch": trained.epoch,
-        "step": trained.step,
+        "trained_for": trained.done,
         "images": len(rows),
         "iwae_samples": num_samples,
         "models": models,

@@ -158,21 +158,21 @@ class Config:
             between = f"a number between {LEAST_DF:g} and {GREATEST_DF:g} with --learn-df"
             self._expect("df", LEAST_DF < self.df < GREATEST_DF, between)
 
-    def _check_backend(self) -> None:
-        self._expect("backend", self.backend in DEFAULT_LR, f"one of {', '.join(DEFAULT_LR)}")
-        if self.backend == "numpy":
-            self._expect("architecture", self.architecture == "mlp", "mlp with --backend numpy")
-            if self.learn_df:
-                raise UserError("--learn-df: expected --backend torch with it, got --backend numpy")
-            self._expect("iwae_samples", self.iwae_samples == 0, "0 with --backend numpy")
-            on_cpu = self.device in ("auto", "cpu")
-            self._expect("device", on_cpu, "auto or cpu with --backend numpy")
-
     def _check_iwae(self) -> None:
         if self.iwae_samples:
             terms = "with --iwae-samples, whose bound is not a sum of reconstruction and KL"
             self._expect("tail", self.tail == "elbo", f"elbo {terms}")
             self._expect("beta", self.beta == 1, f"1 {terms}")
+
+    def _check_backend(self) -> None:
+        self._expect("backend", self.backend in DEFAULT_LR, f"one of {', '.join(DEFAULT_LR)}")
+        if self.backend == "numpy":
+            self._expect("architecture", self.architecture == "mlp", "mlp with --backend numpy")
+            self._expect("iwae_samples", self.iwae_samples == 0, "0 with --backend numpy")
+            if self.learn_df:
+                raise UserError("--learn-df: expected --backend torch with it, got --backend numpy")
+            on_cpu = self.device in ("auto", "cpu")
+            self._expect("device", on_cpu, "auto or cpu with --backend numpy")
 
     def _expect(self, name: str, valid: bool, expected: str) -> None:
         if not valid:

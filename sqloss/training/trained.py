@@ -11,10 +11,10 @@ from sqloss.training.config import Config
 from sqloss.training.data import Dataset, load_dataset
 from sqloss.training.errors import UserError
 from sqloss.training.loop import begin, build_model
-from sqloss.training.run import read_config, restore
+from sqloss.training.run import MAY_CHANGE, read_config, restore
 
 ARGUMENT = "RUN_DIR"
-MAY_DIFFER = ("device", "threads", "data_dir", "download")  # from the training
+MAY_DIFFER = tuple(name for name in MAY_CHANGE if name != "epochs")  # nothing is trained here
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,7 @@ class Trained:
     whole: Dataset  # before the imbalance
     data: Dataset  # that of the training
     models: dict[str, VAE]
-    epoch: int  # whole epochs done
-    step: int  # steps done of the one after them
+    done: str  # how far the training is, in words
 
 
 def load_trained(directory: Path, changes: Mapping[str, Any]) -> Trained:
@@ -41,4 +40,4 @@ def load_trained(directory: Path, changes: Mapping[str, Any]) -> Trained:
         raise UserError(
             f"{ARGUMENT}: expected a run with a checkpoint, got {directory}, which has none yet"
         )
-    return Trained(config, whole, data, training.models, training.epoch, training.step)
+    return Trained(config, whole, data, training.models, training.done())
