@@ -24,7 +24,7 @@ from sqloss.training.report import aligned
 
 BATCH_SIZE = 100  # images, of which one-shot imputation decodes many draws at once
 WINDOW = 7  # pixels, of the structural similarity
-LARGEST_SQUARE = 7  # pixels, that small images take a quarter of their side for
+SQUARE_SIDE = 7  # pixels, and a quarter of the side of MNIST's images
 PCA_ITERATIONS = 10  # more fit the observed pixels better and the missing ones worse
 
 Method = Callable[[Tensor], Tensor]  # pixels [N, C, H, W], NaN where missing, to whole ones
@@ -95,7 +95,7 @@ class ImputeConfig:
 def make_masks(images: Tensor, config: ImputeConfig, seed: int) -> dict[str, Tensor]:
     """The masks for images [N, C, H, W], on their device; the same for the same seed."""
     count, _, height, width = images.shape
-    side = config.square_side or max(1, min(LARGEST_SQUARE, min(height, width) // 4))
+    side = config.square_side or max(1, min(SQUARE_SIDE, min(height, width) // 4))
     masks = {
         "random pixels": random_pixels(
             count, height, width, config.missing, generator(seed, "mask", "pixels")
@@ -328,7 +328,7 @@ def structural_similarity(imputed: Tensor, originals: Tensor) -> float:
         imputed,
         originals,
         gaussian_kernel=False,
-        kernel_size=side - (side % 2 == 0),
+        kernel_size=side if side % 2 else side - 1,
         data_range=1.0,
     )
     return similarity.item()
