@@ -5,27 +5,59 @@ import dataclasses
 import math
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 
 import sqloss
-from sqloss.models import VAE
-from sqloss.models.seeding import initialisation
+from sqloss.training.bounds import BoundsConfig, bounds_table, measure_bounds, write_bounds
+from sqloss.training.comparison import (
+    CompareConfig,
+    Ledger,
+    as_markdown,
+    make_arms,
+    make_tasks,
+    trials,
+)
 from sqloss.training.config import Config, as_flag, expanded
 from sqloss.training.data import Dataset, load_dataset
 from sqloss.training.errors import UserError, require
 from sqloss.training.evaluation import evaluate
-from sqloss.training.loop import Training, begin, fit
+from sqloss.training.files import as_csv, write_atomically
+from sqloss.training.imputation import COLUMNS as IMPUTE_COLUMNS
+from sqloss.training.imputation import (
+    ImputeConfig,
+    as_table,
+    baseline_methods,
+    first_test_images,
+    make_masks,
+    measure,
+    vae_methods,
+)
+from sqloss.training.imputation_plots import draw_imputations
+from sqloss.training.loop import Training, begin, build_model, fit
 from sqloss.training.plots import draw_pictures
 from sqloss.training.progress import Progress
-from sqloss.training.report import make_report, tables, write_report
+from sqloss.training.report import classifier_of, make_report, tables, write_report
 from sqloss.training.run import Run
+from sqloss.training.trained import MAY_DIFFER, Trained, load_trained
 
+Settings = TypeVar("Settings", BoundsConfig, ImputeConfig, CompareConfig)
+
+# How priors are compared where nothing else is asked for.
+PLAIN: dict[str, Any] = {"alpha": 0.0, "imbalance": "none"}
+# What its arms set themselves, and what it has no use for: no report, no checkpoints.
+NOT_COMPARED = ("prior", "df", "learn_df", "num_samples", "checkpoint_every")
 USER_ERROR = 2
 SINGLE_THREADED_PIXELS = 16 * 16  # the digits, at 8 x 8, are no slower with one thread
+SMALLER = {
+    "vae": "; use a smaller --batch-size, --hidden, --channels, --latent, --iwae-samples, "
+    "--image-size, --limit or --num-samples",
+    "impute": "; use a smaller --test-images, --draws or --neighbour-images",
+}
 INTERRUPTED = 130  # what a shell returns for it: 128 + SIGINT
 
 
@@ -45,9 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return complain(
             command,
-            "expected a training that fits into memory, got one that does not; use a smaller "
-            "--batch-size, --hidden, --latent, --image-size, --limit or --num-samples "
-            f"({first_line(error)})",
+            "expected work that fits into memory, got work that does not"
+            f"{SMALLER.get(command, '')} ({first_line(error)})",
         )
 
 
@@ -82,9 +113,7 @@ def train_vae(output_dir: Path | None = None, resume: Path | None = None, **give
     whole = load_dataset(config.dataset, config.source)
     data = whole.imbalanced(config.imbalance, config.seed).to(device)
     set_threads(config, data)
-    with initialisation(config.seed, "model"):
-        model = VAE(data.shape, config.hidden, config.latent)
-    training = begin(model.to(device), config)
+    training = begin(build_model(config, data.shape).to(device), config)
     recorder = run.start(training, data)
     announce(recorder.directory, data, device)
 
@@ -104,18 +133,115 @@ def train_vae(output_dir: Path | None = None, resume: Path | None = None, **give
     return 0
 
 
+def impute(run_dir: Path | None = None, compare: bool = False, **given: Any) -> int:
+    """Fill in missing pixels with the VAEs of a run, or compare priors at it (--compare)."""
+    if (run_dir is None) != compare:
+        got = "neither" if run_dir is None else "both"
+        raise UserError(f"RUN_DIR: expected the directory of a run, or --compare, got {got}")
+    for needed in ("matplotlib.figure", "scipy.stats", "sklearn", "torchmetrics"):
+        require(needed)
+    impute_config, given = taken(ImputeConfig, given)
+    if run_dir is None:
+        return compare_priors(impute_config, **given)
+    refuse_all_but(MAY_DIFFER, given, "with RUN_DIR, whose models are trained already")
+    return impute_with(load_trained(run_dir, given), impute_config, run_dir)
+
+
+def impute_with(trained: Trained, impute_config: ImputeConfig, directory: Path) -> int:
+    """Measure and draw how the VAEs of a run, and the baselines, impute its test images."""
+    config, models = trained.config, trained.models
+    data = first_test_images(trained.data, impute_config.test_images)
+    set_threads(config, data)
+    say(f"imputing {len(data.test_images)} test images with the models of {trained.done}")
+    classifier = classifier_of(trained.whole, config.torch_device, config.seed)
+    masks = make_masks(data.test_images, impute_config, config.seed)
+    methods = vae_methods(models, data.train_images, impute_config, config.seed)
+    methods |= baseline_methods(data.train_images, impute_config, config.seed)
+    rows, imputed = measure(methods, data.test_images, data.test_labels, masks, classifier)
+    write_atomically(directory / "impute.csv", as_csv(IMPUTE_COLUMNS, rows))
+    draw_imputations(directory, models, imputed, masks, data, config.seed)
+    print(as_table(rows))
+    say(
+        f"the classifier gets {rows[0]['accuracy_of_originals']:.1%} of the originals right; "
+        f"the rows are in {directory / 'impute.csv'}, the pictures beside it"
+    )
+    return 0
+
+
+def compare_priors(
+    impute_config: ImputeConfig, output_dir: Path | None = None, **given: Any
+) -> int:
+    """Train every arm with every seed, unless it is there already, and compare what they impute."""
+    compare_config, given = taken(CompareConfig, given)
+    config = Config(**PLAIN | given)
+    if compare_config.jobs > 1 and not config.cpu_threads:
+        config = dataclasses.replace(config, threads=1)
+    tasks = make_tasks(make_arms(config, compare_config), compare_config.seeds)
+    directory = output_dir or Path("runs") / f"impute-{config.dataset}"
+    ledger = Ledger(directory, config, impute_config)
+    missing = [task for task in tasks if ledger.lacks(task)]
+    say(f"comparison: {directory}, {len(missing)} of {len(tasks)} trainings to do")
+    if missing:
+        whole = load_dataset(config.dataset, config.source)
+        whole = first_test_images(whole, impute_config.test_images)
+        set_threads(config, whole)
+        classifier = classifier_of(whole, config.torch_device, config.seed)
+        try:
+            for rows in trials(missing, whole, classifier, impute_config, compare_config.jobs):
+                ledger.add(rows)
+                say(f"done: {rows[0]['arm']}, seed {rows[0]['seed']}")
+        except KeyboardInterrupt:
+            say("\nstopped; what is done is kept: the same command does the rest")
+            return INTERRUPTED
+    rows = ledger.of(tasks)
+    write_atomically(directory / "compare.md", as_markdown(rows).encode())
+    print(as_markdown(rows, metrics=["rmse"]))
+    say(f"the same for the other metrics: {directory / 'compare.md'}; every number: {ledger.path}")
+    return 0
+
+
+def taken(kind: type[Settings], given: dict[str, Any]) -> tuple[Settings, dict[str, Any]]:
+    """The settings of one kind among those given, and the rest of these."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    own = {name: value for name, value in given.items() if name in names}
+    return kind(**own), {name: value for name, value in given.items() if name not in names}
+
+
+def refuse_all_but(allowed: Sequence[str], given: Mapping[str, Any], where: str) -> None:
+    for name in given:
+        if name not in allowed:
+            flags = ", ".join(map(as_flag, allowed))
+            raise UserError(f"{as_flag(name)}: expected no such flag {where}, but {flags}")
+
+
 def report_on(
     training: Training, whole: Dataset, data: Dataset, config: Config, directory: Path
 ) -> None:
     """Measure, draw and tell what the training has come to."""
     models = training.models
-    losses = {name: evaluate(model, data, config.seed) for name, model in models.items()}
+    losses = {
+        name: evaluate(model, data, config.seed, config.iwae_samples)
+        for name, model in models.items()
+    }
     report = make_report(models, losses, whole, data, config)
     write_report(directory, report)
     draw_pictures(directory, models, losses, training.history, data, config)
     print(tables(report))
     say(f"the classifier gets {report['classifier_test_accuracy']:.1%} of the test images right")
     say(f"how to read this, and the pictures: {directory / 'report.md'}")
+
+
+def evaluate_run(run_dir: Path, **given: Any) -> int:
+    """Measure the VAEs of a run by their -ELBO and importance-weighted bound on test images."""
+    require("scipy.stats")
+    bounds_config, given = taken(BoundsConfig, given)
+    trained = load_trained(run_dir, given)
+    set_threads(trained.config, trained.data)
+    bounds = measure_bounds(trained, bounds_config)
+    write_bounds(run_dir, bounds)
+    print(bounds_table(bounds))
+    say(f"with more digits: {run_dir / 'evaluation.json'}")
+    return 0
 
 
 def show_config() -> int:
@@ -135,10 +261,13 @@ def set_threads(config: Config, data: Dataset) -> None:
 
     Where other processes want the same cores that waiting has cost five times the whole training.
     """
-    if config.cpu_threads:
-        torch.set_num_threads(config.cpu_threads)
-    elif math.prod(data.shape) <= SINGLE_THREADED_PIXELS:
-        torch.set_num_threads(1)
+    threads = config.cpu_threads
+    if not threads and math.prod(data.shape) <= SINGLE_THREADED_PIXELS:
+        threads = 1
+    if threads:
+        torch.set_num_threads(threads)
+        if config.backend == "numpy":
+            require("threadpoolctl").threadpool_limits(threads, "blas")
 
 
 def announce(directory: Path, data: Dataset, device: torch.device) -> None:
@@ -166,25 +295,23 @@ def parser() -> argparse.ArgumentParser:
     )
     whole.add_argument("--version", action="version", version=f"sqloss {sqloss.__version__}")
     subcommands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, subcommand in {"vae": train_vae, "config": show_config}.items():
+    for name, (subcommand, add_flags) in {
+        "vae": (train_vae, add_vae_flags),
+        "evaluate": (evaluate_run, add_evaluate_flags),
+        "impute": (impute, add_impute_flags),
+        "config": (show_config, None),
+    }.items():
         description = subcommand.__doc__
         part = subcommands.add_parser(name, help=description, description=description)
         part.set_defaults(subcommand=subcommand)
-        if name == "vae":
-            add_vae_flags(part)
+        if add_flags:
+            add_flags(part)
     return whole
 
 
 def add_vae_flags(vae: argparse.ArgumentParser) -> None:
     """A flag per field of ``Config``; those not given stay absent, so that --resume can tell."""
-    for field in dataclasses.fields(Config):
-        kind: dict[str, Any] = (
-            {"action": "store_true"} if field.type is bool else {"type": field.type}
-        )
-        options = dict(field.metadata) | {
-            "help": f"{field.metadata['help']} (default: {field.default})"
-        }
-        vae.add_argument(as_flag(field.name), default=argparse.SUPPRESS, **kind, **options)
+    add_config_flags(vae, Config)
     place = vae.add_mutually_exclusive_group()
     place.add_argument(
         "--output-dir",
@@ -200,3 +327,73 @@ def add_vae_flags(vae: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="continue the run in DIR with its own settings; --epochs raises its total",
     )
+
+
+def add_evaluate_flags(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument(
+        "run_dir",
+        type=expanded,
+        metavar="RUN_DIR",
+        help="a run of sqloss vae; evaluation.json goes there",
+    )
+    add_config_flags(evaluate, BoundsConfig)
+    add_flags_that_may_differ(evaluate)
+
+
+def add_impute_flags(impute: argparse.ArgumentParser) -> None:
+    impute.add_argument(
+        "run_dir",
+        nargs="?",
+        type=expanded,
+        metavar="RUN_DIR",
+        help="a run of sqloss vae; impute.csv and imputation_*.png go there",
+    )
+    add_config_flags(impute, ImputeConfig)
+    comparison = impute.add_argument_group("comparing priors")
+    comparison.add_argument(
+        "--compare",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="train normal and t priors, and controls, with several seeds each, and compare them",
+    )
+    add_config_flags(comparison, CompareConfig)
+    comparison.add_argument(
+        "--output-dir",
+        type=expanded,
+        default=argparse.SUPPRESS,
+        metavar="DIR",
+        help="where compare.csv and compare.md go; trainings that are there already are not done "
+        "again (default: runs/impute-DATASET)",
+    )
+    training = impute.add_argument_group(
+        "how --compare trains; with RUN_DIR only " + ", ".join(map(as_flag, MAY_DIFFER))
+    )
+    add_config_flags(training, Config, PLAIN, without=NOT_COMPARED)
+
+
+def add_flags_that_may_differ(part: argparse.ArgumentParser) -> None:
+    """Those of the flags of a run that a command on a run of before has too."""
+    for field in dataclasses.fields(Config):
+        if field.name in MAY_DIFFER:
+            add_config_flag(part, field, "as in the run")
+
+
+def add_config_flags(
+    part: argparse._ActionsContainer,
+    kind: type,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    without: Sequence[str] = (),
+) -> None:
+    """A flag per field of a configuration."""
+    for field in dataclasses.fields(kind):
+        if field.name not in without:
+            add_config_flag(part, field, str(defaults.get(field.name, field.default)))
+
+
+def add_config_flag(
+    part: argparse._ActionsContainer, field: "dataclasses.Field[Any]", default: str
+) -> None:
+    """The flag of a field of a configuration, absent where it is not given."""
+    kind: dict[str, Any] = {"action": "store_true"} if field.type is bool else {"type": field.type}
+    options = dict(field.metadata) | {"help": f"{field.metadata['help']} (default: {default})"}
+    part.add_argument(as_flag(field.name), default=argparse.SUPPRESS, **kind, **options)

@@ -115,9 +115,11 @@ def test_the_command_line_is_light(environment):
 # within this process
 
 
-def test_a_run_is_resumed_or_only_reported_again(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("backend", ["torch", "numpy"])
+def test_a_run_is_resumed_or_only_reported_again(capsys, tmp_path, monkeypatch, backend):
     monkeypatch.setattr(classifier, "STEPS", 5)
-    assert cli.main(["vae", *TINY, "--epochs", "2", "--output-dir", str(tmp_path)]) == 0
+    flags = [*TINY, "--backend", backend, "--epochs", "2"]
+    assert cli.main(["vae", *flags, "--output-dir", str(tmp_path)]) == 0
     first = capsys.readouterr()
 
     assert cli.main(["vae", "--resume", str(tmp_path)]) == 0
@@ -165,6 +167,48 @@ def test_the_classifier_learns_from_the_data_before_the_imbalance(tmp_path, monk
     assert after == round(0.1 * before) < before
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--prior", "t", "--df", "3", "--tail", "reconstruction"],
+        ["--prior", "t", "--learn-df", "--iwae-samples", "2"],
+        ["--architecture", "conv", "--channels", "3,4", "--hidden", "8"],
+    ],
+)
+def test_every_kind_of_model_is_trained_reported_and_evaluated(
+    capsys, tmp_path, monkeypatch, flags
+):
+    monkeypatch.setattr(classifier, "STEPS", 5)
+    given = [*TINY, "--epochs", "1", *flags, "--output-dir", str(tmp_path)]
+    assert cli.main(["vae", *given]) == 0
+    assert {path.name for path in tmp_path.iterdir()} >= PRODUCTS
+    report = json.loads((tmp_path / "report.json").read_text())
+    capsys.readouterr()
+
+    assert cli.main(["evaluate", str(tmp_path), "--iwae-samples", "3", "--images", "50"]) == 0
+    table = capsys.readouterr().out
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    for name, model in found["models"].items():
+        elbo, bound = model["negative_elbo"], model["negative_iw_bound"]
+        assert f"{elbo['mean']:.2f}" in table
+        assert bound["mean"] < elbo["mean"]
+        assert elbo["mean"] == pytest.approx(
+            report["models"][name]["test"]["negative_elbo"], abs=8 * elbo["standard_error"]
+        )
+
+
+def test_what_cannot_be_evaluated(capsys, tmp_path):
+    def told_by_evaluate(*arguments: object) -> str:
+        return told(capsys, *arguments, command="evaluate")
+
+    missing = told_by_evaluate(tmp_path / "nothing")
+    assert "RUN_DIR: expected the directory of a run" in missing
+    message = "--iwae-samples: expected a whole number from 1 to 2147483647, got 0"
+    assert message in told_by_evaluate(tmp_path, "--iwae-samples", 0)
+    message = "--images: expected a whole number from 0 to 2147483647, got -1"
+    assert message in told_by_evaluate(tmp_path, "--images", -1)
+
+
 def test_version_and_config(capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(["--version"])
@@ -182,6 +226,7 @@ def test_help_tells_every_flag_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     flags = ["dataset", "data-dir", "download", "image-size", "limit", "celeba-attribute"]
     flags += ["imbalance", "alpha", "tail", "epochs", "batch-size", "lr", "hidden", "latent"]
+    flags += ["architecture", "channels", "prior", "df", "learn-df", "iwae-samples", "backend"]
     flags += ["beta", "seed", "device", "threads", "num-samples", "checkpoint-every"]
     assert [flag for flag in [*flags, "output-dir", "resume"] if f"--{flag}" not in text] == []
     assert text.count("(default: ") == len(flags) + 1
@@ -203,11 +248,11 @@ def test_what_is_given_is_what_is_trained(monkeypatch):
     assert given == {"alpha": 0.5, "batch_size": 7, "download": True}
 
 
-def told(capsys, *arguments: object) -> str:
+def told(capsys, *arguments: object, command: str = "vae") -> str:
     """The message of a user error."""
-    assert cli.main(["vae", *map(str, arguments)]) == 2
+    assert cli.main([command, *map(str, arguments)]) == 2
     captured = capsys.readouterr()
-    assert captured.err.splitlines()[-1].startswith("sqloss vae: error: ")
+    assert captured.err.splitlines()[-1].startswith(f"sqloss {command}: error: ")
     assert "Traceback" not in captured.err
     return captured.err
 
@@ -267,18 +312,24 @@ def test_a_missing_package_is_told_before_the_training(capsys, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("threads", "side", "expected"), [(3, 8, 3), (3, 28, 3), (0, 8, 1), (0, 16, 1), (0, 28, 2)]
 )
-def test_threads(threads, side, expected):
+@pytest.mark.parametrize("backend", ["torch", "numpy"])
+def test_threads(threads, side, expected, backend):
+    threadpoolctl = pytest.importorskip("threadpoolctl")
     torch.set_num_threads(2)
     images = torch.zeros(1, 1, side, side, dtype=torch.uint8)
     labels = torch.zeros(1, dtype=torch.int64)
-    cli.set_threads(Config(threads=threads), Dataset("d", ("a",), images, labels, images, labels))
-    assert torch.get_num_threads() == expected
+    config = Config(threads=threads, backend=backend)
+    with threadpoolctl.threadpool_limits(2, "blas"):
+        cli.set_threads(config, Dataset("d", ("a",), images, labels, images, labels))
+        blas = threadpoolctl.ThreadpoolController().select(user_api="blas").info()
+        assert torch.get_num_threads() == expected
+    assert {library["num_threads"] for library in blas} == {expected if backend == "numpy" else 2}
 
 
 def test_too_little_memory(capsys, tmp_path):
     sizes = ["--hidden", 2**31 - 1, "--latent", 2**20]
     message = told(capsys, *sizes, "--output-dir", tmp_path / "run")
-    assert "expected a training that fits into memory" in message
+    assert "expected work that fits into memory" in message
     assert "--hidden" in message
 
 

@@ -15,16 +15,17 @@ from torch import Tensor
 
 from sqloss.models import VAE
 from sqloss.models.pixels import pixels
-from sqloss.models.seeding import generator
+from sqloss.models.seeding import generator, initialisation
+from sqloss.student_t import draw_seed
+from sqloss.training.backends import BACKENDS, Backend
 from sqloss.training.config import Config
 from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError
-from sqloss.training.evaluation import evaluate, objective_values, summary
+from sqloss.training.evaluation import evaluate, learnt_df, objective_values, summary
 from sqloss.training.progress import Progress, counted
-from sqloss.training.risk import Objective
 from sqloss.training.stop import StopSignal
 
-Row = dict[str, Any]  # the metrics of one model after one epoch, by these columns
+Row = dict[str, Any]  # the metrics of one model after one epoch, by these columns and learnt_df's
 COLUMNS = (
     "epoch",
     "model",
@@ -47,7 +48,7 @@ class Training:
     """Everything that training changes, and nothing else."""
 
     models: dict[str, VAE]
-    optimisers: dict[str, torch.optim.Optimizer]
+    optimisers: dict[str, Backend]
     noise: torch.Generator
     epoch: int = 0  # whole epochs done
     step: int = 0  # steps done of the epoch under way
@@ -59,7 +60,7 @@ class Training:
             "epoch": self.epoch,
             "step": self.step,
             "models": {name: model.state_dict() for name, model in self.models.items()},
-            "optimisers": {name: adam.state_dict() for name, adam in self.optimisers.items()},
+            "optimisers": {name: each.state_dict() for name, each in self.optimisers.items()},
             "noise": self.noise.get_state(),
             "objective_sums": self.objective_sums,
             "history": self.history,
@@ -68,6 +69,11 @@ class Training:
     def done(self) -> str:
         """How far it is, in words."""
         return f"{counted(self.epoch, 'epoch')} and {counted(self.step, 'step')}"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the metrics."""
+        return (*COLUMNS, *learnt_df(next(iter(self.models.values()))))
 
     def latest_rows(self) -> list[Row]:
         """The metrics of the last whole epoch, one row per model."""
@@ -91,8 +97,23 @@ class Training:
             raise ValueError(f"models {', '.join(models)}")
         if len(history) != epoch * len(self.models):
             raise ValueError(f"{len(history)} rows of metrics after {epoch} epochs")
-        if any(tuple(row) != COLUMNS for row in history):
+        if any(tuple(row) != self.columns for row in history):
             raise ValueError("metrics of other names")
+
+
+def build_model(config: Config, data_shape: tuple[int, ...]) -> VAE:
+    """The model of a run with the weights that its seed gives it."""
+    with initialisation(config.seed, "model"):
+        return VAE(
+            data_shape,
+            config.hidden_sizes,
+            config.latent,
+            architecture=config.architecture,
+            channels=config.channel_sizes,
+            prior=config.prior,
+            df=config.df,
+            learn_df=config.learn_df,
+        )
 
 
 def begin(model: VAE, config: Config) -> Training:
@@ -102,8 +123,7 @@ def begin(model: VAE, config: Config) -> Training:
     return Training(
         models=models,
         optimisers={
-            name: torch.optim.Adam(copied.parameters(), config.lr, fused=True)
-            for name, copied in models.items()
+            name: BACKENDS[config.backend](copied, name, config) for name, copied in models.items()
         },
         noise=generator(config.seed, "noise"),
         objective_sums={
@@ -139,26 +159,20 @@ def train_epoch(
 ) -> bool:
     """Run the epoch under way; False where a stop is requested before its end."""
     images = data.train_images
-    objectives = config.objectives
     order = torch.randperm(len(images), generator=generator(config.seed, "order", training.epoch))
     for batch in order.to(images.device).split(config.batch_size)[training.step :]:
         if stop.requested:
             return False
-        train_step(training, objectives, pixels(images[batch]))
+        train_step(training, pixels(images[batch]))
         progress.step()
     return True
 
 
-def train_step(training: Training, objectives: dict[str, Objective], x: Tensor) -> None:
+def train_step(training: Training, x: Tensor) -> None:
     """One step of every model on the same pixels and the same noise."""
-    latent = next(iter(training.models.values())).latent
-    noise = torch.randn(len(x), latent, generator=training.noise).to(x.device)
-    for name, model in training.models.items():
-        loss = objectives[name](model.losses(x, noise))
-        training.optimisers[name].zero_grad()
-        loss.backward()
-        training.optimisers[name].step()
-        training.objective_sums[name] += loss.detach() * len(x)
+    seed = draw_seed(generator=training.noise)
+    for name, optimiser in training.optimisers.items():
+        training.objective_sums[name] += optimiser.step(x, seed) * len(x)
     training.step += 1
 
 
@@ -168,11 +182,12 @@ def close_epoch(training: Training, data: Dataset, config: Config) -> None:
     training.step = 0
     for name, model in training.models.items():
         objective = training.objective_sums[name].item() / len(data.train_images)
-        losses = evaluate(model, data, config.seed)
+        losses = evaluate(model, data, config.seed, config.iwae_samples)
         test = objective_values(losses, config) | summary(losses, config.metric_alpha)
         training.history.append(
             {"epoch": training.epoch, "model": name, "train_objective": objective}
             | {f"test_{metric}": value for metric, value in test.items()}
+            | learnt_df(model)
         )
         training.objective_sums[name].zero_()
 
@@ -187,6 +202,6 @@ def refuse_non_finite(training: Training, config: Config) -> None:
         if not torch.stack(finite).all() or not all(map(math.isfinite, metrics)):
             raise NonFiniteError(
                 f"the loss of the {name} model is no longer finite after "
-                f"{training.done()}; expected a smaller --lr, got {config.lr:g}, "
+                f"{training.done()}; expected a smaller --lr, got {config.learning_rate:g}, "
                 f"or another --beta, got {config.beta:g}"
             )

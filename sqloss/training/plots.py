@@ -12,6 +12,7 @@ import sqloss
 from sqloss.models import VAE
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator
+from sqloss.student_t import draw_seed
 from sqloss.training.config import Config
 from sqloss.training.data import Dataset
 from sqloss.training.errors import require
@@ -49,9 +50,7 @@ def draw_pictures(
         "vae_reconstructions.png": reconstructions(models, losses, data),
     }
     for name, figure in figures.items():
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png", dpi=DPI, bbox_inches="tight")
-        write_atomically(directory / name, picture.getbuffer())
+        save_picture(directory / name, figure)
 
 
 def loss_curves(history: Sequence[Row], objective_names: Mapping[str, str]) -> "Figure":
@@ -109,10 +108,9 @@ def samples(models: Mapping[str, VAE], seed: int) -> "Figure":
     """Images that each model generates from the same latent noise."""
     figure = new_figure(4.2 * len(models), 4.6)
     panels = figure.subplots(1, len(models), squeeze=False)[0]
+    draw = draw_seed(generator=generator(seed, "samples"))
     for axes, (name, model) in zip(panels, models.items(), strict=True):
-        draws = generator(seed, "samples")
-        noise = torch.randn(SAMPLES_PER_SIDE**2, model.latent, generator=draws)
-        images = model.sample(noise.to(next(model.parameters()).device))
+        images = model.sample(SAMPLES_PER_SIDE**2, draw)
         show(axes, mosaic(images, columns=SAMPLES_PER_SIDE))
         axes.set_title(name)
     figure.suptitle("Generated from the same latent noise")
@@ -140,6 +138,12 @@ def reconstructions(
         height = data.shape[1]
         axes.set_yticks([(height + 1) * i + (height - 1) / 2 for i in range(len(labels))], labels)
     return figure
+
+
+def save_picture(path: Path, figure: "Figure") -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=DPI, bbox_inches="tight")
+    write_atomically(path, picture.getbuffer())
 
 
 def new_figure(width: float, height: float) -> "Figure":

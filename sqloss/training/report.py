@@ -12,10 +12,11 @@ from torch import Tensor
 from sqloss.models import VAE
 from sqloss.models.classifier import Classifier, accuracy, train_classifier
 from sqloss.models.seeding import generator
+from sqloss.student_t import draw_seed
 from sqloss.training.config import Config
 from sqloss.training.data import Dataset
 from sqloss.training.errors import require
-from sqloss.training.evaluation import objective_values, summary
+from sqloss.training.evaluation import learnt_df, objective_values, summary
 from sqloss.training.files import write_atomically, write_json
 from sqloss.training.progress import counted
 
@@ -38,12 +39,7 @@ def make_report(
 
     ``whole`` is the data before the imbalance: from it the classifier learns every class.
     """
-    classifier = train_classifier(
-        whole.train_images.to(data.train_images.device),
-        whole.train_labels.to(data.train_labels.device),
-        len(whole.class_names),
-        config.seed,
-    )
+    classifier = classifier_of(whole, data.train_images.device, config.seed)
     return {
         "config": dataclasses.asdict(config),
         "alpha_of_cvar": config.metric_alpha,
@@ -59,9 +55,16 @@ def make_report(
                 "test_by_class": by_class(losses[name], data, config.metric_alpha),
                 "generated": class_shares(classifier, model, config),
             }
+            | learnt_df(model)
             for name, model in models.items()
         },
     }
+
+
+def classifier_of(whole: Dataset, device: torch.device, seed: int) -> Classifier:
+    """The classifier that has learnt the classes of these training images."""
+    images, labels = whole.train_images.to(device), whole.train_labels.to(device)
+    return train_classifier(images, labels, len(whole.class_names), seed)
 
 
 def overall(losses: Losses, alpha: float) -> dict[str, Any]:
@@ -90,10 +93,9 @@ def worst_class(classes: Sequence[dict[str, Any]], metric: str) -> dict[str, Any
 def class_shares(classifier: Classifier, model: VAE, config: Config) -> list[dict[str, Any]]:
     """The share of each class in generated images; every model gets the same noise."""
     draws = generator(config.seed, "samples")
-    noise = torch.randn(config.num_samples, model.latent, generator=draws)
-    device = next(model.parameters()).device
-    batches = noise.to(device).split(GENERATED_BATCH_SIZE)
-    seen = torch.cat([classifier.predict(model.sample(z)) for z in batches])
+    batches = torch.arange(config.num_samples).split(GENERATED_BATCH_SIZE)
+    images = (model.sample(len(batch), draw_seed(generator=draws)) for batch in batches)
+    seen = torch.cat([classifier.predict(x) for x in images])
     counts = torch.bincount(seen, minlength=classifier.classes).tolist()
     return [share(count, config.num_samples) for count in counts]
 
@@ -115,10 +117,18 @@ def as_markdown(report: Report) -> str:
     alpha = f"{report['alpha_of_cvar']:g}"
     metric_note = "" if config["alpha"] else " (--alpha is 0, so the usual 0.8 is used)"
     mean_objective, tail_objective = report["objectives"].values()
+    samples = config["iwae_samples"]
+    bound_note = (
+        f"\n- The IW-{samples} bound is the importance-weighted one on log p(x) of Burda et al. "
+        f"(2016),\n  of {counted(samples, 'draw')} per image."
+        if samples
+        else ""
+    )
     return f"""\
 # VAE on {config["dataset"]}
 
 {how_trained(report)}
+{latent_variables(config)}
 Every setting is in `config.json`.
 
 {tables(report)}
@@ -129,7 +139,7 @@ Every setting is in `config.json`.
   with weight 1 whatever --beta is. CVaR is the mean of the worst {1 - report["alpha_of_cvar"]:.4g}
   share of the -ELBO, at alpha = {alpha}{metric_note}.
 - The curves show the objectives, on the test images, and every model by both of them: the
-  {mean_objective}, and the {tail_objective}.
+  {mean_objective}, and the {tail_objective}.{bound_note}
 - Each image's -ELBO is of one draw from the posterior. The mean over the images is unbiased, but
   images with an unlucky draw come to lie in the tail: that biases the CVaR slightly upwards.
 - This is one run with one seed. A difference between the models on one seed is not evidence for
@@ -161,6 +171,17 @@ def how_trained(report: Report) -> str:
     )
 
 
+def latent_variables(config: Mapping[str, Any]) -> str:
+    """Their distribution, in words."""
+    if config["prior"] == "normal":
+        family = "normal"
+    elif config["learn_df"]:
+        family = f"Student's t, with a df that is learnt from {config['df']:g} on"
+    else:
+        family = f"Student's t with df = {config['df']:g}"
+    return f"Prior and posterior of the latent variables are {family}."
+
+
 def tables(report: Report) -> str:
     """The numbers of a report, as Markdown that a terminal shows well too."""
     parts = (overall_table(report), class_table(report), share_table(report))
@@ -181,6 +202,8 @@ def overall_table(report: Report) -> Iterator[list[str]]:
         *objectives_of_their_own(report),
     ):
         yield [label, *(nats(model["test"][metric]) for model in models)]
+    if report["config"]["learn_df"]:
+        yield ["learnt df", *(f"{model['df']:.3g}" for model in models)]
     for label, metric in (
         ("mean -ELBO", "negative_elbo"),
         (cvar, "negative_elbo_cvar"),

@@ -26,8 +26,11 @@ def mean(losses: Tensor) -> Tensor:
     return losses.mean()
 
 
-def vae_objective(alpha: float, tail: str, beta: float) -> Objective:
-    """The objective of a VAE, whose tail is that of the whole bound or of one of its terms."""
+def vae_objective(alpha: float, tail: str, beta: float, iwae_samples: int) -> Objective:
+    """The objective of a VAE, whose tail is that of the whole bound or of one of its terms.
+
+    With iwae_samples > 0 the bound is the importance-weighted one, which has no such terms.
+    """
     risk_of = risk(alpha)
 
     def elbo(losses: Mapping[str, Tensor]) -> Tensor:
@@ -36,11 +39,18 @@ def vae_objective(alpha: float, tail: str, beta: float) -> Objective:
     def reconstruction(losses: Mapping[str, Tensor]) -> Tensor:
         return risk_of(losses["reconstruction"]) + beta * losses["kl"].mean()
 
+    def iw_bound(losses: Mapping[str, Tensor]) -> Tensor:
+        return risk_of(losses["negative_iw_bound"])
+
+    if iwae_samples:
+        return iw_bound
     return {"elbo": elbo, "reconstruction": reconstruction}[tail]
 
 
-def objective_name(alpha: float, tail: str, beta: float) -> str:
+def objective_name(alpha: float, tail: str, beta: float, iwae_samples: int) -> str:
     """What ``vae_objective`` computes, in words."""
+    if iwae_samples:
+        return f"{'mean' if alpha == 0 else f'CVaR {alpha:g}'} of -IW-{iwae_samples} bound"
     kl = "KL" if beta == 1 else f"{beta:g} KL"
     loss = "-ELBO" if beta == 1 else f"(reconstruction + {kl})"
     if alpha == 0:

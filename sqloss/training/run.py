@@ -1,9 +1,7 @@
 """The directory of a run: its configuration, checkpoints and metrics."""
 
-import csv
 import dataclasses
 import functools
-import io
 import itertools
 import json
 from dataclasses import dataclass
@@ -17,13 +15,14 @@ from sqloss.training.config import Config, as_flag, from_stored, to_stored
 from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError
 from sqloss.training.files import (
+    as_csv,
     as_json,
     create_atomically,
     temporary_of,
     write_atomically,
     write_json,
 )
-from sqloss.training.loop import COLUMNS, NonFiniteError, Row, Training
+from sqloss.training.loop import NonFiniteError, Row, Training
 
 CHECKPOINTS = "checkpoints"
 MAY_CHANGE = ("epochs", "device", "threads", "data_dir", "download")  # on resuming
@@ -47,7 +46,7 @@ class Run:
     @classmethod
     def resumed(cls, directory: Path, changes: dict[str, Any]) -> "Run":
         """The run that a directory holds, with changes that do not make it another run."""
-        stored = read_config(directory / "config.json")
+        stored = read_config(directory / "config.json", "--resume")
         for name, value in changes.items():
             if name not in MAY_CHANGE and value != getattr(stored, name):
                 allowed = ", ".join(map(as_flag, MAY_CHANGE))
@@ -169,31 +168,11 @@ class Recorder:
 
     def restore(self, training: Training) -> None:
         """Put the training where the newest checkpoint has it, if there is one."""
-        state = checkpoint.load(self.checkpoints)
-        if state is None:
+        if not restore(training, self.directory, self.data, "--resume"):
             return
-        if state.keys() != training.state_dict().keys() | {"data"}:
-            raise self._other_run(f"one that holds {', '.join(map(str, state))}")
-        if state["data"] != self.data:
-            raise UserError(
-                f"--data-dir: expected the data that {self.directory} was started with, "
-                "got images or labels that differ from them"
-            )
-        try:
-            training.load_state_dict(state)
-        except Exception as error:  # one for every way in which something can be misshapen
-            reason = " ".join(str(error).split())
-            raise self._other_run(f"one that does not fit ({reason})") from error
         self._write_metrics(training)
         self.rows_in_tensorboard = len(training.history)
         self.epochs_before = training.epoch
-
-    def _other_run(self, got: str) -> UserError:
-        newest = checkpoint.saved(self.checkpoints)[-1]
-        return UserError(
-            f"--resume: expected the checkpoint {newest} to be one of the run that "
-            f"{self.directory / 'config.json'} tells of, got {got}"
-        )
 
     def save(self, training: Training) -> None:
         checkpoint.save(self.checkpoints, training.state_dict() | {"data": self.data})
@@ -203,7 +182,7 @@ class Recorder:
 
     def _write_metrics(self, training: Training) -> None:
         # All rows every time: what the checkpoint holds, no row lost or doubled by resuming.
-        write_atomically(self.directory / "metrics.csv", as_csv(training.history))
+        write_atomically(self.directory / "metrics.csv", as_csv(training.columns, training.history))
 
     def show_in_tensorboard(self, rows: list[Row]) -> None:
         if self.tensorboard is None:
@@ -223,21 +202,45 @@ class Recorder:
         return SummaryWriter(self.directory / "tensorboard", purge_step=self.epochs_before + 1)
 
 
-def as_csv(history: list[Row]) -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    return text.getvalue().encode()
+def restore(training: Training, directory: Path, data: str, argument: str) -> bool:
+    """Put a training where the newest checkpoint of a run has it; False where there is none.
+
+    ``data`` is the fingerprint of the data set, ``argument`` the one that names the directory.
+    """
+    state = checkpoint.load(directory / CHECKPOINTS)
+    if state is None:
+        return False
+
+    def other_run(got: str) -> UserError:
+        newest = checkpoint.saved(directory / CHECKPOINTS)[-1]
+        return UserError(
+            f"{argument}: expected the checkpoint {newest} to be one of the run that "
+            f"{directory / 'config.json'} tells of, got {got}"
+        )
+
+    if state.keys() != training.state_dict().keys() | {"data"}:
+        raise other_run(f"one that holds {', '.join(map(str, state))}")
+    if state["data"] != data:
+        raise UserError(
+            f"--data-dir: expected the data that {directory} was started with, "
+            "got images or labels that differ from them"
+        )
+    try:
+        training.load_state_dict(state)
+    except Exception as error:  # one for every way in which something can be misshapen
+        reason = " ".join(str(error).split())
+        raise other_run(f"one that does not fit ({reason})") from error
+    return True
 
 
-def read_config(path: Path) -> Config:
+def read_config(path: Path, argument: str) -> Config:
+    """The configuration of a run; ``argument`` is the one that names its directory."""
     try:
         return from_stored(json.loads(path.read_text()))
     except OSError as error:
         raise UserError(
-            f"--resume: expected the directory of a run, with a config.json, got {path.parent} "
+            f"{argument}: expected the directory of a run, with a config.json, got {path.parent} "
             f"({error.strerror})"
         ) from error
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"--resume: cannot use {path}: {error}") from error
+        raise UserError(f"{argument}: cannot use {path}: {error}") from error

@@ -3,11 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sqloss.models import VAE
-from sqloss.models.seeding import initialisation
 from sqloss.training.config import Config
 from sqloss.training.data import Dataset
-from sqloss.training.loop import Training, begin, fit
+from sqloss.training.loop import Training, begin, build_model, fit
 from sqloss.training.progress import Progress
 from sqloss.training.run import Run
 
@@ -35,13 +33,11 @@ class Trainer:
             test_labels=torch.arange(20) % 3,
         )
         self.config = Config(
-            epochs=4, batch_size=20, hidden=8, latent=3, num_samples=40, imbalance="none"
+            epochs=4, batch_size=20, hidden="8", latent=3, num_samples=40, imbalance="none"
         )
 
     def begin(self, config: Config) -> Training:
-        with initialisation(config.seed, "model"):
-            model = VAE(self.data.shape, config.hidden, config.latent)
-        return begin(model, config)
+        return begin(build_model(config, self.data.shape), config)
 
     def train(self, run: Run, progress: Progress | None = None) -> tuple[Training, bool]:
         """Start or resume a run as the command line does; also, whether it came to its end."""

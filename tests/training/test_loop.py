@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import sqloss
 from sqloss.losses import binary_cross_entropy_with_logits
 from sqloss.models import VAE
+from sqloss.models.numpy_vae import train_step
 from sqloss.models.seeding import generator, initialisation
+from sqloss.student_t import draw_seed, normal_rsample_kl
 from sqloss.training import checkpoint
 from sqloss.training.errors import UserError
 from sqloss.training.evaluation import evaluate
@@ -56,6 +59,16 @@ class Signalling(Progress):
             signal.raise_signal(self.number)
 
 
+VARIANTS = {
+    "t": {"prior": "t", "df": 3.0, "tail": "reconstruction"},
+    "learnt df": {"prior": "t", "learn_df": True},
+    "importance-weighted": {"iwae_samples": 3},
+    "all": {"prior": "t", "learn_df": True, "iwae_samples": 3, "architecture": "conv"},
+    "numpy": {"backend": "numpy"},
+    "t in numpy": {"backend": "numpy", "prior": "t", "df": 3.0, "tail": "reconstruction"},
+}
+
+
 @pytest.fixture
 def whole(trainer, tmp_path) -> Path:
     """Four epochs without a break."""
@@ -83,25 +96,58 @@ def test_the_standard_model_is_bit_for_bit_a_plain_training(trainer, tmp_path, a
     training, _ = trainer.train(Run.new(tmp_path, config))
 
     with initialisation(config.seed, "model"):
-        vae = VAE((1, 4, 3), config.hidden, config.latent)
-    adam = torch.optim.Adam(vae.parameters(), lr=config.lr, fused=True)
+        vae = VAE((1, 4, 3), (8,), config.latent)
+    adam = torch.optim.Adam(vae.parameters(), lr=config.learning_rate, fused=True)
     noise = generator(config.seed, "noise")
     for epoch in range(config.epochs):
         order = torch.randperm(50, generator=generator(config.seed, "order", epoch))
         for start in range(0, 50, 20):
             x = trainer.data.train_images[order[start : start + 20]].float() / 255
-            mean, log_variance = vae.encoder(x.flatten(1)).chunk(2, dim=1)
-            z = mean + (0.5 * log_variance).exp() * torch.randn(len(x), 3, generator=noise)
+            loc, logvar = vae.encoder(x).chunk(2, dim=1)
+            # torch's own, but for rounding and the bits of the draws: tests/test_student_t.py
+            z, kl = normal_rsample_kl(loc, logvar=logvar, seed=draw_seed(generator=noise))
             logits = vae.decoder(z).unflatten(1, (1, 4, 3))
             # torch's own, but for rounding: tests/test_losses.py
             reconstruction = binary_cross_entropy_with_logits(logits, x, reduction="sum")
-            kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
             loss = (reconstruction + kl).mean()
             adam.zero_grad()
             loss.backward()
             adam.step()
 
     assert_same(training.models["standard"].state_dict(), vae.state_dict())
+
+
+@pytest.mark.parametrize(("prior", "df"), [("normal", None), ("t", 3.0)])
+def test_in_numpy_torch_only_measures(trainer, tmp_path, monkeypatch, prior, df):
+    def fail(*_, **__):
+        raise AssertionError("autograd")
+
+    monkeypatch.setattr(torch.Tensor, "backward", fail)
+    config = dataclasses.replace(
+        trainer.config, backend="numpy", prior=prior, df=3.0, tail="reconstruction", lr=0.1
+    )
+    training, _ = trainer.train(Run.new(tmp_path, config))
+
+    initial = trainer.begin(config).models["cvar"].state_dict()
+    cvar = {name: tensor.numpy().copy() for name, tensor in initial.items()}
+    noise = generator(config.seed, "noise")
+    for epoch in range(config.epochs):
+        order = torch.randperm(50, generator=generator(config.seed, "order", epoch))
+        total = 0.0
+        for batch in order.split(20):
+            x = (trainer.data.train_images[batch] / 255).flatten(1).numpy()
+            seed = int(draw_seed(generator=noise)) % 2**64
+            value = train_step(cvar, x, seed, lr=0.1, df=df, alpha=0.8, tail="reconstruction")
+            total += value * len(x)
+        assert training.history[2 * epoch + 1]["train_objective"] == pytest.approx(total / 50)
+
+    trained = training.models["cvar"].state_dict()
+    for name, tensor in trained.items():
+        assert (tensor.numpy() == cvar[name]).all()
+        assert not torch.equal(tensor, initial[name])
+    # What is measured, reported and saved is what was trained.
+    saved = checkpoint.load(tmp_path / "checkpoints")["models"]["cvar"]
+    assert_same(dict(saved), dict(trained))
 
 
 def test_the_models_of_another_alpha_differ(trainer, tmp_path):
@@ -130,6 +176,48 @@ def test_an_interrupted_run_goes_on_where_it_was(trainer, tmp_path, whole, after
     trainer.train(Run.resumed(parts, {}))
     assert not finished
     assert_same_run(parts, whole)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_kind_of_run_goes_on_where_it_was(trainer, tmp_path, variant):
+    changes = VARIANTS[variant] | {"hidden": "6,5", "channels": "2,3"}
+    trainer.config = dataclasses.replace(trainer.config, **changes)
+    trainer.train(trainer.run(tmp_path / "whole"))
+    trainer.train(trainer.run(tmp_path / "parts"), Signalling(5))
+    trainer.train(Run.resumed(tmp_path / "parts", {}))
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_learnt_df_moves_and_is_a_metric(trainer, tmp_path):
+    trainer.config = dataclasses.replace(trainer.config, prior="t", learn_df=True)
+    training, _ = trainer.train(trainer.run(tmp_path))
+    assert all(tuple(row) == (*COLUMNS, "df") for row in training.history)
+    for row, model in zip(training.latest_rows(), training.models.values(), strict=True):
+        assert row["df"] == model.df.item() != pytest.approx(5, rel=1e-4)
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0]
+    assert header.split(",") == [*COLUMNS, "df"]
+
+
+def test_the_importance_weighted_bound_is_what_is_trained_on(trainer, tmp_path):
+    config = dataclasses.replace(trainer.config, epochs=1, lr=1e-30, iwae_samples=3)
+    training, _ = trainer.train(Run.new(tmp_path, config))
+
+    model = trainer.begin(config).models["standard"]
+    noise = generator(config.seed, "noise")
+    order = torch.randperm(50, generator=generator(config.seed, "order", 0))
+    bounds, tails = [], []
+    for batch in order.split(20):
+        x = trainer.data.train_images[batch] / 255
+        weights = model.log_weights(x, draw_seed(generator=noise), 3)
+        bounds.append(-weights.exp().mean(0).log())
+        tails.append(sqloss.cvar(bounds[-1], 0.8) * len(x))
+    standard, cvar = training.history
+    assert standard["train_objective"] == pytest.approx(torch.cat(bounds).mean().item(), rel=1e-6)
+    assert cvar["train_objective"] == pytest.approx(sum(tails).item() / 50, rel=1e-6)
+
+    tested = evaluate(model, trainer.data, config.seed, iwae_samples=3)["negative_iw_bound"]
+    assert standard["test_objective_standard"] == pytest.approx(tested.mean().item())
+    assert standard["test_objective_cvar"] == pytest.approx(sqloss.cvar(tested, 0.8).item())
 
 
 def test_a_run_interrupted_again_and_again_is_the_same(trainer, tmp_path, whole):
@@ -207,10 +295,14 @@ def test_a_loss_that_is_not_finite_stops_without_saving(trainer, tmp_path, broke
         assert_same(checkpoint.load(tmp_path / "checkpoints"), good)
 
 
-def test_what_to_do_where_a_loss_is_not_finite(trainer, tmp_path):
+@pytest.mark.parametrize("backend", ["torch", "numpy"])
+@pytest.mark.filterwarnings("error")
+def test_what_to_do_where_a_loss_is_not_finite(trainer, tmp_path, backend):
+    config = dataclasses.replace(trainer.config, backend=backend, lr=1e30, beta=2.0)
+
     def told() -> str:
         with pytest.raises(UserError) as raised:
-            trainer.train(Run.new(tmp_path, dataclasses.replace(trainer.config, lr=1e30, beta=2.0)))
+            trainer.train(Run.new(tmp_path, config))
         return str(raised.value)
 
     assert (
@@ -254,7 +346,7 @@ def test_the_objective_of_an_epoch_is_averaged_over_its_samples(trainer, tmp_pat
     total = 0.0
     for batch in order.split(20):
         x = trainer.data.train_images[batch] / 255
-        losses = model.losses(x, torch.randn(len(x), 3, generator=noise))
+        losses = model.losses(x, draw_seed(generator=noise))
         total += (losses["reconstruction"] + 0.5 * losses["kl"]).sum().item()
     assert training.history[0]["train_objective"] == pytest.approx(total / 50, rel=1e-6)
 
@@ -262,8 +354,8 @@ def test_the_objective_of_an_epoch_is_averaged_over_its_samples(trainer, tmp_pat
 def test_the_evaluation_repeats_itself_and_is_the_bound(trainer, monkeypatch):
     model = trainer.begin(trainer.config).models["standard"]
     first = evaluate(model, trainer.data, seed=0)
-    noise = torch.randn(20, 3, generator=generator(0, "evaluation"))
-    direct = model.losses(trainer.data.test_images / 255, noise)
+    seed = draw_seed(generator=generator(0, "evaluation"))
+    direct = model.losses(trainer.data.test_images / 255, seed)
     torch.testing.assert_close(first["kl"], direct["kl"].double())
     torch.testing.assert_close(
         first["negative_elbo"], (direct["reconstruction"] + direct["kl"]).double()

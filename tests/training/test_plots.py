@@ -50,7 +50,7 @@ def test_every_picture_is_a_png_of_a_sane_size(trainer, trained, tmp_path):
 def test_one_model_and_colour_images(trainer, tmp_path):
     images = torch.randint(256, (30, 3, 6, 5), dtype=torch.uint8)
     data = dataclasses.replace(trainer.data, test_images=images)
-    models = {"standard": VAE((3, 6, 5), hidden=4, latent=2)}
+    models = {"standard": VAE((3, 6, 5), hidden=(4,), latent=2)}
     losses = {"standard": evaluate(models["standard"], data, 0)}
     objectives = {"test_objective_standard": 2.0, "test_objective_cvar": 3.0}
     history = [{"epoch": 1, "model": "standard"} | objectives]

@@ -8,6 +8,7 @@ import torch
 import sqloss
 from sqloss.models import classifier as classifier_module
 from sqloss.models.seeding import generator
+from sqloss.student_t import draw_seed
 from sqloss.training.data import Dataset
 from sqloss.training.evaluation import evaluate
 from sqloss.training.report import (
@@ -35,7 +36,14 @@ def few_steps(monkeypatch):
 @pytest.fixture
 def losses(trainer) -> dict[str, dict[str, torch.Tensor]]:
     models = trainer.begin(trainer.config).models
-    return {name: evaluate(model, trainer.data, 0) for name, model in models.items()}
+    return evaluated(models, trainer.data, trainer.config)
+
+
+def evaluated(models, data, config) -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        name: evaluate(model, data, config.seed, config.iwae_samples)
+        for name, model in models.items()
+    }
 
 
 @pytest.fixture
@@ -94,8 +102,8 @@ def test_a_share_has_wilsons_interval(count, total):
     assert found["high"] == pytest.approx(centre + half, abs=1e-12)
 
 
-def test_generated_images_are_counted_by_class_from_the_same_noise(trainer):
-    seen = []
+def test_generated_images_are_counted_by_class_from_the_same_seeds(trainer):
+    asked = []
 
     class Counter:
         classes = 3
@@ -103,20 +111,22 @@ def test_generated_images_are_counted_by_class_from_the_same_noise(trainer):
         def predict(self, x):
             return (x > 0).long()
 
-    class Model(torch.nn.Linear):
-        latent = 3
-
-        def sample(self, noise):
-            seen.append(noise)
-            return noise[:, 0]
+    class Model:
+        def sample(self, count, seed):
+            asked.append((count, seed.item()))
+            return torch.randn(count, generator=torch.Generator().manual_seed(seed.item()))
 
     config = dataclasses.replace(trainer.config, num_samples=1500)
-    first, second = (class_shares(Counter(), Model(1, 1), config) for _ in range(2))
-    noise = torch.randn(1500, 3, generator=generator(0, "samples"))
-    positive = int((noise[:, 0] > 0).sum())
+    first, second = (class_shares(Counter(), Model(), config) for _ in range(2))
+    draws = generator(0, "samples")
+    seeds = [draw_seed(generator=draws).item() for _ in range(2)]
+    assert asked == [(1000, seeds[0]), (500, seeds[1])] * 2
+    images = [
+        Model().sample(*each) for each in zip((1000, 500), map(torch.tensor, seeds), strict=True)
+    ]
+    positive = int((torch.cat(images) > 0).sum())
     assert [row["count"] for row in first] == [1500 - positive, positive, 0]
     assert first == second
-    assert torch.equal(torch.cat(seen[:2]), noise)
 
 
 def test_the_classifier_learns_from_the_data_before_the_imbalance(trainer, losses, monkeypatch):
@@ -158,13 +168,20 @@ def test_the_files(report, tmp_path):
         ({}, "for 4 epochs, from the same initial weights, on the same batches and noise."),
         ({"epochs": 1}, "for 1 epoch, from"),
         ({"alpha": 0.0, "epochs": 1}, "for 1 epoch."),
+        ({}, "Prior and posterior of the latent variables are normal."),
+        ({"prior": "t", "df": 3.0}, "latent variables are Student's t with df = 3."),
+        (
+            {"prior": "t", "learn_df": True},
+            "latent variables are Student's t, with a df that is learnt from 5 on.",
+        ),
+        ({"iwae_samples": 2}, "`cvar` minimises the CVaR 0.8 of -IW-2 bound ("),
+        ({"iwae_samples": 2}, "- The IW-2 bound is the importance-weighted one on log p(x)"),
     ],
 )
-def test_the_text_says_what_each_model_was_trained_on(
-    trainer, losses, few_steps, tmp_path, changes, words
-):
+def test_the_text_says_what_each_model_was_trained_on(trainer, few_steps, tmp_path, changes, words):
     config = dataclasses.replace(trainer.config, **changes)
     models = trainer.begin(config).models
+    losses = evaluated(models, trainer.data, config)
     write_report(tmp_path, make_report(models, losses, trainer.data, trainer.data, config))
     assert words in " ".join((tmp_path / "report.md").read_text().split())
 
@@ -181,19 +198,31 @@ def test_the_text_says_what_each_model_was_trained_on(
                 "cvar": "CVaR 0.8 of (reconstruction + 2 KL)",
             },
         ),
+        (
+            {"iwae_samples": 2},
+            {"standard": "mean of -IW-2 bound", "cvar": "CVaR 0.8 of -IW-2 bound"},
+        ),
     ],
 )
-def test_objectives_of_their_own_have_rows_of_their_own(
-    trainer, losses, few_steps, changes, labels
-):
+def test_objectives_of_their_own_have_rows_of_their_own(trainer, few_steps, changes, labels):
     config = dataclasses.replace(trainer.config, **changes)
     models = trainer.begin(config).models
+    losses = evaluated(models, trainer.data, config)
     report = make_report(models, losses, trainer.data, trainer.data, config)
     rows = {row[0]: row[1:] for row in overall_table(report)}
     assert len(rows) == 9 + len(labels)
     for objective, label in labels.items():
         values = [config.objectives[objective](losses[name]).item() for name in models]
         assert rows[label] == [f"{value:.2f}" for value in values]
+
+
+def test_a_learnt_df_is_told_of_every_model(trainer, few_steps):
+    config = dataclasses.replace(trainer.config, prior="t", learn_df=True, df=2.5)
+    models = trainer.begin(config).models
+    losses = evaluated(models, trainer.data, config)
+    report = make_report(models, losses, trainer.data, trainer.data, config)
+    assert [model["df"] for model in report["models"].values()] == pytest.approx([2.5, 2.5])
+    assert ["learnt df", "2.5", "2.5"] in list(overall_table(report))
 
 
 def test_every_row_of_the_table_is_the_metric_of_its_label(report):
@@ -243,7 +272,7 @@ def test_a_single_model_and_a_single_test_image(trainer, few_steps, tmp_path):
     )  # fmt: skip
     config = dataclasses.replace(trainer.config, alpha=0.0)
     models = trainer.begin(config).models
-    losses = {name: evaluate(model, data, 0) for name, model in models.items()}
+    losses = evaluated(models, data, config)
     report = make_report(models, losses, data, data, config)
     assert report["alpha_of_cvar"] == 0.8
     assert report["models"]["standard"]["test"]["negative_elbo_standard_error"] is None

@@ -23,32 +23,41 @@ def test_other_alphas_are_the_superquantile():
 
 
 def test_the_tail_of_the_elbo_takes_the_worst_sums():
-    objective = vae_objective(alpha=0.5, tail="elbo", beta=2.0)
+    objective = vae_objective(alpha=0.5, tail="elbo", beta=2.0, iwae_samples=0)
     # The sums with beta 2 are 19, 4, 103 and 42; the worst half is 103 and 42.
     assert objective(LOSSES).item() == pytest.approx(72.5)
 
 
 def test_the_tail_of_the_reconstruction_leaves_the_kl_its_mean():
-    objective = vae_objective(alpha=0.5, tail="reconstruction", beta=2.0)
+    objective = vae_objective(alpha=0.5, tail="reconstruction", beta=2.0, iwae_samples=0)
     assert objective(LOSSES).item() == pytest.approx((3 + 40) / 2 + 2 * 61 / 4)
 
 
 @pytest.mark.parametrize("tail", ["elbo", "reconstruction"])
 def test_both_tails_are_the_mean_at_alpha_0(tail):
-    objective = vae_objective(alpha=0, tail=tail, beta=0.5)
+    objective = vae_objective(alpha=0, tail=tail, beta=0.5, iwae_samples=0)
     assert objective(LOSSES).item() == pytest.approx(46 / 4 + 0.5 * 61 / 4)
+
+
+@pytest.mark.parametrize(("alpha", "value"), [(0, 3.0), (0.5, 4.5)])
+def test_the_importance_weighted_bound_is_a_loss_like_others(alpha, value):
+    objective = vae_objective(alpha, tail="elbo", beta=1.0, iwae_samples=8)
+    losses = {"negative_iw_bound": torch.tensor([1.0, 5.0, 2.0, 4.0])}
+    assert objective(losses).item() == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
-        ((0, "elbo", 1.0), "mean of -ELBO"),
-        ((0, "reconstruction", 1.0), "mean of -ELBO"),
-        ((0, "elbo", 2.0), "mean of (reconstruction + 2 KL)"),
-        ((0.8, "elbo", 1.0), "CVaR 0.8 of -ELBO"),
-        ((0.8, "elbo", 0.5), "CVaR 0.8 of (reconstruction + 0.5 KL)"),
-        ((0.9, "reconstruction", 1.0), "CVaR 0.9 of reconstruction + mean of KL"),
-        ((0.9, "reconstruction", 2.0), "CVaR 0.9 of reconstruction + mean of 2 KL"),
+        ((0, "elbo", 1.0, 0), "mean of -ELBO"),
+        ((0, "reconstruction", 1.0, 0), "mean of -ELBO"),
+        ((0, "elbo", 2.0, 0), "mean of (reconstruction + 2 KL)"),
+        ((0.8, "elbo", 1.0, 0), "CVaR 0.8 of -ELBO"),
+        ((0.8, "elbo", 0.5, 0), "CVaR 0.8 of (reconstruction + 0.5 KL)"),
+        ((0.9, "reconstruction", 1.0, 0), "CVaR 0.9 of reconstruction + mean of KL"),
+        ((0.9, "reconstruction", 2.0, 0), "CVaR 0.9 of reconstruction + mean of 2 KL"),
+        ((0, "elbo", 1.0, 5), "mean of -IW-5 bound"),
+        ((0.9, "elbo", 1.0, 5), "CVaR 0.9 of -IW-5 bound"),
     ],
 )
 def test_an_objective_is_named_by_what_it_computes(arguments, name):

@@ -20,6 +20,8 @@ from sqloss.training.run import Recorder, Run
 
 # configuration
 
+SIZES = "whole numbers from 1 to 2147483647, such as 400 or 512,256"
+
 
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
@@ -31,12 +33,21 @@ from sqloss.training.run import Recorder, Run
         ("batch_size", 0, "a whole number from 1 to 2147483647"),
         ("num_samples", 0, "a whole number from 1 to 2147483647"),
         ("checkpoint_every", 0, "a whole number from 1 to 2147483647"),
-        ("hidden", 2**31, "a whole number from 1 to 2147483647"),
-        ("hidden", -1, "a whole number from 1 to 2147483647"),
+        ("hidden", "2147483648", f"{SIZES}"),
+        ("hidden", "400,-1", f"{SIZES}"),
+        ("hidden", "many", f"{SIZES}"),
+        ("hidden", "", f"{SIZES}"),
+        ("channels", "32,", f"{SIZES}"),
+        ("architecture", "transformer", "one of mlp, conv"),
+        ("prior", "cauchy", "one of normal, t"),
+        ("backend", "jax", "one of torch, numpy"),
+        ("df", 0.0, "a number from 0.5 to 1e+06 (the limit is --prior normal)"),
+        ("df", float("inf"), "a number from 0.5 to 1e+06 (the limit is --prior normal)"),
         ("latent", 0, "a whole number from 1 to 2147483647"),
-        ("lr", 0.0, "a number above 0"),
-        ("lr", float("inf"), "a number above 0"),
+        ("lr", -1e-3, "a number from 0 up"),
+        ("lr", float("inf"), "a number from 0 up"),
         ("beta", -1.0, "a number from 0 up"),
+        ("iwae_samples", -1, "a whole number from 0 to 2147483647"),
         ("limit", -1, "a whole number from 0 to 2147483647"),
         ("image_size", -1, "a whole number from 0 to 2147483647"),
         ("seed", -1, "a whole number from 0 up"),
@@ -49,6 +60,67 @@ def test_a_bad_value_names_its_flag_what_is_expected_and_what_came(name, value, 
     with pytest.raises(UserError) as raised:
         Config(**{name: value})
     assert str(raised.value) == f"--{name.replace('_', '-')}: expected {expected}, got {value}"
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({}, "--learn-df: expected --prior t, whose df it learns, got --prior normal"),
+        (
+            {"prior": "t", "df": 0.5},
+            "--df: expected a number between 1 and 1e+06 with --learn-df, got 0.5",
+        ),
+    ],
+)
+def test_a_df_that_cannot_be_learnt(values, told):
+    with pytest.raises(UserError) as raised:
+        Config(learn_df=True, **values)
+    assert str(raised.value) == told
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"tail": "reconstruction"}, "--tail: expected elbo with --iwae-samples"),
+        ({"beta": 2.0}, "--beta: expected 1 with --iwae-samples"),
+    ],
+)
+def test_the_importance_weighted_bound_has_no_terms_of_its_own(values, told):
+    with pytest.raises(UserError, match=told):
+        Config(iwae_samples=2, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"architecture": "conv"}, "--architecture: expected mlp with --backend numpy, got conv"),
+        (
+            {"prior": "t", "learn_df": True},
+            "--learn-df: expected --backend torch with it, got --backend numpy",
+        ),
+        ({"iwae_samples": 5}, "--iwae-samples: expected 0 with --backend numpy, got 5"),
+        ({"device": "cuda"}, "--device: expected auto or cpu with --backend numpy, got cuda"),
+    ],
+)
+def test_what_the_numpy_backend_does_not_do(values, told):
+    with pytest.raises(UserError) as raised:
+        Config(backend="numpy", **values)
+    assert str(raised.value) == told
+
+
+def test_each_backend_has_a_learning_rate_of_its_own():
+    assert Config().learning_rate == 1e-3
+    assert Config(backend="numpy").learning_rate == 1e-2
+    assert Config(backend="numpy", lr=0.5).learning_rate == 0.5
+
+
+def test_numpy_runs_on_the_cpu():
+    assert Config(backend="numpy").torch_device == torch.device("cpu")
+
+
+def test_sizes_are_numbers_between_commas():
+    config = Config(hidden="512,256", channels="8")
+    assert (config.hidden_sizes, config.channel_sizes) == ((512, 256), (8,))
 
 
 def test_the_device_is_one_that_is_there():
@@ -268,7 +340,7 @@ def test_a_checkpoint_that_is_not_of_this_run(trainer, tmp_path, edit):
 def test_a_checkpoint_of_another_size(trainer, tmp_path):
     trainer.train(trainer.run(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden": 9}))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden": "9"}))
     with pytest.raises(UserError, match=r"does not fit .*size mismatch") as raised:
         start(trainer, Run.resumed(tmp_path, {}))
     assert "\n" not in str(raised.value)

@@ -1,0 +1,43 @@
+"""What a run has trained, to be used: read from its directory, in which nothing is changed."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqloss.models import VAE
+from sqloss.training.config import Config
+from sqloss.training.data import Dataset, load_dataset
+from sqloss.training.errors import UserError
+from sqloss.training.loop import begin, build_model
+from sqloss.training.run import MAY_CHANGE, read_config, restore
+
+ARGUMENT = "RUN_DIR"
+MAY_DIFFER = tuple(name for name in MAY_CHANGE if name != "epochs")  # nothing is trained here
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished or a stopped run at its newest checkpoint, on the device of its config."""
+
+    config: Config
+    whole: Dataset  # before the imbalance
+    data: Dataset  # that of the training
+    models: dict[str, VAE]
+    done: str  # how far the training is, in words
+
+
+def load_trained(directory: Path, changes: Mapping[str, Any]) -> Trained:
+    """The models of a run and their data; ``changes`` are of the fields ``MAY_DIFFER``."""
+    config = read_config(directory / "config.json", ARGUMENT)
+    config = dataclasses.replace(config, **changes)
+    device = config.torch_device
+    whole = load_dataset(config.dataset, config.source)
+    data = whole.imbalanced(config.imbalance, config.seed).to(device)
+    training = begin(build_model(config, data.shape).to(device), config)
+    if not restore(training, directory, data.fingerprint(), ARGUMENT):
+        raise UserError(
+            f"{ARGUMENT}: expected a run with a checkpoint, got {directory}, which has none yet"
+        )
+    return Trained(config, whole, data, training.models, training.done())
