@@ -22,8 +22,8 @@ if CUDA_WISH not in ("", "0", "1"):
     raise SystemExit(f"SQLOSS_CUDA: expected 0, 1 or nothing, got {CUDA_WISH!r}")
 
 # csrc/*/cpu.cpp is compiled once for each of these and picked at run time (core/cpu_capability.h).
-# No contraction into fused multiply-adds: every capability rounds alike, bit for bit. Nobody traps
-# floating-point exceptions or reads errno, which compilers must otherwise keep by not vectorising.
+# No contraction into fused multiply-adds but those of core/vector_math.h: capabilities round alike,
+# bit for bit. Nobody traps floating-point exceptions or reads errno, which compilers must otherwise keep by not vectorising.
 # gcc 12 calls its own AVX-512 intrinsics maybe-uninitialized, and warns of vectors in the interface
 # of functions that are inlined.
 KERNEL_FLAGS = [

@@ -10,7 +10,7 @@
 // the target class may have the logit -inf; a probability of 0 times an infinite term is NaN, as in
 // torch. Where the target class is ignore_index the loss is 0, as is its gradient.
 // Logits are computed in float, or in double where one of the tensors is of it. The same bits for
-// any number of threads, capability and repetition.
+// any number of threads, repetition and capability (but for those without fused multiply-add).
 #pragma once
 
 #include <ATen/core/Tensor.h>

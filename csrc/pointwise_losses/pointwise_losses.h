@@ -13,7 +13,7 @@
 // times its weight. The derivative of gaussian_nll in var is taken as if it were not clamped.
 // Elements are computed in float, or in double where one of the tensors is of it; sums are in
 // double and in an order that depends on sizes and strides alone: the same bits for any number of
-// threads, capability and repetition.
+// threads, repetition and capability (but for those without fused multiply-add).
 #pragma once
 
 #include <ATen/core/Tensor.h>
