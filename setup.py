@@ -23,7 +23,8 @@ if CUDA_WISH not in ("", "0", "1"):
 
 # csrc/*/cpu.cpp is compiled once for each of these and picked at run time (core/cpu_capability.h).
 # No contraction into fused multiply-adds but those of core/vector_math.h: capabilities round alike,
-# bit for bit. Nobody traps floating-point exceptions or reads errno, which compilers must otherwise keep by not vectorising.
+# bit for bit. Nobody traps floating-point exceptions or reads errno, which compilers must otherwise
+# keep by not vectorising.
 # gcc 12 calls its own AVX-512 intrinsics maybe-uninitialized, and warns of vectors in the interface
 # of functions that are inlined.
 KERNEL_FLAGS = [

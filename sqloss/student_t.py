@@ -431,9 +431,9 @@ def _prepared(
     usual = (shape, shape[-1:], ())
     if not all(tensor is None or tensor.shape in usual for tensor in others.values()):
         shape = _broadcast_shape(function, shape, others)
-    given = [x for x in (scale, log_scale, logvar, df, prior_df) if isinstance(x, Tensor)]
-    if any(tensor.dtype != dtype for tensor in given):
-        dtype = _result_type(loc, *given)
+    tensors = [x for x in (scale, log_scale, logvar, df, prior_df) if isinstance(x, Tensor)]
+    if any(tensor.dtype != dtype for tensor in tensors):
+        dtype = _result_type(loc, *tensors)
         loc = loc.to(dtype)
         if parameter.dtype == torch.float64:  # would be taken for the dtype of the computation
             parameter = parameter.to(dtype)
