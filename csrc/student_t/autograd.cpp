@@ -68,30 +68,40 @@ struct Call {
   }
 };
 
-// (2 k + 1) times the k-th coefficient of rho's series in student_t_math.h: from 40 degrees of
-// freedom on enough of them for double.
-constexpr double kRhoSeries[] = {
-    1.0 / 8,          -3.0 / 192,           5.0 / 640,           -7.0 * 17 / 14336,
-    9.0 * 31 / 18432, -11.0 * 691 / 180224, 13.0 * 5461 / 425984};
-constexpr int kRhoTerms = std::size(kRhoSeries);
-
-// The first derivative of rho at x = df / 2 and x times the second, given 1 / df, which may be 0.
+// The first derivative of rho at x = df / 2 and x times the second, given 1 / df, which may be 0:
+// the series of student_t_math.h, small x shifted up.
 struct RhoDerivatives {
   at::Tensor first, second_times_x;
 
   explicit RhoDerivatives(const at::Tensor& inverse_df) {
-    const at::Tensor inverse = 2 * inverse_df, large = inverse_df < 1.0 / 40;
-    const at::Tensor low = at::where(large, inverse, at::zeros_like(inverse)), low2 = low * low;
-    const at::Tensor x = 1 / at::where(large, at::ones_like(inverse), inverse);
-    at::Tensor of_first = at::zeros_like(low), of_second = at::zeros_like(low);
-    for (int k = kRhoTerms - 1; k >= 0; --k) {
-      of_first = of_first * low2 - kRhoSeries[k];
-      of_second = of_second * low2 + (2 * k + 2) * kRhoSeries[k];
+    constexpr int kShift = 8;
+    // (2 k + 1) times the k-th coefficient
+    constexpr double kSeries[] = {
+        1.0 / 8,          -3.0 / 192,           5.0 / 640,           -7.0 * 17 / 14336,
+        9.0 * 31 / 18432, -11.0 * 691 / 180224, 13.0 * 5461 / 425984};
+
+    const at::Tensor shifted = inverse_df > 1.0 / 40;
+    const at::Tensor from = 0.5 / at::where(shifted, inverse_df, 1.0), to = from + kShift;
+    const at::Tensor inverse = at::where(shifted, 1 / to, 2 * inverse_df),
+                     square = inverse * inverse;
+    at::Tensor of_first = at::zeros_like(inverse), of_second = of_first;
+    for (int k = std::size(kSeries) - 1; k >= 0; --k) {
+      of_first = of_first * square - kSeries[k];
+      of_second = of_second * square + (2 * k + 2) * kSeries[k];
     }
-    first = at::where(large, of_first * low2, 0.5 / x + at::digamma(x) - at::digamma(x + 0.5));
-    // zeta(2, x) is the trigamma function, of which polygamma has but ten digits.
-    const at::Tensor trigammas = at::special_zeta(2, x) - at::special_zeta(2, x + 0.5);
-    second_times_x = at::where(large, of_second * low2, x * trigammas - 0.5 / x);
+
+    at::Tensor sum_of_first = at::zeros_like(from), sum_of_second = sum_of_first;
+    for (int i = 0; i < kShift; ++i) {
+      const at::Tensor a = from + i, b = a + 0.5, ab = a * b;
+      sum_of_first = sum_of_first + 1 / ab;
+      sum_of_second = sum_of_second + (a + b) / (ab * ab);
+    }
+    const at::Tensor squares = 1 / (to * to) - 1 / (from * from);
+    const at::Tensor more_of_first = 0.5 * (kShift / (from * to) - sum_of_first);
+    const at::Tensor more_of_second = 0.5 * from * (squares + sum_of_second);
+    first = of_first * square + at::where(shifted, more_of_first, 0.0);
+    second_times_x = of_second * square * at::where(shifted, from * inverse, 1.0) +
+                     at::where(shifted, more_of_second, 0.0);
   }
 };
 
@@ -257,7 +267,8 @@ void set_tangents(const Call& call, const Outs& outputs, bool return_z) {
   if (df.defined()) kl = kl + in.kl_in_df * df;
   if (prior_df.defined()) kl = kl + in.kl_in_prior_df * prior_df;
   kl = kl.sum(-1);
-  core::set_tangent(out_kl, call.num_samples && call.kl_mean ? kl.mean(0) : kl);
+  if (call.num_samples && call.kl_mean) kl = kl.mean(0);
+  core::set_tangent(out_kl, kl.to(out_kl.scalar_type()));
 }
 
 struct StudentTBackward final : core::SavingNode {

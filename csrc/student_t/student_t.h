@@ -50,7 +50,7 @@ struct Inputs {
   core::Strided df;  // absent: the normal distribution
   core::Strided loc, scale;
   core::Strided prior_df;  // absent: df
-  DfShape df_shape, prior_df_shape;
+  DfShape df_shape = DfShape::kFull, prior_df_shape = DfShape::kFull;
   core::Strided seeds, row_ids;  // int64, one per row; no row_ids: 0, 1, 2, ...
 };
 
