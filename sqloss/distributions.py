@@ -64,7 +64,7 @@ class StudentT(torch.distributions.StudentT):
         shape = self._extended_shape(sample_shape)
         samples = math.prod(sample_shape)
         if samples == 0:
-            return self.loc.expand(shape)
+            return self.loc.expand(shape).clone()
         z = student_t_rsample(self.df, self.loc, self.scale, samples)
         return z.reshape(shape)
 

@@ -422,21 +422,32 @@ def _prepared(
     of_prior = None if prior_df is None else _as_tensor(function, "prior_df", prior_df, loc)
 
     others = {parameterization: parameter, "df": of_df, "prior_df": of_prior}
+    device, shape, dtype = loc.device, loc.shape, loc.dtype
     for name, tensor in others.items():
-        if tensor is not None and tensor.device != loc.device:
+        if tensor is not None and tensor.device != device:
             raise ValueError(
-                f"{function}: {name}: expected the device of loc, {loc.device}, got {tensor.device}"
+                f"{function}: {name}: expected the device of loc, {device}, got {tensor.device}"
             )
-    dtype = _result_type(loc, *(x for x in (parameter, df, prior_df) if isinstance(x, Tensor)))
-    shape = _shape(function, loc, others)
+    if not all(tensor is None or tensor.shape in (shape, ()) for tensor in others.values()):
+        shape = _broadcast_shape(function, shape, others)
+    given = [x for x in (scale, log_scale, logvar, df, prior_df) if isinstance(x, Tensor)]
+    if any(tensor.dtype != dtype for tensor in given):
+        dtype = _result_type(loc, *given)
+        loc = loc.to(dtype)
+        if parameter.dtype == torch.float64:  # would be taken for the dtype of the computation
+            parameter = parameter.to(dtype)
     return _Prepared(
-        of_df if of_df is None else of_df.expand(shape),
-        loc.to(dtype).expand(shape),
-        # float64 would be taken for the dtype of the computation
-        (parameter.to(dtype) if parameter.dtype == torch.float64 else parameter).expand(shape),
-        of_prior if of_prior is None else of_prior.expand(shape),
+        of_df if of_df is None else _expanded(of_df, shape),
+        _expanded(loc, shape),
+        _expanded(parameter, shape),
+        of_prior if of_prior is None else _expanded(of_prior, shape),
         parameterization,
     )
+
+
+def _expanded(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Without the cost of a view where none is needed."""
+    return tensor if tensor.shape == shape else tensor.expand(shape)
 
 
 def _result_type(*tensors: Tensor) -> torch.dtype:
@@ -455,13 +466,12 @@ def _as_tensor(function: str, argument: str, given: float | Tensor, loc: Tensor)
     if not given > 0:
         raise ValueError(f"{function}: {argument}: expected a number above 0, got {given}")
     dtype = torch.float64 if loc.dtype == torch.float64 else torch.float32
-    return torch.full((), given, dtype=dtype, device=loc.device)
+    return torch.scalar_tensor(given, dtype=dtype, device=loc.device)
 
 
-def _shape(function: str, loc: Tensor, others: dict[str, Tensor | None]) -> torch.Size:
-    if all(tensor is None or tensor.shape in (loc.shape, ()) for tensor in others.values()):
-        return loc.shape
-    shape = loc.shape
+def _broadcast_shape(
+    function: str, shape: torch.Size, others: dict[str, Tensor | None]
+) -> torch.Size:
     for name, tensor in others.items():
         if tensor is None:
             continue

@@ -83,8 +83,8 @@ def test_expand_copy_and_pickle():
 def test_arguments_are_validated_as_torchs_are():
     for wrong in ((0.0,), (-1.0,), (1.0, 0.0, -1.0), (1.0, math.nan)):
         with pytest.raises(ValueError, match="Expected parameter"):
-            StudentT(*wrong)
-    p = StudentT(3.0)
+            StudentT(*wrong, validate_args=True)
+    p = StudentT(3.0, validate_args=True)
     with pytest.raises(ValueError, match="within the support"):
         p.log_prob(torch.tensor(math.nan))
 

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -17,8 +18,12 @@ namespace sqloss::core {
 // The memory that is kept.
 class ScratchMemory {
  public:
+  static constexpr std::align_val_t kAlignment{64};  // of the widest vectors
+  struct Free {
+    void operator()(char* data) const { ::operator delete[](data, kAlignment); }
+  };
   struct Bytes {
-    std::unique_ptr<char[]> data;
+    std::unique_ptr<char[], Free> data;
     int64_t size = 0;
   };
 
@@ -40,7 +45,8 @@ class ScratchMemory {
         return taken;
       }
     }
-    return {std::unique_ptr<char[]>(new char[size]), size};
+    auto* const data = static_cast<char*>(::operator new[](size, kAlignment));
+    return {std::unique_ptr<char[], Free>(data), size};
   }
 
   // The oldest make room for the newest.

@@ -113,24 +113,31 @@ SQLOSS_INLINE T log1p_of_fraction(T t) {
   return T(2) * s * atanh_series<Float<T>::kLog1pTerms>(s * s);
 }
 
-// log(x) = e ln 2 + 2 atanh((m - 1) / (m + 1)) for x = m 2^e, m in [sqrt(1/2), sqrt(2)); x a normal
-// positive number, e more by `shift`
+// log(w) = e ln 2 + 2 atanh((m - 1) / (m + 1)) for w = m 2^e, m in [sqrt(1/2), sqrt(2)); w a normal
+// positive number. With x, w = 1 + x rounded and this is log(1 + x), with all digits of a small x.
 template <typename T>
-SQLOSS_INLINE T log_of_normal(T x, T shift = T(0)) {
+SQLOSS_INLINE T log1p_of_normal(T x, T w, T shift = T(0)) {
   using Type = Float<T>;
   using Bits = typename Type::Bits;
   constexpr T kTwoToMantissaBits = T(Bits(1) << Type::kMantissaBits);
   const Bits one = Type::kExponentOfOne << Type::kMantissaBits;
   const Bits root = bits_as<Bits>(T(0.70710678118654752440));
-  const Bits shifted = bits_as<Bits>(x) + (one - root);
+  const Bits shifted = bits_as<Bits>(w) + (one - root);
   const T m = bits_as<T>(Bits((shifted & ((Bits(1) << Type::kMantissaBits) - 1)) + root));
   // The biased exponent as the lowest bits of a number 2^kMantissaBits
   const T biased =
       bits_as<T>(Bits((shifted >> Type::kMantissaBits) | bits_as<Bits>(kTwoToMantissaBits)));
   const T e = biased - (kTwoToMantissaBits + T(Type::kExponentOfOne)) + shift;
-  const T s = (m - T(1)) / (m + T(1));
+  const T m_less_1 = m - T(1), numerator = e == T(0) ? x : m_less_1;
+  const T s = numerator / (numerator + T(2));
   const T log_m = T(2) * s * atanh_series<Type::kLogTerms>(s * s);
   return e * Type::kLn2High + (log_m + e * Type::kLn2Low);
+}
+
+// log(w) of a normal positive number, of which w is 2^-shift times too much
+template <typename T>
+SQLOSS_INLINE T log_of_normal(T w, T shift = T(0)) {
+  return log1p_of_normal(w - T(1), w, shift);
 }
 
 // log(x) of any x

@@ -265,9 +265,9 @@ struct StudentTBackward final : core::SavingNode {
     call.seed = saved[4];
     call.rows = core::optional(saved[5]);
     // Of an output that is not wanted the gradient, where torch makes one, is as empty as that.
-    const auto [df, loc, scale, prior_df] = call.gradients(
-        return_z_ ? core::optional(grads[0]) : std::nullopt,
-        call.kl != "none" ? core::optional(grads[1]) : std::nullopt, wanted);
+    const auto [df, loc, scale, prior_df] =
+        call.gradients(return_z_ ? core::optional(grads[0]) : std::nullopt,
+                       call.kl != "none" ? core::optional(grads[1]) : std::nullopt, wanted);
     if (wanted[0]) gradients[0] = df;
     if (wanted[1]) gradients[1] = loc;
     if (wanted[2]) gradients[2] = scale;

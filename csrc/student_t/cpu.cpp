@@ -1,7 +1,8 @@
 // CPU kernels of Student-t and normal samples with their KL; compiled once per CPU capability.
 //
-// forward   one read of the parameters, tile by tile; per sample of a tile: random words, then one
-//           loop from words to z and to the KL of the elements, which are summed from there.
+// forward   one read of the parameters, tile by tile; per sample of a tile, all in the caches:
+// random
+//           words, noise, t, z and the KL of the elements, which are summed from there.
 // backward  draws the same samples again, which costs less than reading them back from memory would
 //           save, and no memory: one read of the parameters and of the gradients, one write of each
 //           gradient wanted.
@@ -10,10 +11,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "core/philox.h"
+#include "core/scratch.h"
 #include "core/tile.h"
 #include "core/vector_math.h"
 #include "student_t/student_t.h"
@@ -79,17 +80,18 @@ using Array = T[kElements];
 // those of the normal distribution.
 template <typename T>
 struct Density {
-  Array<T> inverse, half_power;  // 1 / df, (df + 1) / 2; 0 where infinite
+  Array<T> df, inverse,
+      half_power;  // df, 1 / df, (df + 1) / 2; the last two 0 where it is infinite
 };
 
 template <typename T>
 struct alignas(64) Tile {
   Array<T> loc, scale, log_scale;  // scale itself, whatever the parameterization
   Density<T> posterior, prior;
-  Array<T> prior_root;  // sqrt(1 / prior_df)
-  Array<T> constant;    // of the KL of an element, and its derivatives:
+  Array<T> constant;  // of the KL of an element, and its derivatives:
   Array<T> constant_in_df, constant_in_prior_df;
-  Array<T> z, kl;  // of a sample; backward: their gradients
+  Array<T> energy, cosine, t, root_of_g;  // of a sample
+  Array<T> z, kl;                         // and backward their gradients
   Array<T> in_loc, in_scale, in_df, in_prior_df;
   Array<double> kl_sum;  // over samples
   // Random words: those of the lower bits are drawn for double only.
@@ -172,13 +174,50 @@ void draw(const Inputs& in, const Extent& extent, uint32_t sample, Tile<T>& tile
   }
 }
 
+// The work on a sample is cut into loops so short that a CPU overlaps several of their iterations,
+// which are long chains each.
 template <typename T>
-SQLOSS_INLINE Noise<T> noise_at(const Tile<T>& tile, int64_t i) {
-  if constexpr (sizeof(T) == 4) {
-    return noise(tile.u[0][i], tile.v[0][i]);
-  } else {
-    return noise(tile.u[0][i], tile.v[0][i], tile.u[1][i], tile.v[1][i]);
+__attribute__((noinline)) void noise_of_words(int64_t count, Tile<T>& tile) {
+  for (int64_t i = 0; i < count; ++i) {
+    Noise<T> drawn;
+    if constexpr (sizeof(T) == 4) {
+      drawn = noise(tile.u[0][i], tile.v[0][i]);
+    } else {
+      drawn = noise(tile.u[0][i], tile.v[0][i], tile.u[1][i], tile.v[1][i]);
+    }
+    tile.energy[i] = drawn.energy;
+    tile.cosine[i] = drawn.cosine;
   }
+}
+
+template <typename T>
+__attribute__((noinline)) void student_t_samples(int64_t count, Tile<T>& tile) {
+  for (int64_t i = 0; i < count; ++i) {
+    const auto sample = student_t_sample(Noise<T>{tile.energy[i], tile.cosine[i]},
+                                         tile.posterior.df[i], tile.posterior.inverse[i]);
+    tile.t[i] = sample.t;
+    tile.root_of_g[i] = sample.root_of_g;
+  }
+}
+
+template <typename T>
+__attribute__((noinline)) void normal_samples(int64_t count, Tile<T>& tile) {
+  for (int64_t i = 0; i < count; ++i) {
+    tile.t[i] = normal_sample(Noise<T>{tile.energy[i], tile.cosine[i]});
+  }
+}
+
+template <typename T>
+SQLOSS_INLINE Sample<T> sample_at(const Tile<T>& tile, int64_t i) {
+  return {tile.t[i], tile.energy[i] * tile.posterior.inverse[i], tile.cosine[i], tile.root_of_g[i]};
+}
+
+template <typename T>
+void draw_samples(const Inputs& in, const Extent& extent, int64_t sample, Tile<T>& tile) {
+  const int64_t count = padded(extent.count());
+  draw(in, extent, static_cast<uint32_t>(sample), tile);
+  noise_of_words(count, tile);
+  in.df.data ? student_t_samples(count, tile) : normal_samples(count, tile);
 }
 
 // --- the parameters of a tile --------------------------------------------------------------------
@@ -196,27 +235,27 @@ SQLOSS_INLINE T half_power(T df, T inverse) {
 }
 
 template <typename T>
-__attribute__((noinline)) void load_density(const Array<T>& df, int64_t count,
-                                            Density<T>& density) {
+__attribute__((noinline)) void complete(int64_t count, Density<T>& density) {
   for (int64_t i = 0; i < count; ++i) {
-    const T inverse = inverse_df(df[i]);
+    const T inverse = inverse_df(density.df[i]);
     density.inverse[i] = inverse;
-    density.half_power[i] = half_power(df[i], inverse);
+    density.half_power[i] = half_power(density.df[i], inverse);
   }
 }
 
 // The part of the KL that depends on the degrees of freedom alone, and its derivatives. sign: 1 for
 // the prior, -1 for the posterior of the same kind of term.
 template <bool kEntropy, bool kDerivative, typename T>
-__attribute__((noinline)) void add_constant(const Array<T>& df, int64_t count, T sign,
+__attribute__((noinline)) void add_constant(const Density<T>& density, int64_t count, T sign,
                                             Array<T>& constant, Array<T>& derivative) {
+  constexpr bool kSecond = kEntropy && kDerivative;
   for (int64_t i = 0; i < count; ++i) {
-    const T inverse = inverse_df(df[i]);
-    const auto r = rho < kEntropy && kDerivative > (T(0.5) * df[i]);
+    const T df = density.df[i], inverse = density.inverse[i];
+    const auto r = rho<kSecond>(T(0.5) * df);
     T value = r.value, in_df = T(0.5) * r.first;
     if constexpr (kEntropy) {
       // The entropy: (df + 1) / 2 * (digamma((df + 1) / 2) - digamma(df / 2)) + log Z
-      const T finite_product = df[i] * r.first, finite_curvature = (df[i] + T(1)) * r.second;
+      const T finite_product = df * r.first, finite_curvature = (df + T(1)) * r.second;
       const T product = inverse == T(0) ? T(0) : finite_product;
       const T curvature = inverse == T(0) ? T(0) : finite_curvature;
       value += T(0.5) * (T(1) + inverse) * (T(1) - product);
@@ -227,33 +266,32 @@ __attribute__((noinline)) void add_constant(const Array<T>& df, int64_t count, T
   }
 }
 
-// df and what follows from it; tile.z and tile.kl serve as buffers.
+// df and what follows from it.
 template <bool kDerivative, typename T>
 void load_df(const Inputs& in, const Extent& extent, Tile<T>& tile) {
   const int64_t count = extent.count(), whole = padded(count);
   std::fill_n(tile.constant, whole, T(0));
   if (!in.df.data) return;
-  load(in.df, extent.begin(in), count, tile, tile.z);
-  load_density(tile.z, whole, tile.posterior);
+  Density<T>&posterior = tile.posterior, &prior = tile.prior;
+  load(in.df, extent.begin(in), count, tile, posterior.df);
+  complete(whole, posterior);
   if (in.kl == Kl::kNone) return;
-  const bool tied = !in.prior_df.data;
-  if (tied) {
-    std::memcpy(tile.kl, tile.z, sizeof(tile.kl));
+  if (!in.prior_df.data) {
+    prior = posterior;
   } else {
-    load(in.prior_df, extent.begin(in), count, tile, tile.kl);
+    load(in.prior_df, extent.begin(in), count, tile, prior.df);
+    complete(whole, prior);
   }
-  load_density(tile.kl, whole, tile.prior);
-  for (int64_t i = 0; i < whole; ++i) tile.prior_root[i] = std::sqrt(tile.prior.inverse[i]);
-  if (in.kl == Kl::kAnalyticEntropy) {
-    add_constant<true, kDerivative>(tile.z, whole, T(-1), tile.constant, tile.constant_in_df);
-  } else if (tied) {  // the two terms cancel
+  if (in.kl == Kl::kMc && !in.prior_df.data) {  // the two constants cancel
     std::fill_n(tile.constant_in_df, whole, T(0));
     std::fill_n(tile.constant_in_prior_df, whole, T(0));
     return;
-  } else {
-    add_constant<false, kDerivative>(tile.z, whole, T(-1), tile.constant, tile.constant_in_df);
   }
-  add_constant<false, kDerivative>(tile.kl, whole, T(1), tile.constant, tile.constant_in_prior_df);
+  const bool entropy = in.kl == Kl::kAnalyticEntropy;
+  const auto add_posterior =
+      entropy ? add_constant<true, kDerivative, T> : add_constant<false, kDerivative, T>;
+  add_posterior(posterior, whole, T(-1), tile.constant, tile.constant_in_df);
+  add_constant<false, kDerivative>(prior, whole, T(1), tile.constant, tile.constant_in_prior_df);
 }
 
 template <typename T>
@@ -294,38 +332,26 @@ bool same_in_all_tiles(const Inputs& in, const Tiling& tiling) {
 
 // --- forward -------------------------------------------------------------------------------------
 
-// -log p(z) of t(0, 1, prior_df) without its constant; of infinite prior_df, of the normal.
+// -log of the density of t(0, 1, df) at x without its constant; of infinite df, of the normal.
 template <typename T>
-SQLOSS_INLINE T prior_energy(const Tile<T>& tile, int64_t i, T z) {
-  const T half_square = T(0.5) * z * z, normal = tile.prior.inverse[i] == T(0) ? half_square : T(0);
-  return tile.prior.half_power[i] * log1p_of_square(std::abs(z) * tile.prior_root[i]) + normal;
+SQLOSS_INLINE T energy(const Sample<T>& sample, T x, const Density<T>& density, int64_t i) {
+  const T inverse = density.inverse[i], half_square = T(0.5) * x * x;
+  const T log1p = log1p_of_square(square_over_df(sample, x, inverse));
+  return density.half_power[i] * log1p + (inverse == T(0) ? half_square : T(0));
 }
 
-template <Kl kKl, typename T>
-__attribute__((noinline)) void student_t_forward(int64_t count, Tile<T>& tile) {
+template <typename T>
+__attribute__((noinline)) void student_t_cross_term(int64_t count, Tile<T>& tile) {
   for (int64_t i = 0; i < count; ++i) {
-    const T inverse = tile.posterior.inverse[i];
-    const auto sample = student_t_sample(noise_at(tile, i), inverse);
-    const T z = tile.loc[i] + tile.scale[i] * sample.t;
-    tile.z[i] = z;
-    if constexpr (kKl != Kl::kNone) {
-      T kl = prior_energy(tile, i, z) - tile.log_scale[i] + tile.constant[i];
-      if constexpr (kKl == Kl::kMc) {
-        const T half_square = T(0.5) * sample.t * sample.t;
-        const T normal = inverse == T(0) ? half_square : T(0);
-        kl -= tile.posterior.half_power[i] * log1p_of_square(sample, inverse) + normal;
-      }
-      tile.kl[i] = kl;
-    }
+    tile.kl[i] =
+        energy(sample_at(tile, i), tile.z[i], tile.prior, i) - tile.log_scale[i] + tile.constant[i];
   }
 }
 
-template <Kl kKl, typename T>
-__attribute__((noinline)) void normal_forward(int64_t count, Tile<T>& tile) {
+template <typename T>
+__attribute__((noinline)) void subtract_own_term(int64_t count, Tile<T>& tile) {
   for (int64_t i = 0; i < count; ++i) {
-    const T t = normal_sample(noise_at(tile, i)), z = tile.loc[i] + tile.scale[i] * t;
-    tile.z[i] = z;
-    if constexpr (kKl == Kl::kMc) tile.kl[i] = T(0.5) * (z * z - t * t) - tile.log_scale[i];
+    tile.kl[i] -= energy(sample_at(tile, i), tile.t[i], tile.posterior, i);
   }
 }
 
@@ -338,14 +364,18 @@ __attribute__((noinline)) void closed_form(int64_t count, Tile<T>& tile) {
 }
 
 template <typename T>
-void forward_sample(const Inputs& in, int64_t count, Tile<T>& tile) {
-  if (!in.df.data) {
-    if (in.kl == Kl::kMc) return normal_forward<Kl::kMc>(count, tile);
-    return normal_forward<Kl::kNone>(count, tile);
+__attribute__((noinline)) void forward_sample(const Inputs& in, int64_t count, Tile<T>& tile) {
+  for (int64_t i = 0; i < count; ++i) tile.z[i] = tile.loc[i] + tile.scale[i] * tile.t[i];
+  if (in.kl == Kl::kNone || in.kl == Kl::kClosedForm) return;
+  if (in.df.data) {
+    student_t_cross_term(count, tile);
+    if (in.kl == Kl::kMc) subtract_own_term(count, tile);
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      const T z = tile.z[i], t = tile.t[i];
+      tile.kl[i] = T(0.5) * (z * z - t * t) - tile.log_scale[i];
+    }
   }
-  if (in.kl == Kl::kMc) return student_t_forward<Kl::kMc>(count, tile);
-  if (in.kl == Kl::kAnalyticEntropy) return student_t_forward<Kl::kAnalyticEntropy>(count, tile);
-  return student_t_forward<Kl::kNone>(count, tile);
 }
 
 template <typename T>
@@ -360,8 +390,8 @@ void forward(const Inputs& in, const Outputs& out) {
   if (kl && tiling.parts_per_row > 1) parts.resize(kl_samples * tiling.tiles);
 
   tiling.for_tiles(in, [&](int64_t begin, int64_t end) {
-    const auto memory = std::make_unique_for_overwrite<Tile<T>>();
-    Tile<T>& tile = *memory;
+    core::Scratch<Tile<T>> memory;
+    Tile<T>& tile = *memory.reserve(1);
     for (int64_t index = begin; index < end; ++index) {
       const Extent extent = tiling.extent(in, index);
       const int64_t count = extent.count(), whole = padded(count);
@@ -391,7 +421,7 @@ void forward(const Inputs& in, const Outputs& out) {
       const bool sum_samples = sampled_kl && in.mean && in.num_samples > 1;
       if (sum_samples) std::fill_n(tile.kl_sum, whole, 0.0);
       for (int64_t sample = 0; (out.z.data || sampled_kl) && sample < in.num_samples; ++sample) {
-        draw(in, extent, static_cast<uint32_t>(sample), tile);
+        draw_samples(in, extent, sample, tile);
         forward_sample(in, whole, tile);
         const int64_t first = sample * in.rows * in.columns + extent.begin(in);
         store(tile.z, out.z, first, count);
@@ -419,20 +449,16 @@ template <typename T>
 void noise_only(const Inputs& in, const NoiseOutputs& out) {
   const Tiling tiling(in);
   tiling.for_tiles(in, [&](int64_t begin, int64_t end) {
-    const auto memory = std::make_unique_for_overwrite<Tile<T>>();
-    Tile<T>& tile = *memory;
+    core::Scratch<Tile<T>> memory;
+    Tile<T>& tile = *memory.reserve(1);
     for (int64_t index = begin; index < end; ++index) {
       const Extent extent = tiling.extent(in, index);
       for (int64_t sample = 0; sample < in.num_samples; ++sample) {
         draw(in, extent, static_cast<uint32_t>(sample), tile);
-        for (int64_t i = 0; i < padded(extent.count()); ++i) {
-          const Noise<T> noise = noise_at(tile, i);
-          tile.z[i] = noise.energy;
-          tile.kl[i] = noise.cosine;
-        }
+        noise_of_words(padded(extent.count()), tile);
         const int64_t first = sample * in.rows * in.columns + extent.begin(in);
-        store(tile.z, out.energy, first, extent.count());
-        store(tile.kl, out.cosine, first, extent.count());
+        store(tile.energy, out.energy, first, extent.count());
+        store(tile.cosine, out.cosine, first, extent.count());
       }
     }
   });
@@ -442,41 +468,58 @@ void noise_only(const Inputs& in, const NoiseOutputs& out) {
 
 // Adds to the gradients in loc, scale, df and prior_df what one sample gives, with tile.z and
 // tile.kl the gradients of its z and of its part of the KL.
-template <Kl kKl, bool kDf, typename T>
+template <bool kKl, typename T>
 __attribute__((noinline)) void student_t_backward(int64_t count, Tile<T>& tile) {
   for (int64_t i = 0; i < count; ++i) {
-    const T inverse = tile.posterior.inverse[i];
-    const auto sample = student_t_sample(noise_at(tile, i), inverse);
+    const T t = tile.t[i];
     T in_z = tile.z[i];
-    if constexpr (kKl != Kl::kNone) {
-      const T z = tile.loc[i] + tile.scale[i] * sample.t, grad = tile.kl[i];
-      const T root = tile.prior_root[i], half_power = tile.prior.half_power[i];
-      const T a = std::abs(z) * root, slope = over_1_plus_square(a);
-      const T falls = T(2) * half_power * root * slope;
-      const T normal = root == T(0) ? z : T(0), signed_falls = z < T(0) ? -falls : falls;
-      in_z += grad * (normal + signed_falls);
-      if constexpr (kDf) {
-        tile.in_prior_df[i] +=
-            grad * (T(0.5) * log1p_of_square(a) - half_power * root * root * a * slope);
-      }
-      if constexpr (kDf && kKl == Kl::kMc) {
-        tile.in_df[i] +=
-            grad * (tile.posterior.half_power[i] * log1p_of_square_falls(sample, inverse) -
-                    T(0.5) * log1p_of_square(sample, inverse));
-      }
+    if constexpr (kKl) {
+      const T z = tile.loc[i] + tile.scale[i] * t, inverse_prior = tile.prior.inverse[i];
+      const auto square = square_over_df(sample_at(tile, i), z, inverse_prior);
+      const T falls = (T(1) + inverse_prior) * over_1_plus_square(square);
+      in_z += tile.kl[i] * (inverse_prior == T(0) ? z : falls);
     }
+    tile.z[i] = in_z;
     tile.in_loc[i] += in_z;
-    tile.in_scale[i] += in_z * sample.t;
-    if constexpr (kDf) tile.in_df[i] += in_z * tile.scale[i] * in_df(sample, inverse);
+    tile.in_scale[i] += in_z * t;
   }
 }
 
-template <Kl kKl, typename T>
-__attribute__((noinline)) void normal_backward(int64_t count, Tile<T>& tile) {
+// With tile.z the whole gradient of z.
+template <typename T>
+__attribute__((noinline)) void through_z_in_df(int64_t count, Tile<T>& tile) {
   for (int64_t i = 0; i < count; ++i) {
-    const T t = normal_sample(noise_at(tile, i));
-    T in_z = tile.z[i];
-    if constexpr (kKl == Kl::kMc) in_z += tile.kl[i] * (tile.loc[i] + tile.scale[i] * t);
+    const T t_in_df = in_df(sample_at(tile, i), tile.posterior.inverse[i]);
+    tile.in_df[i] += tile.z[i] * tile.scale[i] * t_in_df;
+  }
+}
+
+template <typename T>
+__attribute__((noinline)) void own_term_in_df(int64_t count, Tile<T>& tile) {
+  for (int64_t i = 0; i < count; ++i) {
+    const T inverse = tile.posterior.inverse[i];
+    const auto sample = sample_at(tile, i);
+    const T log1p = log1p_of_square(square_over_df(sample, sample.t, inverse));
+    const T falls = log1p_of_square_falls(sample, inverse);
+    tile.in_df[i] += tile.kl[i] * (tile.posterior.half_power[i] * falls - T(0.5) * log1p);
+  }
+}
+
+template <typename T>
+__attribute__((noinline)) void cross_term_in_prior_df(int64_t count, Tile<T>& tile) {
+  for (int64_t i = 0; i < count; ++i) {
+    const T z = tile.loc[i] + tile.scale[i] * tile.t[i], inverse = tile.prior.inverse[i];
+    const auto square = square_over_df(sample_at(tile, i), z, inverse);
+    const T falls = (T(1) + inverse) * (square.value / square.plus);
+    tile.in_prior_df[i] += T(0.5) * tile.kl[i] * (log1p_of_square(square) - falls);
+  }
+}
+
+template <typename T>
+__attribute__((noinline)) void normal_backward(bool kl, int64_t count, Tile<T>& tile) {
+  for (int64_t i = 0; i < count; ++i) {
+    const T t = tile.t[i], z = tile.loc[i] + tile.scale[i] * t, through_kl = tile.kl[i] * z;
+    const T in_z = tile.z[i] + (kl ? through_kl : T(0));
     tile.in_loc[i] += in_z;
     tile.in_scale[i] += in_z * t;
   }
@@ -484,19 +527,13 @@ __attribute__((noinline)) void normal_backward(int64_t count, Tile<T>& tile) {
 
 template <typename T>
 void backward_sample(const Inputs& in, bool in_df, int64_t count, Tile<T>& tile) {
-  if (!in.df.data) {
-    if (in.kl == Kl::kMc) return normal_backward<Kl::kMc>(count, tile);
-    return normal_backward<Kl::kNone>(count, tile);
-  }
-  const auto chosen = [&](auto kl) {
-    return in_df ? student_t_backward<decltype(kl)::value, true>(count, tile)
-                 : student_t_backward<decltype(kl)::value, false>(count, tile);
-  };
-  if (in.kl == Kl::kMc) return chosen(std::integral_constant<Kl, Kl::kMc>());
-  if (in.kl == Kl::kAnalyticEntropy) {
-    return chosen(std::integral_constant<Kl, Kl::kAnalyticEntropy>());
-  }
-  return chosen(std::integral_constant<Kl, Kl::kNone>());
+  const bool kl = in.kl == Kl::kMc || in.kl == Kl::kAnalyticEntropy;
+  if (!in.df.data) return normal_backward(kl, count, tile);
+  kl ? student_t_backward<true>(count, tile) : student_t_backward<false>(count, tile);
+  if (!in_df) return;
+  through_z_in_df(count, tile);
+  if (kl) cross_term_in_prior_df(count, tile);
+  if (in.kl == Kl::kMc) own_term_in_df(count, tile);
 }
 
 // What does not depend on the sample, with tile.kl the whole gradient of a row's KL; and the
@@ -535,8 +572,8 @@ void backward(const Inputs& in, const Gradients& gradients) {
       gradients.z.data || sampled.kl == Kl::kMc || sampled.kl == Kl::kAnalyticEntropy;
 
   tiling.for_tiles(in, [&](int64_t begin, int64_t end) {
-    const auto memory = std::make_unique_for_overwrite<Tile<T>>();
-    Tile<T>& tile = *memory;
+    core::Scratch<Tile<T>> memory;
+    Tile<T>& tile = *memory.reserve(1);
     for (int64_t index = begin; index < end; ++index) {
       const Extent extent = tiling.extent(in, index);
       const int64_t count = extent.count(), whole = padded(count), elements = extent.begin(in);
@@ -561,12 +598,13 @@ void backward(const Inputs& in, const Gradients& gradients) {
         }
       };
 
-      std::fill_n(tile.z, whole, T(0));
       if (in.mean) load_grad_kl(0, static_cast<T>(in.num_samples));
       for (int64_t sample = 0; samples && sample < in.num_samples; ++sample) {
-        draw(in, extent, static_cast<uint32_t>(sample), tile);
+        draw_samples(in, extent, sample, tile);
         if (gradients.z.data) {
           load(gradients.z, sample * in.rows * in.columns + elements, count, tile, tile.z);
+        } else {
+          std::fill_n(tile.z, whole, T(0));
         }
         if (!in.mean) load_grad_kl(sample, T(1));
         backward_sample(sampled, in_df, whole, tile);

@@ -9,7 +9,7 @@
 // normal sample of Box and Muller. What follows is written in
 //
 //   g = exp(-e) and psi = (1 - g) / e, both in (0, 1], so that
-//   t = sqrt(-2 log(u) * psi / g) * cos(2 pi v),   d t / d df = t * (1 - 1 / psi) / (2 df)
+//   t = sqrt(-2 log(u) * psi / g) * cos(2 pi v) = sqrt(df * (1 - g) / g) * cos(2 pi v)
 //
 // which neither overflows before t does nor loses digits where e is tiny, and holds for 1 / df = 0.
 //
@@ -68,92 +68,85 @@ SQLOSS_INLINE Noise<double> noise(uint32_t u, uint32_t v, uint32_t u_more, uint3
 // --- samples -------------------------------------------------------------------------------------
 
 template <typename T>
-struct Sample {
-  T t, e, g, psi;
-  T psi_less_1;  // psi - 1 without its rounding
-  T cosine;
-};
-
-// Series in e are summed where e is below; elsewhere nothing cancels.
-template <typename T>
-constexpr T kSmall = T(0.5);
-
-template <typename T>
-SQLOSS_INLINE Sample<T> student_t_sample(const Noise<T>& noise, T inverse_df) {
-  constexpr int kTerms = Float<T>::kExpTerms + 2;
-  const T e = noise.energy * inverse_df;
-  const T root_of_g = core::CPU_CAPABILITY::exp_small(T(-0.5) * e);
-  const T g = root_of_g * root_of_g;
-  const bool small = e < kSmall<T>;
-  // psi = sum of (-e)^k / (k + 1)!
-  const T series = -e * core::CPU_CAPABILITY::exp_series<kTerms, 2>(-e, 0.5);
-  const T psi_of_small = T(1) + series, psi_of_large = (T(1) - g) / e;
-  const T psi = small ? psi_of_small : psi_of_large;
-  const T less_1_of_large = psi_of_large - T(1), less_1 = small ? series : less_1_of_large;
-  const T radius = std::sqrt(noise.energy * psi) / root_of_g;
-  return {radius * noise.cosine, e, g, psi, less_1, noise.cosine};
-}
-
-template <typename T>
 SQLOSS_INLINE T normal_sample(const Noise<T>& noise) {
   return std::sqrt(noise.energy) * noise.cosine;
 }
 
-// d t / d df
 template <typename T>
-SQLOSS_INLINE T in_df(const Sample<T>& sample, T inverse_df) {
-  return T(0.5) * sample.t * inverse_df * (sample.psi_less_1 / sample.psi);
+struct Sample {
+  T t, e, cosine;
+  T root_of_g;  // exp(-e / 2)
+};
+
+// Where e is below, series in it are summed; elsewhere nothing cancels.
+template <typename T>
+constexpr T kSmall = T(0.5);
+
+// psi - 1 of a small e: psi = sum of (-e)^k / (k + 1)!
+template <typename T>
+SQLOSS_INLINE T psi_less_1(T e) {
+  return -e * core::CPU_CAPABILITY::exp_series<Float<T>::kExpTerms + 2, 2>(-e, 0.5);
 }
 
-// (1 + t^2 / df) * g, between g and 1
 template <typename T>
-SQLOSS_INLINE T scaled_square(const Sample<T>& s) {
-  const T cosine2 = s.cosine * s.cosine;
-  return cosine2 + (T(1) - cosine2) * s.g;
+SQLOSS_INLINE Sample<T> student_t_sample(const Noise<T>& noise, T df, T inverse_df) {
+  const T e = noise.energy * inverse_df;
+  const T root = core::CPU_CAPABILITY::exp_small(T(-0.5) * e);
+  // -2 log(u) * psi
+  const T of_small = noise.energy + noise.energy * psi_less_1(e),
+          of_large = df * (T(1) - root * root);
+  const T t = std::sqrt(e < kSmall<T> ? of_small : of_large) / root * noise.cosine;
+  return {t, e, noise.cosine, root};
 }
 
-// log(1 + x) with w = 1 + x rounded, given log(w)
+// d t / d df = t * (1 - 1 / psi) / (2 df)
 template <typename T>
-SQLOSS_INLINE T corrected(T log_w, T w, T x) {
-  return log_w + (x - (w - T(1))) / w;
-}
-
-// log(1 + t^2 / df) = e + log(scaled_square)
-template <typename T>
-SQLOSS_INLINE T log1p_of_square(const Sample<T>& s, T inverse_df) {
-  constexpr T kLeast = std::numeric_limits<T>::min();
+SQLOSS_INLINE T in_df(const Sample<T>& s, T inverse_df) {
   const bool small = s.e < kSmall<T>;
-  const T square = scaled_square(s), at_least = square < kLeast ? kLeast : square;
-  const T x = s.t * s.t * inverse_df, plus_1 = T(1) + x;
-  const T w = small ? plus_1 : at_least;
-  const T log_w = core::CPU_CAPABILITY::log_of_normal(w);
-  const T of_small = corrected(log_w, w, x), of_large = log_w + s.e;
-  return small ? of_small : of_large;
+  const T series = psi_less_1(s.e), psi = T(1) + series;
+  const T rest = T(1) - s.root_of_g * s.root_of_g, rest_less_e = rest - s.e;
+  const T ratio = (small ? series : rest_less_e) / (small ? psi : rest);
+  return T(0.5) * s.t * inverse_df * ratio;
 }
 
-// -d log(1 + t^2 / df) / d df
+// -d log(1 + t^2 / df) / d df; 1 + t^2 / df = (cos^2 + sin^2 * g) / g
 template <typename T>
 SQLOSS_INLINE T log1p_of_square_falls(const Sample<T>& s, T inverse_df) {
-  return s.e * inverse_df * (s.cosine * s.cosine / scaled_square(s));
+  const T cosine2 = s.cosine * s.cosine, g = s.root_of_g * s.root_of_g;
+  return s.e * inverse_df * (cosine2 / (cosine2 + (T(1) - cosine2) * g));
 }
 
-// --- the prior -----------------------------------------------------------------------------------
-
-// Of a sample z under t(0, 1, df), a = |z| / sqrt(df): log(1 + a^2) ...
+// Of x, the sample's t or z, and the degrees of freedom of a density at it: what the density is
+// computed from. Squares are taken times g where it is not close to 1, lest they overflow.
 template <typename T>
-SQLOSS_INLINE T log1p_of_square(T a) {
-  constexpr T kLarge = sizeof(T) == 4 ? T(1e6) : T(1e10);  // then 1 + a^2 rounds to a^2
-  const bool large = a > kLarge;
-  const T x = a * a, plus_1 = T(1) + x, w = large ? a : plus_1;
-  const T log_w = core::CPU_CAPABILITY::log(w);
-  const T of_small = corrected(log_w, w, x), of_large = T(2) * log_w;
-  return large ? of_large : of_small;
+struct Square {
+  T scale, scaled_x;  // root_of_g or 1; x times it
+  T value, plus;      // x^2 / df and 1 + x^2 / df, both times scale^2
+  T minus_log_of_scale2;
+};
+
+template <typename T>
+SQLOSS_INLINE Square<T> square_over_df(const Sample<T>& s, T x, T inverse_df) {
+  const bool small = s.e < kSmall<T>;
+  const T scale = small ? T(1) : s.root_of_g, scaled = x * scale;
+  const T value = scaled * scaled * inverse_df;
+  return {scale, scaled, value, scale * scale + value, small ? T(0) : s.e};
 }
 
-// ... and a / (1 + a^2), half its derivative; of any a from 0 up
+// log(1 + x^2 / df)
 template <typename T>
-SQLOSS_INLINE T over_1_plus_square(T a) {
-  return T(1) / (a + T(1) / a);
+SQLOSS_INLINE T log1p_of_square(const Square<T>& square) {
+  constexpr T kLeast = std::numeric_limits<T>::min(), kMost = std::numeric_limits<T>::max();
+  const T at_least = square.plus < kLeast ? kLeast : square.plus;
+  const T less_1 = at_least - T(1), x = square.scale == T(1) ? square.value : less_1;
+  const T log = core::CPU_CAPABILITY::log1p_of_normal(x, at_least) + square.minus_log_of_scale2;
+  return square.plus <= kMost ? log : square.plus;  // also NaN
+}
+
+// x / (1 + x^2 / df)
+template <typename T>
+SQLOSS_INLINE T over_1_plus_square(const Square<T>& square) {
+  return square.scaled_x * square.scale / square.plus;
 }
 
 // --- normalising constants -----------------------------------------------------------------------
