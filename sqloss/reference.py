@@ -416,8 +416,9 @@ def student_t_rsample_kl(
         log Z(df) = lgamma(df / 2) - lgamma((df + 1) / 2) + log(df * pi) / 2
 
     where ``parameterization`` tells what ``scale`` is of sigma: ``"scale"``, ``"log_scale"`` or
-    ``"logvar"`` (2 log sigma). df, loc, scale and prior_df have one shape ``[..., m]``; without
-    prior_df it is df, without df both are infinite: the normal distribution. ``kl`` is::
+    ``"logvar"`` (2 log sigma). loc and scale have one shape ``[..., m]``, df and prior_df that too,
+    or ``[m]``, or none; without prior_df it is df, without df both are infinite: the normal
+    distribution. ``kl`` is::
 
         "none"              not computed
         "mc"                the above
@@ -518,9 +519,12 @@ def student_t_rsample_kl_backward(
     def gradient(of: Tensor | None, derivative: Tensor, wanted: bool) -> Tensor:
         if of is None or not wanted:
             return loc.new_empty(0)
-        if num_samples is not None:
-            derivative = derivative.expand_as(z).sum(0)
-        return derivative.expand_as(of).to(of.dtype)
+        derivative = derivative.expand_as(z)
+        return (
+            (derivative if num_samples is None else derivative.sum(0))
+            .sum_to_size(of.shape)
+            .to(of.dtype)
+        )
 
     tensors, derivatives = (df, loc, scale, prior_df), (of_df, of_mu, of_scale, of_prior_df)
     grad_df, grad_loc, grad_scale, grad_prior_df = map(gradient, tensors, derivatives, output_mask)

@@ -428,7 +428,8 @@ def _prepared(
             raise ValueError(
                 f"{function}: {name}: expected the device of loc, {device}, got {tensor.device}"
             )
-    if not all(tensor is None or tensor.shape in (shape, ()) for tensor in others.values()):
+    usual = (shape, shape[-1:], ())
+    if not all(tensor is None or tensor.shape in usual for tensor in others.values()):
         shape = _broadcast_shape(function, shape, others)
     given = [x for x in (scale, log_scale, logvar, df, prior_df) if isinstance(x, Tensor)]
     if any(tensor.dtype != dtype for tensor in given):
@@ -437,10 +438,10 @@ def _prepared(
         if parameter.dtype == torch.float64:  # would be taken for the dtype of the computation
             parameter = parameter.to(dtype)
     return _Prepared(
-        of_df if of_df is None else _expanded(of_df, shape),
+        _expanded_df(of_df, shape),
         _expanded(loc, shape),
         _expanded(parameter, shape),
-        of_prior if of_prior is None else _expanded(of_prior, shape),
+        _expanded_df(of_prior, shape),
         parameterization,
     )
 
@@ -448,6 +449,13 @@ def _prepared(
 def _expanded(tensor: Tensor, shape: torch.Size) -> Tensor:
     """Without the cost of a view where none is needed."""
     return tensor if tensor.shape == shape else tensor.expand(shape)
+
+
+def _expanded_df(df: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """The operator takes scalars, and those of columns, as they are."""
+    if df is None or df.dim() == 0 or df.shape == shape[-1:]:
+        return df
+    return _expanded(df, shape)
 
 
 def _result_type(*tensors: Tensor) -> torch.dtype:

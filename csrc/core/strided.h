@@ -36,6 +36,20 @@ struct Strided {
     }
   }
 
+  // `repeats` times the elements of a tensor of at most one dimension, as an expanded one lies.
+  static Strided repeated(const at::Tensor& tensor, int64_t repeats) {
+    Strided sequence;
+    sequence.data = static_cast<char*>(tensor.data_ptr());
+    sequence.dtype = tensor.scalar_type();
+    sequence.sizes.push_back(std::max<int64_t>(repeats, 1));
+    sequence.strides.push_back(0);
+    if (tensor.dim() > 0) {
+      sequence.sizes.push_back(std::max<int64_t>(tensor.size(0), 1));
+      sequence.strides.push_back(tensor.stride(0));
+    }
+    return sequence;
+  }
+
   // Where an element of offset `offset` lies.
   char* at(int64_t offset) const {
     return data + offset * static_cast<int64_t>(c10::elementSize(dtype));

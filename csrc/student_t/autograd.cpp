@@ -115,7 +115,7 @@ class Derivatives {
     kl_in_prior_df = 0.5 * at::log1p(square) - 0.5 * (1 + inverse_prior) * square / (1 + square) +
                      log_z_in_df(prior_df);
     if (call.kl == "analytic_entropy") {
-      kl_in_df = -entropy_in_df(df);
+      kl_in_df = -entropy_in_df(df).expand_as(t);
     } else {
       const at::Tensor cosine2 = cosine * cosine;
       const at::Tensor scaled_square = cosine2 + (1 - cosine2) * at::exp(-e);
@@ -194,7 +194,7 @@ InputGradients differentiable_gradients(const Call& call, const OptionalTensor& 
   const auto gradient = [&](const OptionalTensor& of, const at::Tensor& grad, bool wanted) {
     if (!wanted || !of) return at::empty({0}, call.loc.options());
     if (!grad.defined()) return at::zeros_like(*of);
-    return grad.expand(of->sizes()).to(of->scalar_type());
+    return grad.sum_to_size(of->sizes()).to(of->scalar_type());
   };
   return {gradient(call.df, in_df, output_mask[0]), gradient(call.loc, in_loc, output_mask[1]),
           gradient(call.scale, in_scale, output_mask[2]),

@@ -76,12 +76,10 @@ struct Tiling {
 template <typename T>
 using Array = T[kElements];
 
-// What depends on the degrees of freedom alone. 1 / df is 0 for infinite ones, whose terms are then
-// those of the normal distribution.
+// What depends on the degrees of freedom alone.
 template <typename T>
 struct Density {
-  Array<T> df, inverse,
-      half_power;  // df, 1 / df, (df + 1) / 2; the last two 0 where it is infinite
+  Array<T> df, inverse, root, half_power;  // df, 1 / df, its root, (df + 1) / 2
 };
 
 template <typename T>
@@ -94,9 +92,10 @@ struct alignas(64) Tile {
   Array<T> z, kl;                         // and backward their gradients
   Array<T> in_loc, in_scale, in_df, in_prior_df;
   Array<double> kl_sum;  // over samples
-  // Random words: those of the lower bits are drawn for double only.
-  uint32_t u[2][kElements], v[2][kElements];
-  uint32_t block_u[kElements + 4 * kBlocks], block_v[kElements + 4 * kBlocks];
+  // Random words, of the elements from first_word on; part 1, of the lower bits, for double only.
+  int64_t first_word;
+  uint32_t u[2][kElements + 4 * kBlocks], v[2][kElements + 4 * kBlocks];
+  uint32_t run_u[kElements + 4 * kBlocks], run_v[kElements + 4 * kBlocks];
   core::CPU_CAPABILITY::Tile<T> buffer;
 };
 
@@ -129,10 +128,10 @@ bool is_constant(const Strided& sequence) {
          (sequence.sizes.size() == 1 && sequence.sizes[0] == 1);
 }
 
-// The words of `count` adjacent elements from `first` on, to tile.u and tile.v from `position` on.
-template <typename T>
-void draw_run(Tile<T>& tile, uint64_t key, uint64_t first, int64_t count, uint32_t sample, int part,
-              int64_t position) {
+// The words of `count` adjacent elements from `first` on, and before them that of an even one which
+// shares a block with `first`.
+__attribute__((noinline)) void draw_run(uint64_t key, uint64_t first, int64_t count,
+                                        uint32_t sample, int part, uint32_t* u, uint32_t* v) {
   const int64_t odd = static_cast<int64_t>(first % 2);
   for (int64_t drawn = 0; drawn < odd + count; drawn += 2 * kBlocks) {
     const uint64_t block = (first - odd + drawn) / 2;
@@ -149,28 +148,38 @@ void draw_run(Tile<T>& tile, uint64_t key, uint64_t first, int64_t count, uint32
     for (int i = 0; i < kAtOnce; ++i) {
       // Lanes of two words each: in memory, those of an even and of the next odd element.
       constexpr uint64_t kLow = 0xffffffff;
-      const Words u = (words[0][i] & kLow) | (words[2][i] << 32);
-      const Words v = (words[1][i] & kLow) | (words[3][i] << 32);
-      std::memcpy(tile.block_u + drawn + 2 * i * kWordLanes, &u, sizeof(u));
-      std::memcpy(tile.block_v + drawn + 2 * i * kWordLanes, &v, sizeof(v));
+      const Words us = (words[0][i] & kLow) | (words[2][i] << 32);
+      const Words vs = (words[1][i] & kLow) | (words[3][i] << 32);
+      std::memcpy(u + drawn + 2 * i * kWordLanes, &us, sizeof(us));
+      std::memcpy(v + drawn + 2 * i * kWordLanes, &vs, sizeof(vs));
     }
   }
-  std::memcpy(tile.u[part] + position, tile.block_u + odd, count * sizeof(uint32_t));
-  std::memcpy(tile.v[part] + position, tile.block_v + odd, count * sizeof(uint32_t));
 }
 
 template <typename T>
 void draw(const Inputs& in, const Extent& extent, uint32_t sample, Tile<T>& tile) {
-  const bool together = !in.row_ids.data && is_constant(in.seeds);
-  const int64_t runs = together ? 1 : extent.rows, count = extent.count() / runs;
+  const auto key = [&](int64_t row) { return static_cast<uint64_t>(int64_of(in.seeds, row)); };
+  const auto first = [&](int64_t row) {
+    return static_cast<uint64_t>(row) * in.columns + extent.column;
+  };
   for (int part = 0; part < (sizeof(T) == 4 ? 1 : 2); ++part) {
-    for (int64_t run = 0; run < runs; ++run) {
-      const int64_t row = extent.row + run;
-      const auto key = static_cast<uint64_t>(int64_of(in.seeds, row));
-      const int64_t id = in.row_ids.data ? int64_of(in.row_ids, row) : row;
-      const auto first = static_cast<uint64_t>(id) * in.columns + extent.column;
-      draw_run(tile, key, first, count, sample, part, run * count);
+    if (!in.row_ids.data && is_constant(in.seeds)) {
+      const uint64_t begin = first(extent.row);
+      draw_run(key(0), begin, extent.count(), sample, part, tile.u[part], tile.v[part]);
+      tile.first_word = static_cast<int64_t>(begin % 2);
+      continue;
     }
+    for (int64_t i = 0; i < extent.rows; ++i) {
+      const int64_t row = extent.row + i;
+      const uint64_t begin = first(in.row_ids.data ? int64_of(in.row_ids, row) : row);
+      draw_run(key(row), begin, extent.columns, sample, part, tile.run_u, tile.run_v);
+      const auto keep = [&](const uint32_t* run, uint32_t* words) {
+        std::memcpy(words + i * extent.columns, run + begin % 2, extent.columns * sizeof(*run));
+      };
+      keep(tile.run_u, tile.u[part]);
+      keep(tile.run_v, tile.v[part]);
+    }
+    tile.first_word = 0;
   }
 }
 
@@ -178,12 +187,14 @@ void draw(const Inputs& in, const Extent& extent, uint32_t sample, Tile<T>& tile
 // which are long chains each.
 template <typename T>
 __attribute__((noinline)) void noise_of_words(int64_t count, Tile<T>& tile) {
+  const uint32_t *u = tile.u[0] + tile.first_word, *u_more = tile.u[1] + tile.first_word;
+  const uint32_t *v = tile.v[0] + tile.first_word, *v_more = tile.v[1] + tile.first_word;
   for (int64_t i = 0; i < count; ++i) {
     Noise<T> drawn;
     if constexpr (sizeof(T) == 4) {
-      drawn = noise(tile.u[0][i], tile.v[0][i]);
+      drawn = noise(u[i], v[i]);
     } else {
-      drawn = noise(tile.u[0][i], tile.v[0][i], tile.u[1][i], tile.v[1][i]);
+      drawn = noise(u[i], v[i], u_more[i], v_more[i]);
     }
     tile.energy[i] = drawn.energy;
     tile.cosine[i] = drawn.cosine;
@@ -208,11 +219,6 @@ __attribute__((noinline)) void normal_samples(int64_t count, Tile<T>& tile) {
 }
 
 template <typename T>
-SQLOSS_INLINE Sample<T> sample_at(const Tile<T>& tile, int64_t i) {
-  return {tile.t[i], tile.energy[i] * tile.posterior.inverse[i], tile.cosine[i], tile.root_of_g[i]};
-}
-
-template <typename T>
 void draw_samples(const Inputs& in, const Extent& extent, int64_t sample, Tile<T>& tile) {
   const int64_t count = padded(extent.count());
   draw(in, extent, static_cast<uint32_t>(sample), tile);
@@ -224,22 +230,14 @@ void draw_samples(const Inputs& in, const Extent& extent, int64_t sample, Tile<T
 
 // NaN where the degrees of freedom are not positive.
 template <typename T>
-SQLOSS_INLINE T inverse_df(T df) {
-  const T inverse = T(1) / df;
-  return df > T(0) ? inverse : std::numeric_limits<T>::quiet_NaN();
-}
-template <typename T>
-SQLOSS_INLINE T half_power(T df, T inverse) {
-  const T finite = T(0.5) * df + T(0.5);
-  return inverse == T(0) ? T(0) : finite;
-}
-
-template <typename T>
 __attribute__((noinline)) void complete(int64_t count, Density<T>& density) {
   for (int64_t i = 0; i < count; ++i) {
-    const T inverse = inverse_df(density.df[i]);
-    density.inverse[i] = inverse;
-    density.half_power[i] = half_power(density.df[i], inverse);
+    const T given = density.df[i], most = kInfiniteDf<T>, finite = given > most ? most : given;
+    const T df = given > T(0) ? finite : std::numeric_limits<T>::quiet_NaN();
+    density.df[i] = df;
+    density.inverse[i] = T(1) / df;
+    density.root[i] = std::sqrt(T(1) / df);
+    density.half_power[i] = T(0.5) * df + T(0.5);
   }
 }
 
@@ -255,11 +253,8 @@ __attribute__((noinline)) void add_constant(const Density<T>& density, int64_t c
     T value = r.value, in_df = T(0.5) * r.first;
     if constexpr (kEntropy) {
       // The entropy: (df + 1) / 2 * (digamma((df + 1) / 2) - digamma(df / 2)) + log Z
-      const T finite_product = df * r.first, finite_curvature = (df + T(1)) * r.second;
-      const T product = inverse == T(0) ? T(0) : finite_product;
-      const T curvature = inverse == T(0) ? T(0) : finite_curvature;
-      value += T(0.5) * (T(1) + inverse) * (T(1) - product);
-      in_df = T(-0.5) * inverse * inverse - T(0.25) * curvature;
+      value += T(0.5) * (T(1) + inverse) * (T(1) - df * r.first);
+      in_df = T(-0.5) * inverse * inverse - T(0.25) * (df + T(1)) * r.second;
     }
     constant[i] += sign * value;
     if constexpr (kDerivative) derivative[i] = sign * in_df;
@@ -321,38 +316,29 @@ void load_location_and_scale(const Inputs& in, const Extent& extent, Tile<T>& ti
 // Degrees of freedom that are the same in every tile are loaded once, for a whole tile: no stride
 // leads out of them.
 bool same_in_all_tiles(const Inputs& in, const Tiling& tiling) {
-  const auto same = [&](const Strided& df) {
-    if (!df.data || is_constant(df)) return true;
-    // [rows, columns] with the rows expanded
-    return tiling.parts_per_row == 1 && df.sizes.size() == 2 && df.strides[0] == 0 &&
-           df.sizes[1] == in.columns;
+  const auto same = [&](DfShape shape) {
+    return shape == DfShape::kScalar || (shape == DfShape::kColumns && tiling.parts_per_row == 1);
   };
-  return same(in.df) && same(in.prior_df);
+  return (!in.df.data || same(in.df_shape)) && (!in.prior_df.data || same(in.prior_df_shape));
 }
 
 // --- forward -------------------------------------------------------------------------------------
 
-// -log of the density of t(0, 1, df) at x without its constant; of infinite df, of the normal.
 template <typename T>
-SQLOSS_INLINE T energy(const Sample<T>& sample, T x, const Density<T>& density, int64_t i) {
-  const T inverse = density.inverse[i], half_square = T(0.5) * x * x;
-  const T log1p = log1p_of_square(square_over_df(sample, x, inverse));
-  return density.half_power[i] * log1p + (inverse == T(0) ? half_square : T(0));
+SQLOSS_INLINE T energy_at(const Density<T>& density, int64_t i, T x) {
+  return density.half_power[i] * log1p_of_square(square_over_df(x, density.root[i]));
 }
 
 template <typename T>
 __attribute__((noinline)) void student_t_cross_term(int64_t count, Tile<T>& tile) {
   for (int64_t i = 0; i < count; ++i) {
-    tile.kl[i] =
-        energy(sample_at(tile, i), tile.z[i], tile.prior, i) - tile.log_scale[i] + tile.constant[i];
+    tile.kl[i] = energy_at(tile.prior, i, tile.z[i]) - tile.log_scale[i] + tile.constant[i];
   }
 }
 
 template <typename T>
 __attribute__((noinline)) void subtract_own_term(int64_t count, Tile<T>& tile) {
-  for (int64_t i = 0; i < count; ++i) {
-    tile.kl[i] -= energy(sample_at(tile, i), tile.t[i], tile.posterior, i);
-  }
+  for (int64_t i = 0; i < count; ++i) tile.kl[i] -= energy_at(tile.posterior, i, tile.t[i]);
 }
 
 template <typename T>
@@ -464,6 +450,64 @@ void noise_only(const Inputs& in, const NoiseOutputs& out) {
   });
 }
 
+// --- sums of gradients ---------------------------------------------------------------------------
+
+// The gradient of degrees of freedom that hold for several rows or elements: each tile's sum, and
+// then that of all, in one order.
+template <typename T>
+class Summed {
+ public:
+  Summed(const Inputs& in, const Tiling& tiling, const Strided& target, DfShape shape)
+      : in_(in), tiling_(tiling), target_(target), shape_(shape) {
+    if (shape == DfShape::kFull || !target.data) return;
+    width_ = shape == DfShape::kScalar ? 1 : std::min(kElements, in.columns);
+    sums_.resize(tiling.tiles * width_);
+  }
+
+  void add(int64_t index, const Extent& extent, const Array<T>& values) {
+    if (shape_ == DfShape::kFull) return store(values, target_, extent.begin(in_), extent.count());
+    if (!target_.data) return;
+    double* const sums = sums_.data() + index * width_;
+    if (shape_ == DfShape::kScalar) {
+      OrderedSum sum;
+      sum.add(values, extent.count());
+      *sums = sum.total();
+      return;
+    }
+    for (int64_t row = 0; row < extent.rows; ++row) {
+      for (int64_t i = 0; i < extent.columns; ++i) {
+        sums[i] += static_cast<double>(values[row * extent.columns + i]);
+      }
+    }
+  }
+
+  void finish() {
+    if (sums_.empty()) return;
+    if (shape_ == DfShape::kScalar) {
+      OrderedSum sum;
+      sum.add(sums_.data(), tiling_.tiles);
+      const T total = static_cast<T>(sum.total());
+      core::CPU_CAPABILITY::write_tile<T>(&total, target_, 0, 1);
+      return;
+    }
+    const int64_t parts = tiling_.parts_per_row;
+    for (int64_t index = parts; index < tiling_.tiles; ++index) {
+      double* const total = sums_.data() + index % parts * width_;
+      for (int64_t i = 0; i < width_; ++i) total[i] += sums_[index * width_ + i];
+    }
+    const std::vector<T> totals(sums_.begin(), sums_.begin() + in_.columns);
+    core::CPU_CAPABILITY::write_tile<T>(totals.data(), target_, 0, in_.columns);
+  }
+
+ private:
+  const Inputs& in_;
+  const Tiling& tiling_;
+  const Strided& target_;
+  DfShape shape_;
+  int64_t width_ = 0;
+  std::vector<double> sums_;  // [tiles, width_]
+};
+
 // --- backward ------------------------------------------------------------------------------------
 
 // Adds to the gradients in loc, scale, df and prior_df what one sample gives, with tile.z and
@@ -474,10 +518,10 @@ __attribute__((noinline)) void student_t_backward(int64_t count, Tile<T>& tile) 
     const T t = tile.t[i];
     T in_z = tile.z[i];
     if constexpr (kKl) {
-      const T z = tile.loc[i] + tile.scale[i] * t, inverse_prior = tile.prior.inverse[i];
-      const auto square = square_over_df(sample_at(tile, i), z, inverse_prior);
-      const T falls = (T(1) + inverse_prior) * over_1_plus_square(square);
-      in_z += tile.kl[i] * (inverse_prior == T(0) ? z : falls);
+      const T z = tile.loc[i] + tile.scale[i] * t, root = tile.prior.root[i];
+      const T slope = over_1_plus_square(square_over_df(z, root));
+      const T power = T(2) * tile.prior.half_power[i] * root;
+      in_z += tile.kl[i] * (power * std::copysign(slope, z));
     }
     tile.z[i] = in_z;
     tile.in_loc[i] += in_z;
@@ -485,33 +529,32 @@ __attribute__((noinline)) void student_t_backward(int64_t count, Tile<T>& tile) 
   }
 }
 
-// With tile.z the whole gradient of z.
-template <typename T>
-__attribute__((noinline)) void through_z_in_df(int64_t count, Tile<T>& tile) {
+// With tile.z the whole gradient of z. Differences are taken before what is differed: at large df
+// both terms are of the order 1 / df, and their sum of 1 / df^2.
+template <bool kOwnTerm, typename T>
+__attribute__((noinline)) void posterior_in_df(int64_t count, Tile<T>& tile) {
   for (int64_t i = 0; i < count; ++i) {
-    const T t_in_df = in_df(sample_at(tile, i), tile.posterior.inverse[i]);
-    tile.in_df[i] += tile.z[i] * tile.scale[i] * t_in_df;
-  }
-}
-
-template <typename T>
-__attribute__((noinline)) void own_term_in_df(int64_t count, Tile<T>& tile) {
-  for (int64_t i = 0; i < count; ++i) {
-    const T inverse = tile.posterior.inverse[i];
-    const auto sample = sample_at(tile, i);
-    const T log1p = log1p_of_square(square_over_df(sample, sample.t, inverse));
-    const T falls = log1p_of_square_falls(sample, inverse);
-    tile.in_df[i] += tile.kl[i] * (tile.posterior.half_power[i] * falls - T(0.5) * log1p);
+    const T inverse = tile.posterior.inverse[i], t = tile.t[i];
+    const T psi_term = one_less_inverse_psi(tile.energy[i] * inverse, tile.root_of_g[i]);
+    T in_df = tile.z[i] * tile.scale[i] * t * inverse * psi_term;
+    if constexpr (kOwnTerm) {
+      const auto square = square_over_df(t, tile.posterior.root[i]);
+      const T ratio = square_over_1_plus_square(square);
+      in_df -= tile.kl[i] *
+               (log1p_less_ratio(square, ratio) + ratio * ((T(1) + inverse) * psi_term - inverse));
+    }
+    tile.in_df[i] += T(0.5) * in_df;
   }
 }
 
 template <typename T>
 __attribute__((noinline)) void cross_term_in_prior_df(int64_t count, Tile<T>& tile) {
   for (int64_t i = 0; i < count; ++i) {
-    const T z = tile.loc[i] + tile.scale[i] * tile.t[i], inverse = tile.prior.inverse[i];
-    const auto square = square_over_df(sample_at(tile, i), z, inverse);
-    const T falls = (T(1) + inverse) * (square.value / square.plus);
-    tile.in_prior_df[i] += T(0.5) * tile.kl[i] * (log1p_of_square(square) - falls);
+    const T z = tile.loc[i] + tile.scale[i] * tile.t[i];
+    const auto square = square_over_df(z, tile.prior.root[i]);
+    const T ratio = square_over_1_plus_square(square);
+    const T in_df = log1p_less_ratio(square, ratio) - ratio * tile.prior.inverse[i];
+    tile.in_prior_df[i] += T(0.5) * tile.kl[i] * in_df;
   }
 }
 
@@ -531,9 +574,8 @@ void backward_sample(const Inputs& in, bool in_df, int64_t count, Tile<T>& tile)
   if (!in.df.data) return normal_backward(kl, count, tile);
   kl ? student_t_backward<true>(count, tile) : student_t_backward<false>(count, tile);
   if (!in_df) return;
-  through_z_in_df(count, tile);
+  in.kl == Kl::kMc ? posterior_in_df<true>(count, tile) : posterior_in_df<false>(count, tile);
   if (kl) cross_term_in_prior_df(count, tile);
-  if (in.kl == Kl::kMc) own_term_in_df(count, tile);
 }
 
 // What does not depend on the sample, with tile.kl the whole gradient of a row's KL; and the
@@ -571,6 +613,9 @@ void backward(const Inputs& in, const Gradients& gradients) {
   const bool samples =
       gradients.z.data || sampled.kl == Kl::kMc || sampled.kl == Kl::kAnalyticEntropy;
 
+  Summed<T> of_df(in, tiling, gradients.df, in.df_shape);
+  Summed<T> of_prior_df(in, tiling, gradients.prior_df, in.prior_df_shape);
+
   tiling.for_tiles(in, [&](int64_t begin, int64_t end) {
     core::Scratch<Tile<T>> memory;
     Tile<T>& tile = *memory.reserve(1);
@@ -582,8 +627,11 @@ void backward(const Inputs& in, const Gradients& gradients) {
         in_df ? load_df<true>(sampled, of_df, tile) : load_df<false>(sampled, of_df, tile);
       }
       load_location_and_scale(in, extent, tile);
-      for (Array<T>* sum : {&tile.in_loc, &tile.in_scale, &tile.in_df, &tile.in_prior_df}) {
-        std::fill_n(*sum, whole, T(0));
+      std::fill_n(tile.in_loc, whole, T(0));
+      std::fill_n(tile.in_scale, whole, T(0));
+      if (in_df) {
+        std::fill_n(tile.in_df, whole, T(0));
+        std::fill_n(tile.in_prior_df, whole, T(0));
       }
 
       // The gradient of the KL of a sample's rows, for each of their elements.
@@ -621,15 +669,17 @@ void backward(const Inputs& in, const Gradients& gradients) {
         std::memcpy(tile.kl, tile.z, sizeof(tile.kl));
       }
       finish_gradients(sampled, whole, in_df, tile);
-      if (!in.prior_df.data) {
+      if (in_df && !in.prior_df.data) {
         for (int64_t i = 0; i < whole; ++i) tile.in_df[i] += tile.in_prior_df[i];
       }
       store(tile.in_loc, gradients.loc, elements, count);
       store(tile.in_scale, gradients.scale, elements, count);
-      store(tile.in_df, gradients.df, elements, count);
-      store(tile.in_prior_df, gradients.prior_df, elements, count);
+      of_df.add(index, extent, tile.in_df);
+      of_prior_df.add(index, extent, tile.in_prior_df);
     }
   });
+  of_df.finish();
+  of_prior_df.finish();
 }
 
 void forward_of(const Inputs& in, at::ScalarType dtype, const Outputs& out) {

@@ -38,11 +38,18 @@ void check(const char* name, const at::Tensor& tensor, const at::Tensor& loc) {
   TORCH_CHECK_TYPE(tensor.is_floating_point() && c10::elementSize(tensor.scalar_type()) > 1,
                    "student_t_rsample_kl: ", name,
                    ": expected float16, bfloat16, float32 or float64, got ", tensor.scalar_type());
-  TORCH_CHECK_VALUE(tensor.dim() > 0 && tensor.sizes() == loc.sizes(),
-                    "student_t_rsample_kl: ", name, ": expected the shape of loc ", loc.sizes(),
-                    ", of a dimension or more, ", "got ", tensor.sizes());
   TORCH_CHECK_VALUE(tensor.device() == loc.device(), "student_t_rsample_kl: ", name,
                     ": expected the device of loc ", loc.device(), ", got ", tensor.device());
+}
+
+DfShape check_df(const char* name, const at::Tensor& df, const at::Tensor& loc) {
+  check(name, df, loc);
+  if (df.dim() == 0) return DfShape::kScalar;
+  if (df.sizes() == loc.sizes()) return DfShape::kFull;
+  TORCH_CHECK_VALUE(df.dim() == 1 && df.size(0) == loc.size(-1), "student_t_rsample_kl: ", name,
+                    ": expected the shape of loc ", loc.sizes(), ", or its last dimension, or ",
+                    "none, got ", df.sizes());
+  return DfShape::kColumns;
 }
 
 core::Strided sequence(const at::Tensor& tensor) {
@@ -66,8 +73,11 @@ struct Call {
     inputs.mean = kl_mean;
     check("loc", loc, loc);
     check("scale", scale, loc);
-    if (df) check("df", *df, loc);
-    if (prior_df) check("prior_df", *prior_df, loc);
+    TORCH_CHECK_VALUE(loc.dim() > 0 && scale.sizes() == loc.sizes(),
+                      "student_t_rsample_kl: scale: expected the shape of loc ", loc.sizes(),
+                      ", of a dimension or more, got ", scale.sizes());
+    if (df) inputs.df_shape = check_df("df", *df, loc);
+    if (prior_df) inputs.prior_df_shape = check_df("prior_df", *prior_df, loc);
     const bool fits = inputs.kl == Kl::kAnalyticEntropy ? df.has_value()
                       : inputs.kl == Kl::kClosedForm    ? !df
                                                         : true;
@@ -93,16 +103,23 @@ struct Call {
     inputs.columns = loc.size(-1);
     inputs.rows = c10::multiply_integers(leading);
     inputs.num_samples = num_samples.value_or(1);
-    if (df) inputs.df = sequence(*df);
+    if (df) inputs.df = df_sequence(*df, inputs.df_shape);
     inputs.loc = sequence(loc);
     inputs.scale = sequence(scale);
-    if (prior_df) inputs.prior_df = sequence(*prior_df);
-    inputs.seeds = sequence(seed.expand(leading));  // raises its own error
+    if (prior_df) inputs.prior_df = df_sequence(*prior_df, inputs.prior_df_shape);
+    inputs.seeds = seed.dim() == 0 ? core::Strided::repeated(seed, inputs.rows)
+                                   : sequence(seed.expand(leading));  // raises its own error
     if (rows) inputs.row_ids = sequence(*rows);
     const bool is_double = loc.scalar_type() == at::kDouble || scale.scalar_type() == at::kDouble;
     dtype = is_double ? at::kDouble : at::kFloat;
     if (num_samples && !kl_mean) kl_shape.push_back(*num_samples);
     kl_shape.append(leading.begin(), leading.end());
+  }
+
+  core::Strided df_sequence(const at::Tensor& df, DfShape shape) const {
+    if (shape == DfShape::kFull) return sequence(df);
+    const bool scalar = shape == DfShape::kScalar;
+    return core::Strided::repeated(df, scalar ? inputs.rows * inputs.columns : inputs.rows);
   }
 };
 

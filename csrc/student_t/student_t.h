@@ -38,7 +38,10 @@ enum class Kl { kNone, kMc, kAnalyticEntropy, kClosedForm };
 Parameterization parameterization_named(std::string_view name);
 Kl kl_named(std::string_view name);
 
-// Tensors as sequences of rows * columns numbers.
+// What degrees of freedom are given for: every element, every column, or all of them.
+enum class DfShape { kFull, kColumns, kScalar };
+
+// Tensors as sequences of rows * columns numbers, expanded to that where they have fewer.
 struct Inputs {
   Parameterization parameterization;
   Kl kl;
@@ -46,7 +49,8 @@ struct Inputs {
   int64_t rows, columns, num_samples;
   core::Strided df;  // absent: the normal distribution
   core::Strided loc, scale;
-  core::Strided prior_df;        // absent: df
+  core::Strided prior_df;  // absent: df
+  DfShape df_shape, prior_df_shape;
   core::Strided seeds, row_ids;  // int64, one per row; no row_ids: 0, 1, 2, ...
 };
 
@@ -60,7 +64,8 @@ struct Outputs {
 // Of the outputs, the same sequences; of none that is not used.
 struct Gradients {
   core::Strided z, kl;
-  core::Strided df, loc, scale, prior_df;  // to be written: those wanted
+  core::Strided loc, scale;    // to be written: those wanted
+  core::Strided df, prior_df;  // also, of the shapes of the inputs
 };
 
 // [num_samples, rows, columns] each

@@ -74,8 +74,7 @@ SQLOSS_INLINE T normal_sample(const Noise<T>& noise) {
 
 template <typename T>
 struct Sample {
-  T t, e, cosine;
-  T root_of_g;  // exp(-e / 2)
+  T t, root_of_g;
 };
 
 // Where e is below, series in it are summed; elsewhere nothing cancels.
@@ -93,60 +92,79 @@ SQLOSS_INLINE Sample<T> student_t_sample(const Noise<T>& noise, T df, T inverse_
   const T e = noise.energy * inverse_df;
   const T root = core::CPU_CAPABILITY::exp_small(T(-0.5) * e);
   // -2 log(u) * psi
-  const T of_small = noise.energy + noise.energy * psi_less_1(e),
-          of_large = df * (T(1) - root * root);
-  const T t = std::sqrt(e < kSmall<T> ? of_small : of_large) / root * noise.cosine;
-  return {t, e, noise.cosine, root};
+  const T of_small = core::CPU_CAPABILITY::multiply_add(noise.energy, psi_less_1(e), noise.energy);
+  const T of_large = df * (T(1) - root * root);
+  return {std::sqrt(e < kSmall<T> ? of_small : of_large) / root * noise.cosine, root};
 }
 
-// d t / d df = t * (1 - 1 / psi) / (2 df)
+// 1 - 1 / psi, from which d t / d df = t * (1 - 1 / psi) / (2 df)
 template <typename T>
-SQLOSS_INLINE T in_df(const Sample<T>& s, T inverse_df) {
-  const bool small = s.e < kSmall<T>;
-  const T series = psi_less_1(s.e), psi = T(1) + series;
-  const T rest = T(1) - s.root_of_g * s.root_of_g, rest_less_e = rest - s.e;
-  const T ratio = (small ? series : rest_less_e) / (small ? psi : rest);
-  return T(0.5) * s.t * inverse_df * ratio;
+SQLOSS_INLINE T one_less_inverse_psi(T e, T root_of_g) {
+  const bool small = e < kSmall<T>;
+  const T series = psi_less_1(e), psi = T(1) + series;
+  const T rest = T(1) - root_of_g * root_of_g, rest_less_e = rest - e;
+  return (small ? series : rest_less_e) / (small ? psi : rest);
 }
 
-// -d log(1 + t^2 / df) / d df; 1 + t^2 / df = (cos^2 + sin^2 * g) / g
+// --- densities -----------------------------------------------------------------------------------
+//
+// -log of the density of t(0, 1, df) at x is (df + 1) / 2 * log(1 + x^2 / df) and a constant.
+
+// Infinite degrees of freedom are computed as these, so many that log(1 + x^2 / df) is x^2 / df.
 template <typename T>
-SQLOSS_INLINE T log1p_of_square_falls(const Sample<T>& s, T inverse_df) {
-  const T cosine2 = s.cosine * s.cosine, g = s.root_of_g * s.root_of_g;
-  return s.e * inverse_df * (cosine2 / (cosine2 + (T(1) - cosine2) * g));
-}
+constexpr T kInfiniteDf = static_cast<T>(sizeof(T) == 4 ? 0x1p100 : 0x1p800);
 
-// Of x, the sample's t or z, and the degrees of freedom of a density at it: what the density is
-// computed from. Squares are taken times g where it is not close to 1, lest they overflow.
+// Of y = x / sqrt(df).
 template <typename T>
 struct Square {
-  T scale, scaled_x;  // root_of_g or 1; x times it
-  T value, plus;      // x^2 / df and 1 + x^2 / df, both times scale^2
-  T minus_log_of_scale2;
+  T size, value;  // |y|, y^2
 };
 
 template <typename T>
-SQLOSS_INLINE Square<T> square_over_df(const Sample<T>& s, T x, T inverse_df) {
-  const bool small = s.e < kSmall<T>;
-  const T scale = small ? T(1) : s.root_of_g, scaled = x * scale;
-  const T value = scaled * scaled * inverse_df;
-  return {scale, scaled, value, scale * scale + value, small ? T(0) : s.e};
+SQLOSS_INLINE Square<T> square_over_df(T x, T inverse_root_of_df) {
+  const T size = std::abs(x * inverse_root_of_df);
+  return {size, size * size};
 }
 
-// log(1 + x^2 / df)
+// Squares of so large ones may overflow; 1 makes no difference to them.
 template <typename T>
-SQLOSS_INLINE T log1p_of_square(const Square<T>& square) {
-  constexpr T kLeast = std::numeric_limits<T>::min(), kMost = std::numeric_limits<T>::max();
-  const T at_least = square.plus < kLeast ? kLeast : square.plus;
-  const T less_1 = at_least - T(1), x = square.scale == T(1) ? square.value : less_1;
-  const T log = core::CPU_CAPABILITY::log1p_of_normal(x, at_least) + square.minus_log_of_scale2;
-  return square.plus <= kMost ? log : square.plus;  // also NaN
+constexpr T kLarge = static_cast<T>(sizeof(T) == 4 ? 1e8 : 1e16);
+
+// log(1 + y^2)
+template <typename T>
+SQLOSS_INLINE T log1p_of_square(Square<T> y) {
+  const bool large = y.size > kLarge<T>;
+  const T plus_1 = T(1) + y.value;
+  const T log = core::CPU_CAPABILITY::log1p_of_normal(y.value, large ? y.size : plus_1);
+  const T twice = log + log, finite = large ? twice : log;
+  return y.size <= std::numeric_limits<T>::max() ? finite : y.size;  // also NaN
 }
 
-// x / (1 + x^2 / df)
+// y^2 / (1 + y^2)
 template <typename T>
-SQLOSS_INLINE T over_1_plus_square(const Square<T>& square) {
-  return square.scaled_x * square.scale / square.plus;
+SQLOSS_INLINE T square_over_1_plus_square(Square<T> y) {
+  const T ratio = y.value / (T(1) + y.value);
+  return y.size > kLarge<T> ? T(1) : ratio;
+}
+
+// log(1 + y^2) - y^2 / (1 + y^2), which is y^4 / 2 for small y, given the latter: twice
+// atanh(s) - s / (1 + s) for s = y^2 / (2 + y^2)
+template <typename T>
+SQLOSS_INLINE T log1p_less_ratio(Square<T> y, T ratio) {
+  constexpr T kSmallSquare = T(0.25);
+  const T s = y.value / (T(2) + y.value), s2 = s * s;
+  const T series = core::CPU_CAPABILITY::atanh_series<Float<T>::kLogTerms + 1, 1>(s2);
+  const T of_small = s * ratio + T(2) * s * s2 * series;
+  const T of_large = log1p_of_square(y) - ratio;
+  return y.value < kSmallSquare ? of_small : of_large;
+}
+
+// |y| / (1 + y^2)
+template <typename T>
+SQLOSS_INLINE T over_1_plus_square(Square<T> y) {
+  const bool large = y.size > kLarge<T>;
+  const T plus_1 = T(1) + y.value;
+  return (large ? T(1) : y.size) / (large ? y.size : plus_1);
 }
 
 // --- normalising constants -----------------------------------------------------------------------

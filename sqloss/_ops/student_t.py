@@ -59,7 +59,7 @@ class _Batch:
         self.leading = list(loc.shape)
         if bdim is not None:
             del self.leading[bdim]
-        del self.leading[-1]
+        self.columns = self.leading.pop()
 
     def __call__(self, tensor: Tensor | None, bdim: int | None) -> Tensor | None:
         if tensor is None:
@@ -67,6 +67,25 @@ class _Batch:
         if bdim is None:
             return tensor.expand(self.size, *tensor.shape)
         return tensor.movedim(bdim, 0)
+
+    def df(self, df: Tensor | None, bdim: int | None) -> Tensor | None:
+        """For every element: one shape for each of the batch is one more than the operator has."""
+        batched = self(df, bdim)
+        if batched is None:
+            return None
+        missing = len(self.leading) + 2 - batched.dim()
+        rows = batched.reshape(self.size, *[1] * missing, *batched.shape[1:])
+        return rows.expand(self.size, *self.leading, self.columns)
+
+    def sum_to_df(self, gradient: Tensor, df: Tensor | None, bdim: int | None) -> Tensor:
+        """The gradient of what df made of its argument."""
+        if df is None or gradient.numel() == 0:
+            return gradient
+        shape = list(df.shape)
+        if bdim is not None:
+            del shape[bdim]
+        missing = gradient.dim() - 1 - len(shape)
+        return gradient.sum(tuple(range(1, missing + 1))) if missing else gradient
 
     def seed(self, seed: Tensor, bdim: int | None) -> Tensor:
         """A seed per row."""
@@ -108,10 +127,10 @@ def _student_t_rsample_kl_vmap(
 ) -> Any:
     batch = _Batch(info, loc, in_dims[1])
     outputs = _ops.student_t_rsample_kl(
-        batch(df, in_dims[0]),
+        batch.df(df, in_dims[0]),
         batch(loc, in_dims[1]),
         batch(scale, in_dims[2]),
-        batch(prior_df, in_dims[3]),
+        batch.df(prior_df, in_dims[3]),
         batch.seed(seed, in_dims[4]),
         batch.rows(loc, rows, in_dims[5]),
         num_samples,
@@ -145,13 +164,13 @@ def _student_t_rsample_kl_backward_vmap(
 ) -> Any:
     batch = _Batch(info, loc, in_dims[3])
     sampled = num_samples is not None
-    gradients = _ops.student_t_rsample_kl_backward(
+    of_df, of_loc, of_scale, of_prior_df = _ops.student_t_rsample_kl_backward(
         batch.after_samples(grad_z, in_dims[0], sampled),
         batch.after_samples(grad_kl, in_dims[1], sampled and not kl_mean),
-        batch(df, in_dims[2]),
+        batch.df(df, in_dims[2]),
         batch(loc, in_dims[3]),
         batch(scale, in_dims[4]),
-        batch(prior_df, in_dims[5]),
+        batch.df(prior_df, in_dims[5]),
         batch.seed(seed, in_dims[6]),
         batch.rows(loc, rows, in_dims[7]),
         num_samples,
@@ -160,6 +179,9 @@ def _student_t_rsample_kl_backward_vmap(
         kl_mean,
         output_mask,
     )
+    of_df = batch.sum_to_df(of_df, df, in_dims[2])
+    of_prior_df = batch.sum_to_df(of_prior_df, prior_df, in_dims[5])
+    gradients = (of_df, of_loc, of_scale, of_prior_df)
     tensors = (df, loc, scale, prior_df)
     wanted = [w and of is not None for w, of in zip(output_mask, tensors, strict=True)]
     return gradients, tuple(0 if w else None for w in wanted)
