@@ -124,6 +124,13 @@ def as_markdown(report: Report) -> str:
         if samples
         else ""
     )
+    kl_note = (
+        "\n  So is the KL of Student's t, which has no closed form: log q - log p at that draw. Where"
+        "\n  it is small, its mean over few images may come out below 0, and the -ELBO below the"
+        "\n  reconstruction."
+        if config["prior"] == "t"
+        else ""
+    )
     return f"""\
 # VAE on {config["dataset"]}
 
@@ -141,7 +148,8 @@ Every setting is in `config.json`.
 - The curves show the objectives, on the test images, and every model by both of them: the
   {mean_objective}, and the {tail_objective}.{bound_note}
 - Each image's -ELBO is of one draw from the posterior. The mean over the images is unbiased, but
-  images with an unlucky draw come to lie in the tail: that biases the CVaR slightly upwards.
+  images with an unlucky draw come to lie in the tail: that biases the CVaR slightly
+  upwards.{kl_note}
 - This is one run with one seed. A difference between the models on one seed is not evidence for
   one of them: repeat it with several seeds. The standard error of the mean -ELBO covers the choice
   of test images only, not the seed.

@@ -252,7 +252,13 @@ def test_shares_and_intervals_have_two_decimals(report):
 
 
 def test_the_bias_of_the_tail_is_told(report):
-    assert "biases the CVaR slightly upwards" in as_markdown(report)
+    assert "biases the CVaR slightly" in as_markdown(report)
+
+
+@pytest.mark.parametrize("prior", ["normal", "t"])
+def test_a_kl_below_zero_is_explained(report, prior):
+    text = as_markdown(report | {"config": report["config"] | {"prior": prior}})
+    assert ("may come out below 0" in text) == (prior == "t")
 
 
 def test_the_tables_tell_both_models_and_are_aligned(report):
