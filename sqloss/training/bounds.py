@@ -93,7 +93,12 @@ def bounds_rows(bounds: dict[str, Any]) -> Iterator[list[str]]:
         estimates = [model[bound] for model in models]
         yield [label, *(nats(of_model["mean"]) for of_model in estimates)]
         yield ["its standard error", *(nats(of_model["standard_error"]) for of_model in estimates)]
-        intervals = [f"{nats(of_model['low'])}, {nats(of_model['high'])}" for of_model in estimates]
-        yield [f"its {CONFIDENCE:.0%} interval", *(f"[{interval}]" for interval in intervals)]
+        yield [f"its {CONFIDENCE:.0%} interval", *map(interval, estimates)]
     if all("df" in model for model in models):
         yield ["learnt df", *(f"{model['df']:.3g}" for model in models)]
+
+
+def interval(estimate: dict[str, float | None]) -> str:
+    if estimate["standard_error"] is None:
+        return nats(None)
+    return f"[{nats(estimate['low'])}, {nats(estimate['high'])}]"

@@ -125,8 +125,8 @@ def as_markdown(report: Report) -> str:
         else ""
     )
     kl_note = (
-        "\n  So is the KL of Student's t, which has no closed form: log q - log p at that draw. Where"
-        "\n  it is small, its mean over few images may come out below 0, and the -ELBO below the"
+        "\n  So is the KL of Student's t, which has no closed form: log q - log p at that draw."
+        "\n  Where it is small, its mean over few images may come out below 0, and the -ELBO below the"
         "\n  reconstruction."
         if config["prior"] == "t"
         else ""
