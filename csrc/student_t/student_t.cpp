@@ -188,6 +188,7 @@ InputGradients backward_cpu(const OptionalTensor& grad_z, const OptionalTensor& 
   const auto gradient = [&](const OptionalTensor& of, bool wanted, core::Strided& written) {
     if (!wanted || !of) return empty({0}, loc.scalar_type());
     at::Tensor grad = empty(of->sizes(), of->scalar_type());
+    if (call.inputs.rows == 0) grad.zero_();  // of scalar degrees of freedom, say
     written = sequence(grad);
     return grad;
   };
