@@ -126,8 +126,8 @@ def as_markdown(report: Report) -> str:
     )
     kl_note = (
         "\n  So is the KL of Student's t, which has no closed form: log q - log p at that draw."
-        "\n  Where it is small, its mean over few images may come out below 0, and the -ELBO below the"
-        "\n  reconstruction."
+        "\n  Where it is small, its mean over few images may come out below 0, and the -ELBO below"
+        "\n  the reconstruction."
         if config["prior"] == "t"
         else ""
     )
