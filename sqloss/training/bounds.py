@@ -14,7 +14,7 @@ from sqloss.training.errors import require
 from sqloss.training.evaluation import importance_weighted, learnt_df
 from sqloss.training.files import write_json
 from sqloss.training.progress import counted
-from sqloss.training.report import CONFIDENCE, aligned, nats
+from sqloss.training.tables import CONFIDENCE, aligned, nats
 from sqloss.training.trained import Trained
 
 IMAGES_SEED = 0  # not the run's: runs with different seeds are measured on the same images
@@ -98,7 +98,7 @@ def bounds_rows(bounds: dict[str, Any]) -> Iterator[list[str]]:
         yield ["learnt df", *(f"{model['df']:.3g}" for model in models)]
 
 
-def interval(estimate: dict[str, float | None]) -> str:
-    if estimate["standard_error"] is None:
+def interval(of_model: dict[str, float | None]) -> str:
+    if of_model["low"] is None:
         return nats(None)
-    return f"[{nats(estimate['low'])}, {nats(estimate['high'])}]"
+    return f"[{nats(of_model['low'])}, {nats(of_model['high'])}]"

@@ -34,7 +34,7 @@ from sqloss.training.imputation import (
 )
 from sqloss.training.loop import Training, begin, build_model, fit
 from sqloss.training.progress import Silence
-from sqloss.training.report import CONFIDENCE, aligned
+from sqloss.training.tables import CONFIDENCE, aligned
 from sqloss.training.threads import set_threads
 
 CONTROL = "normal"

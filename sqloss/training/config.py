@@ -98,7 +98,11 @@ class Config:
         "distribution of the latent variables: of the prior and of the encoder's posterior",
         choices=PRIORS,
     )
-    df: float = flag(5.0, "degrees of freedom of --prior t; where they are learnt, at the start")
+    df: float = flag(
+        5.0,
+        "degrees of freedom of --prior t; where they are learnt, at the start; at 1 or less the "
+        "-ELBO has no finite mean",
+    )
     learn_df: bool = flag(
         False, f"learn one df of --prior t, between {LEAST_DF:g} and {GREATEST_DF:g}"
     )
