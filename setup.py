@@ -193,6 +193,7 @@ def extension_and_command():
     # -fopenmp: at::parallel_for is a header that runs serially without it
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     common = [
+        "-std=c++20",  # torch 2.11 would choose an older one
         "-O3",
         "-g0",
         "-Wall",
@@ -201,7 +202,7 @@ def extension_and_command():
         "-fvisibility=hidden",
         *openmp,
     ]
-    flags = {"cxx": common, "nvcc": ["-O3", "--expt-relaxed-constexpr"]}
+    flags = {"cxx": common, "nvcc": ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]}
     settings = {
         "include_dirs": [os.path.abspath("csrc")],
         "extra_compile_args": flags,

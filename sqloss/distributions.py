@@ -1,6 +1,7 @@
 """Distributions for code written for :mod:`torch.distributions`."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Size, Tensor
@@ -20,11 +21,11 @@ class StudentT(torch.distributions.StudentT):
             \sqrt{\mathrm{df}\, \big(u^{-2 / \mathrm{df}} - 1\big)}\, \cos(2 \pi v),
 
     and have pathwise gradients in all three parameters, in df too. :meth:`sample`, shapes,
-    :meth:`expand`, ``log_prob``, ``entropy``, ``mean`` and ``variance`` are those of torch's class,
-    of which this is a subclass.
+    ``log_prob``, ``entropy``, ``mean`` and ``variance`` are those of torch's class, of which this
+    is a subclass.
 
     ``torch.distributions.kl_divergence(p, q)`` of such a p and of a q that is a StudentT of either
-    class is estimated from ``p.kl_num_samples`` samples (128), by the mean of
+    class is estimated from ``p.kl_num_samples`` samples (128 unless that is set), by the mean of
     ``p.log_prob(z) - q.log_prob(z)``. The estimate is random, unbiased, and differentiable in the
     parameters of both. Where p and q are almost equal it may be negative.
     :func:`sqloss.student_t_rsample_kl` gives the samples as well, and a choice of estimators.
@@ -58,6 +59,12 @@ class StudentT(torch.distributions.StudentT):
     """
 
     kl_num_samples: int = 128
+
+    def expand(self, batch_shape: torch.types._size, _instance: Any = None) -> "StudentT":
+        """The same distribution for a larger batch shape."""
+        expanded: StudentT = super().expand(batch_shape, _instance)  # type: ignore[no-untyped-call]
+        expanded.kl_num_samples = self.kl_num_samples
+        return expanded
 
     def rsample(self, sample_shape: torch.types._size = Size()) -> Tensor:  # noqa: B008
         """Samples with gradients, ``[*sample_shape, *batch_shape]``."""

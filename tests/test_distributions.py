@@ -71,7 +71,9 @@ def test_expand_copy_and_pickle():
     wide = p.expand((5, 3, 4))
     assert type(wide) is StudentT and wide.sample((2,)).shape == (2, 5, 3, 4)
     assert wide.loc.stride()[0] == 0
+    p.kl_num_samples = 7
     wide = p.expand((2, 3, 2)).expand((4, 2, 3, 2))
+    assert wide.kl_num_samples == 7 and StudentT.kl_num_samples == 128
     assert wide.log_prob(wide.rsample()).shape == (4, 2, 3, 2)
     for again in (copy.deepcopy(p), pickle.loads(pickle.dumps(p))):
         torch.manual_seed(0)

@@ -563,6 +563,12 @@ def test_no_rows_and_no_columns(device):
             assert kl.shape == of_kl and not kl.any()
             grads = torch.autograd.grad(z.sum() + kl.sum(), leaves)
             assert all(g.shape == shape for g in grads)
+        for of_df in ((), shape[-1:]):  # degrees of freedom of no element have no influence
+            dfs = [torch.full(of_df, 5.0, device=device, requires_grad=True) for _ in range(2)]
+            tensors |= {"df": dfs[0], "prior_df": dfs[1]}
+            z, kl = public(tensors, seed=seed_of(0, device))
+            grads = torch.autograd.grad(z.sum() + kl.sum(), dfs)
+            assert all(g.shape == of_df and not g.any() for g in grads)
         z, kl = public(normal(tensors), "closed_form", seed=seed_of(0, device))
         assert z.shape == shape and kl.shape == of_kl and not kl.any()
 
@@ -838,6 +844,55 @@ def test_gradcheck_of_samples(num_samples):
     leaves = [t.requires_grad_() for t in tensors.values()]
     assert torch.autograd.gradcheck(samples, leaves, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(samples, leaves)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("df", [0.5, 5.0, 39.9, 40.1, 1e3, 1e6, INF])
+@pytest.mark.parametrize("estimator", ["mc", "analytic_entropy"])
+@pytest.mark.parametrize("prior", [False, True])
+def test_differentiable_gradients_and_tangents_have_the_digits_of_the_kernels(
+    dtype, df, estimator, prior
+):
+    """Formulas, not kernels; in a large df their terms cancel."""
+    tensors = parameters(40, 1, dtype=dtype, prior=prior)
+    tensors["df"] = torch.full_like(tensors["loc"], df)
+
+    def kl(*values):
+        return public(dict(zip(tensors, values, strict=True)), estimator, seed=seed_of(2))[1]
+
+    leaves = [t.detach().requires_grad_() for t in tensors.values()]
+    expected = torch.autograd.grad(kl(*leaves).sum(), leaves)
+    formulas = torch.autograd.grad(kl(*leaves).sum(), leaves, create_graph=True)
+    for i, (leaf, of_kernel) in enumerate(zip(leaves, expected, strict=True)):
+        moves = tuple(torch.full_like(t, j == i) for j, t in enumerate(tensors.values()))
+        tangent = torch.func.jvp(kl, tuple(tensors.values()), moves)[1]
+        more = 128 * torch.finfo(dtype).eps / df if list(tensors)[i] in ("df", "prior_df") else 0.0
+        for got in (formulas[i], tangent.unsqueeze(-1)):
+            assert_near(got.to(dtype), of_kernel.expand_as(leaf), 16 * ROUNDING[dtype], more=more)
+
+
+@pytest.mark.parametrize("estimator", ["mc", "analytic_entropy"])
+@pytest.mark.parametrize("df", [3.0, 30.0, 50.0, 300.0])
+def test_second_derivative_in_df(df, estimator):
+    tensors = parameters(40, 1)
+
+    def gradient(value, **options):
+        leaf = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+        kl = public({**tensors, "df": leaf}, estimator, seed=seed_of(2))[1]
+        return leaf, torch.autograd.grad(kl.sum(), leaf, **options)[0]
+
+    step = 1e-4 * df
+    (_, above), (_, below) = gradient(df + step), gradient(df - step)
+    leaf, first = gradient(df, create_graph=True)
+    second = torch.autograd.grad(first, leaf)[0]
+    torch.testing.assert_close(second, (above - below) / (2 * step), rtol=1e-5, atol=1e-9 / df)
+
+
+def test_df_that_is_not_positive_gives_nan_in_formulas_too():
+    df = torch.tensor([[-1.0], [0.0], [3.0]], requires_grad=True)
+    kl = sqloss.student_t_rsample_kl(df, torch.zeros(3, 1), 1.5, return_z=False)
+    gradient = torch.autograd.grad(kl.sum(), df, create_graph=True)[0]
+    assert gradient.isnan().flatten().tolist() == [True, True, False]
 
 
 def test_only_wanted_gradients_and_outputs(device):

@@ -17,7 +17,7 @@ namespace sqloss::core::CPU_CAPABILITY {
 
 // The words of a counter in the low halves of 64-bit lanes, one counter per lane: the product of
 // two words is then one instruction on a vector, and what is left in the high halves is never read.
-// a GPU's thread takes a lane.
+// A thread of a GPU takes a single lane.
 SQLOSS_INLINE uint64_t product(uint64_t a, uint32_t b) { return (a & 0xffffffff) * b; }
 
 #ifndef __CUDACC__
@@ -44,7 +44,7 @@ inline Words product(Words a, uint32_t b) { return (a & 0xffffffff) * b; }
 #endif
 #endif
 
-// Counters become random words. kAtOnce of them, which do not wait for one another.
+// Counters become random words: kAtOnce vectors of them, which do not wait for one another.
 template <int kAtOnce, typename Word>
 SQLOSS_INLINE void philox(uint64_t key, Word (&words)[4][kAtOnce]) {
   auto key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);

@@ -75,7 +75,7 @@ class ScratchMemory {
   }
 };
 
-// A growing array of numbers, uninitialised.
+// A growing array, uninitialised, of a type that may be copied as bytes.
 template <typename T>
 class Scratch {
  public:
@@ -89,7 +89,7 @@ class Scratch {
 
   T* data() { return reinterpret_cast<T*>(bytes_.data.get()); }
 
-  // Room for `count` numbers; the first `used` stay.
+  // Room for `count` of them; the first `used` stay.
   T* reserve(int64_t count, int64_t used = 0) {
     const int64_t needed = count * static_cast<int64_t>(sizeof(T));
     if (needed > bytes_.size) {

@@ -10,6 +10,8 @@
 #include <torch/library.h>
 
 #include <array>
+#include <iterator>
+#include <limits>
 #include <string>
 #include <utility>
 
@@ -21,7 +23,8 @@ namespace {
 using core::OptionalTensor;
 using torch::autograd::variable_list;
 
-// 1 + series(x) = (1 - exp(-x)) / x; of both x the derivatives are finite
+// (1 - exp(-x)) / x - 1. Each branch gets an x at which its derivatives are finite, also where the
+// other one is taken.
 at::Tensor psi_less_1(const at::Tensor& x) {
   constexpr double kSmall = 0.5;
   constexpr int kTerms = 14;
@@ -65,8 +68,36 @@ struct Call {
   }
 };
 
+// (2 k + 1) times the k-th coefficient of rho's series in student_t_math.h: from 40 degrees of
+// freedom on enough of them for double.
+constexpr double kRhoSeries[] = {
+    1.0 / 8,          -3.0 / 192,           5.0 / 640,           -7.0 * 17 / 14336,
+    9.0 * 31 / 18432, -11.0 * 691 / 180224, 13.0 * 5461 / 425984};
+constexpr int kRhoTerms = std::size(kRhoSeries);
+
+// The first derivative of rho at x = df / 2 and x times the second, given 1 / df, which may be 0.
+struct RhoDerivatives {
+  at::Tensor first, second_times_x;
+
+  explicit RhoDerivatives(const at::Tensor& inverse_df) {
+    const at::Tensor inverse = 2 * inverse_df, large = inverse_df < 1.0 / 40;
+    const at::Tensor low = at::where(large, inverse, at::zeros_like(inverse)), low2 = low * low;
+    const at::Tensor x = 1 / at::where(large, at::ones_like(inverse), inverse);
+    at::Tensor of_first = at::zeros_like(low), of_second = at::zeros_like(low);
+    for (int k = kRhoTerms - 1; k >= 0; --k) {
+      of_first = of_first * low2 - kRhoSeries[k];
+      of_second = of_second * low2 + (2 * k + 2) * kRhoSeries[k];
+    }
+    first = at::where(large, of_first * low2, 0.5 / x + at::digamma(x) - at::digamma(x + 0.5));
+    // zeta(2, x) is the trigamma function, of which polygamma has but ten digits.
+    const at::Tensor trigammas = at::special_zeta(2, x) - at::special_zeta(2, x + 0.5);
+    second_times_x = at::where(large, of_second * low2, x * trigammas - 0.5 / x);
+  }
+};
+
 // The derivatives of the elements' z and KL by differentiable operators; formulas as in
-// student_t_math.h. Per sample unless said otherwise; undefined where they do not exist.
+// student_t_math.h, but in double, whatever the dtype of the noise: those in a large df cancel. Per
+// sample unless said otherwise; undefined where they do not exist.
 class Derivatives {
  public:
   at::Tensor t;           // = d z / d scale
@@ -84,8 +115,8 @@ class Derivatives {
         call.loc.scalar_type() == at::kDouble || call.scale.scalar_type() == at::kDouble
             ? at::kDouble
             : at::kFloat;
-    loc = call.loc.to(dtype);
-    scale = call.scale.to(dtype);
+    loc = call.loc.to(at::kDouble);
+    scale = call.scale.to(at::kDouble);
     if (call.parameterization != "scale") {
       log_factor = call.parameterization == "logvar" ? 0.5 : 1.0;
       scale = at::exp(log_factor * scale);
@@ -95,53 +126,44 @@ class Derivatives {
     auto [energy, cosine] =
         noise_op.call(call.loc.to(dtype), call.seed, call.rows, call.num_samples);
     // The root's derivative at 0 is not finite.
-    energy = at::clamp_min(energy, std::numeric_limits<float>::min());
+    energy = at::clamp_min(energy.to(at::kDouble), std::numeric_limits<float>::min());
+    cosine = cosine.to(at::kDouble);
     if (!call.df) {
       t = at::sqrt(energy) * cosine;
       if (call.kl == "mc") kl_in_z = loc + scale * t;
       return;
     }
 
-    const at::Tensor df = call.df->to(dtype), inverse = 1 / df, e = energy * inverse;
+    const at::Tensor df = positive(*call.df), inverse = 1 / df, e = energy * inverse;
     const at::Tensor less_1 = psi_less_1(e), psi = 1 + less_1;
     t = at::sqrt(energy * psi) * at::exp(e / 2) * cosine;
     z_in_df = scale * (0.5 * t * inverse * (less_1 / psi));
     if (call.kl == "none") return;
 
     const at::Tensor z = loc + scale * t;
-    const at::Tensor prior_df = call.prior_df ? call.prior_df->to(dtype) : df;
+    const at::Tensor prior_df = call.prior_df ? positive(*call.prior_df) : df;
     const at::Tensor inverse_prior = 1 / prior_df, square = z * z * inverse_prior;
     kl_in_z = (1 + inverse_prior) * z / (1 + square);
     kl_in_prior_df = 0.5 * at::log1p(square) - 0.5 * (1 + inverse_prior) * square / (1 + square) +
-                     log_z_in_df(prior_df);
+                     log_z_in_df(inverse_prior);
     if (call.kl == "analytic_entropy") {
-      kl_in_df = -entropy_in_df(df).expand_as(t);
+      // The entropy is (df + 1) / 2 * (1 / df - rho'(df / 2)) + log Z.
+      const at::Tensor of_rho = 0.5 * (1 + inverse) * RhoDerivatives(inverse).second_times_x;
+      kl_in_df = (0.5 * inverse * inverse + of_rho).expand_as(t);
     } else {
       const at::Tensor cosine2 = cosine * cosine;
       const at::Tensor scaled_square = cosine2 + (1 - cosine2) * at::exp(-e);
       kl_in_df = 0.5 * (1 + inverse) * e * cosine2 / scaled_square -
-                 0.5 * at::log1p(t * t * inverse) - log_z_in_df(df);
+                 0.5 * at::log1p(t * t * inverse) - log_z_in_df(inverse);
     }
   }
 
  private:
-  // Of infinite df, 0.
-  template <typename F>
-  static at::Tensor of_finite(const at::Tensor& df, const F& f) {
-    const at::Tensor infinite = at::isinf(df);
-    const at::Tensor finite = at::where(infinite, at::ones_like(df), df).to(at::kDouble);
-    return f(finite).masked_fill(infinite, 0).to(df.scalar_type());
+  static at::Tensor positive(const at::Tensor& df) {
+    return df.to(at::kDouble).masked_fill(df <= 0, std::numeric_limits<double>::quiet_NaN());
   }
-  static at::Tensor log_z_in_df(const at::Tensor& df) {
-    return of_finite(df, [](const at::Tensor& x) {
-      return 0.5 * (at::digamma(x / 2) - at::digamma((x + 1) / 2) + 1 / x);
-    });
-  }
-  static at::Tensor entropy_in_df(const at::Tensor& df) {
-    return of_finite(df, [](const at::Tensor& x) {
-      const at::Tensor curvature = at::polygamma(1, (x + 1) / 2) - at::polygamma(1, x / 2);
-      return (x + 1) / 4 * curvature + 0.5 / x;
-    });
+  static at::Tensor log_z_in_df(const at::Tensor& inverse_df) {
+    return 0.5 * RhoDerivatives(inverse_df).first;
   }
 };
 
@@ -351,7 +373,7 @@ InputGradients backward_autograd(const OptionalTensor& grad_z, const OptionalTen
 TORCH_LIBRARY_IMPL(sqloss, Autograd, m) {
   m.impl("student_t_rsample_kl", forward_autograd);
   m.impl("student_t_rsample_kl_backward", backward_autograd);
-  // Of loc it takes the shape alone.
+  // Of loc it takes the shape and dtype alone: nothing to derive.
   m.impl("student_t_noise", torch::CppFunction::makeFallthrough());
 }
 

@@ -1,16 +1,15 @@
 // CPU kernels of Student-t and normal samples with their KL; compiled once per CPU capability.
 //
-// forward   one read of the parameters, tile by tile; per sample of a tile, all in the caches:
-// random
-//           words, noise, t, z and the KL of the elements, which are summed from there.
-// backward  draws the same samples again, which costs less than reading them back from memory would
-//           save, and no memory: one read of the parameters and of the gradients, one write of each
-//           gradient wanted.
+// forward   reads the parameters once, tile by tile. All else of a tile stays in the caches: for
+//           each sample random words, noise, t, z and the KL of the elements, and their sums.
+// backward  draws the same samples again, which takes no memory. One read of the parameters and of
+//           the outputs' gradients, one write of each gradient wanted.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "core/philox.h"
@@ -79,7 +78,7 @@ using Array = T[kElements];
 // What depends on the degrees of freedom alone.
 template <typename T>
 struct Density {
-  Array<T> df, inverse, root, half_power;  // df, 1 / df, its root, (df + 1) / 2
+  Array<T> df, inverse, root, half_power;  // df, 1 / df, sqrt(1 / df), (df + 1) / 2
 };
 
 template <typename T>
@@ -324,21 +323,22 @@ bool same_in_all_tiles(const Inputs& in, const Tiling& tiling) {
 
 // --- forward -------------------------------------------------------------------------------------
 
+// -log of the density of t(0, 1, df) at x, without its constant
 template <typename T>
-SQLOSS_INLINE T energy_at(const Density<T>& density, int64_t i, T x) {
+SQLOSS_INLINE T minus_log_kernel(const Density<T>& density, int64_t i, T x) {
   return density.half_power[i] * log1p_of_square(square_over_df(x, density.root[i]));
 }
 
 template <typename T>
 __attribute__((noinline)) void student_t_cross_term(int64_t count, Tile<T>& tile) {
   for (int64_t i = 0; i < count; ++i) {
-    tile.kl[i] = energy_at(tile.prior, i, tile.z[i]) - tile.log_scale[i] + tile.constant[i];
+    tile.kl[i] = minus_log_kernel(tile.prior, i, tile.z[i]) - tile.log_scale[i] + tile.constant[i];
   }
 }
 
 template <typename T>
 __attribute__((noinline)) void subtract_own_term(int64_t count, Tile<T>& tile) {
-  for (int64_t i = 0; i < count; ++i) tile.kl[i] -= energy_at(tile.posterior, i, tile.t[i]);
+  for (int64_t i = 0; i < count; ++i) tile.kl[i] -= minus_log_kernel(tile.posterior, i, tile.t[i]);
 }
 
 template <typename T>
@@ -529,8 +529,8 @@ __attribute__((noinline)) void student_t_backward(int64_t count, Tile<T>& tile) 
   }
 }
 
-// With tile.z the whole gradient of z. Differences are taken before what is differed: at large df
-// both terms are of the order 1 / df, and their sum of 1 / df^2.
+// With tile.z the whole gradient of z. At large df, terms of the order 1 / df cancel to one of the
+// order 1 / df^2; so that its digits stay, log1p_less_ratio takes their difference as a series.
 template <bool kOwnTerm, typename T>
 __attribute__((noinline)) void posterior_in_df(int64_t count, Tile<T>& tile) {
   for (int64_t i = 0; i < count; ++i) {
@@ -660,7 +660,7 @@ void backward(const Inputs& in, const Gradients& gradients) {
       if (in.mean) {
         load_grad_kl(0, T(1));
       } else {
-        // in no more need of tile.z
+        // tile.z, which no sample needs any more, takes the sum
         std::fill_n(tile.z, whole, T(0));
         for (int64_t sample = 0; sample < in.num_samples; ++sample) {
           load_grad_kl(sample, T(1));

@@ -196,7 +196,12 @@ InputGradients backward_cpu(const OptionalTensor& grad_z, const OptionalTensor& 
                          gradient(loc, output_mask[1], gradients.loc),
                          gradient(scale, output_mask[2], gradients.scale),
                          gradient(prior_df, output_mask[3], gradients.prior_df)};
-  if (loc.numel() > 0) cpu_kernels().backward(call.inputs, call.dtype, gradients);
+  if (loc.numel() > 0) {
+    cpu_kernels().backward(call.inputs, call.dtype, gradients);
+  } else {
+    std::get<0>(outputs).zero_();  // of degrees of freedom for no element
+    std::get<3>(outputs).zero_();
+  }
   return outputs;
 }
 

@@ -77,7 +77,7 @@ struct NoiseOutputs {
 struct CpuKernels {
   void (*forward)(const Inputs&, at::ScalarType dtype, const Outputs&);
   void (*backward)(const Inputs&, at::ScalarType dtype, const Gradients&);
-  // The random numbers alone; of the inputs, those that have to do with them.
+  // The random numbers alone; of the inputs, only the sizes, seeds and row_ids are read.
   void (*noise)(const Inputs&, at::ScalarType dtype, const NoiseOutputs&);
 };
 
@@ -96,9 +96,10 @@ namespace AVX2 = DEFAULT;
 namespace AVX512 = DEFAULT;
 #endif
 
-// From tensors to kernels. df, loc, scale and prior_df have one shape [..., columns] and any
-// strides; seed and rows broadcast to, and have, the shape [...]. No num_samples is one sample,
-// without a dimension of its own in z and kl. Outputs that are not wanted are empty.
+// From tensors to kernels. loc and scale have one shape [..., columns]; df and prior_df that too,
+// or [columns], or none; seed broadcasts to the shape [...], which rows has. Strides are any. No
+// num_samples is one sample, without a dimension of its own in z and kl. Outputs that are not
+// wanted are empty.
 using Outs = std::tuple<at::Tensor, at::Tensor>;  // z, kl
 Outs forward_cpu(const std::optional<at::Tensor>& df, const at::Tensor& loc,
                  const at::Tensor& scale, const std::optional<at::Tensor>& prior_df,

@@ -11,7 +11,8 @@
 //   g = exp(-e) and psi = (1 - g) / e, both in (0, 1], so that
 //   t = sqrt(-2 log(u) * psi / g) * cos(2 pi v) = sqrt(df * (1 - g) / g) * cos(2 pi v)
 //
-// which neither overflows before t does nor loses digits where e is tiny, and holds for 1 / df = 0.
+// of which the first form loses no digits where e is tiny, and the second needs no series where it
+// is not. The root of g alone is computed, so that nothing overflows before t does.
 //
 // In the namespace of who includes it: a csrc/*/cpu.cpp, once per CPU capability, or a cuda.cu.
 #pragma once
@@ -110,14 +111,15 @@ SQLOSS_INLINE T one_less_inverse_psi(T e, T root_of_g) {
 //
 // -log of the density of t(0, 1, df) at x is (df + 1) / 2 * log(1 + x^2 / df) and a constant.
 
-// Infinite degrees of freedom are computed as these, so many that log(1 + x^2 / df) is x^2 / df.
+// Infinite degrees of freedom are computed as these, so many that log(1 + x^2 / df) is x^2 / df to
+// all digits of an |x| up to 1e11, in double 1e112.
 template <typename T>
 constexpr T kInfiniteDf = static_cast<T>(sizeof(T) == 4 ? 0x1p100 : 0x1p800);
 
-// Of y = x / sqrt(df).
+// y = x / sqrt(df) without its sign, and its square, which may overflow.
 template <typename T>
 struct Square {
-  T size, value;  // |y|, y^2
+  T size, value;
 };
 
 template <typename T>
@@ -126,7 +128,7 @@ SQLOSS_INLINE Square<T> square_over_df(T x, T inverse_root_of_df) {
   return {size, size * size};
 }
 
-// Squares of so large ones may overflow; 1 makes no difference to them.
+// 1 makes no difference to the squares of larger ones.
 template <typename T>
 constexpr T kLarge = static_cast<T>(sizeof(T) == 4 ? 1e8 : 1e16);
 
