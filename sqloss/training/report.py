@@ -198,8 +198,8 @@ def moments_note(report: Report) -> str:
         return ""
     moment = "mean" if df <= 1 else "variance"
     return (
-        f"\n- At df = {df:.3g} the latent variables have no finite {moment}. The decoder is linear far"
-        "\n  out, so nor has the -ELBO: a few far draws make its mean and its standard error."
+        f"\n- At df = {df:.3g} the latent variables have no finite {moment}. The decoder is linear"
+        "\n  far out, so nor has the -ELBO: a few far draws make its mean and its standard error."
     )
 
 
