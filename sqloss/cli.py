@@ -15,6 +15,7 @@ import torch
 import sqloss
 from sqloss.training.bounds import BoundsConfig, bounds_table, measure_bounds, write_bounds
 from sqloss.training.comparison import (
+    CLASSIFIER_SEED,
     CompareConfig,
     Ledger,
     as_markdown,
@@ -43,6 +44,7 @@ from sqloss.training.plots import draw_pictures
 from sqloss.training.progress import Progress
 from sqloss.training.report import classifier_of, make_report, tables, write_report
 from sqloss.training.run import Run
+from sqloss.training.threads import set_threads
 from sqloss.training.trained import MAY_DIFFER, Trained, load_trained
 
 Settings = TypeVar("Settings", BoundsConfig, ImputeConfig, CompareConfig)
@@ -52,7 +54,6 @@ PLAIN: dict[str, Any] = {"alpha": 0.0, "imbalance": "none"}
 # What its arms set themselves, and what it has no use for: no report, no checkpoints.
 NOT_COMPARED = ("prior", "df", "learn_df", "num_samples", "checkpoint_every")
 USER_ERROR = 2
-SINGLE_THREADED_PIXELS = 16 * 16  # the digits, at 8 x 8, are no slower with one thread
 SMALLER = {
     "vae": "; use a smaller --batch-size, --hidden, --channels, --latent, --iwae-samples, "
     "--image-size, --limit or --num-samples",
@@ -162,6 +163,10 @@ def impute_with(trained: Trained, impute_config: ImputeConfig, directory: Path) 
     draw_imputations(directory, models, imputed, masks, data, config.seed)
     print(as_table(rows))
     say(
+        "RMSE and MAE are over the missing pixels, SSIM is of whole images; accuracy is the share "
+        "of images whose class a small classifier gets right"
+    )
+    say(
         f"the classifier gets {rows[0]['accuracy_of_originals']:.1%} of the originals right; "
         f"the rows are in {directory / 'impute.csv'}, the pictures beside it"
     )
@@ -185,7 +190,7 @@ def compare_priors(
         whole = load_dataset(config.dataset, config.source)
         whole = first_test_images(whole, impute_config.test_images)
         set_threads(config, whole)
-        classifier = classifier_of(whole, config.torch_device, config.seed)
+        classifier = classifier_of(whole, config.torch_device, CLASSIFIER_SEED)
         try:
             for rows in trials(missing, whole, classifier, impute_config, compare_config.jobs):
                 ledger.add(rows)
@@ -195,7 +200,7 @@ def compare_priors(
             return INTERRUPTED
     rows = ledger.of(tasks)
     write_atomically(directory / "compare.md", as_markdown(rows).encode())
-    print(as_markdown(rows, metrics=["rmse"]))
+    print(as_markdown(rows, metrics=["rmse"]), end="")
     say(f"the same for the other metrics: {directory / 'compare.md'}; every number: {ledger.path}")
     return 0
 
@@ -240,6 +245,10 @@ def evaluate_run(run_dir: Path, **given: Any) -> int:
     bounds = measure_bounds(trained, bounds_config)
     write_bounds(run_dir, bounds)
     print(bounds_table(bounds))
+    say(
+        "both bounds are of the same draws for each image; error and interval cover the choice of "
+        "test images, not the seed of the training"
+    )
     say(f"with more digits: {run_dir / 'evaluation.json'}")
     return 0
 
@@ -254,20 +263,6 @@ def require_what_the_report_needs() -> None:
     """Fail before the training where the report would fail after it."""
     require("matplotlib.figure")
     require("scipy.stats")
-
-
-def set_threads(config: Config, data: Dataset) -> None:
-    """Threads share the work of large images; on small ones they only wait for one another.
-
-    Where other processes want the same cores that waiting has cost five times the whole training.
-    """
-    threads = config.cpu_threads
-    if not threads and math.prod(data.shape) <= SINGLE_THREADED_PIXELS:
-        threads = 1
-    if threads:
-        torch.set_num_threads(threads)
-        if config.backend == "numpy":
-            require("threadpoolctl").threadpool_limits(threads, "blas")
 
 
 def announce(directory: Path, data: Dataset, device: torch.device) -> None:

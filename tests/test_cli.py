@@ -15,6 +15,7 @@ from sqloss.models import classifier
 from sqloss.training import files
 from sqloss.training.config import Config
 from sqloss.training.data import Dataset
+from sqloss.training.threads import set_threads
 
 for needed in ("matplotlib", "scipy", "sklearn", "tqdm"):
     pytest.importorskip(needed)
@@ -320,7 +321,7 @@ def test_threads(threads, side, expected, backend):
     labels = torch.zeros(1, dtype=torch.int64)
     config = Config(threads=threads, backend=backend)
     with threadpoolctl.threadpool_limits(2, "blas"):
-        cli.set_threads(config, Dataset("d", ("a",), images, labels, images, labels))
+        set_threads(config, Dataset("d", ("a",), images, labels, images, labels))
         blas = threadpoolctl.ThreadpoolController().select(user_api="blas").info()
         assert torch.get_num_threads() == expected
     assert {library["num_threads"] for library in blas} == {expected if backend == "numpy" else 2}

@@ -218,7 +218,8 @@ def test_what_is_done_is_not_done_again(tmp_path):
 
 
 def test_another_comparison_is_refused(tmp_path):
-    Ledger(tmp_path, CONFIG, SMALL)
+    Ledger(tmp_path, dataclasses.replace(CONFIG, epochs=3), SMALL)  # of which nothing is measured
+    Ledger(tmp_path, CONFIG, SMALL).add(some_rows("normal", 0))
     for config, impute_config, name in (
         (dataclasses.replace(CONFIG, epochs=2), SMALL, "epochs"),
         (CONFIG, dataclasses.replace(SMALL, draws=9), "draws"),

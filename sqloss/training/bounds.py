@@ -14,7 +14,7 @@ from sqloss.training.errors import require
 from sqloss.training.evaluation import importance_weighted, learnt_df
 from sqloss.training.files import write_json
 from sqloss.training.progress import counted
-from sqloss.training.report import CONFIDENCE, aligned, nats
+from sqloss.training.tables import CONFIDENCE, aligned, nats
 from sqloss.training.trained import Trained
 
 IMAGES_SEED = 0  # not the run's: runs with different seeds are measured on the same images
@@ -93,7 +93,12 @@ def bounds_rows(bounds: dict[str, Any]) -> Iterator[list[str]]:
         estimates = [model[bound] for model in models]
         yield [label, *(nats(of_model["mean"]) for of_model in estimates)]
         yield ["its standard error", *(nats(of_model["standard_error"]) for of_model in estimates)]
-        intervals = [f"{nats(of_model['low'])}, {nats(of_model['high'])}" for of_model in estimates]
-        yield [f"its {CONFIDENCE:.0%} interval", *(f"[{interval}]" for interval in intervals)]
+        yield [f"its {CONFIDENCE:.0%} interval", *map(interval, estimates)]
     if all("df" in model for model in models):
         yield ["learnt df", *(f"{model['df']:.3g}" for model in models)]
+
+
+def interval(of_model: dict[str, float | None]) -> str:
+    if of_model["low"] is None:
+        return nats(None)
+    return f"[{nats(of_model['low'])}, {nats(of_model['high'])}]"

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from sqloss.models.classifier import Classifier
 from sqloss.training.config import LARGEST, Config, as_flag, expect, flag, to_stored
 from sqloss.training.data import Dataset
@@ -36,9 +34,11 @@ from sqloss.training.imputation import (
 )
 from sqloss.training.loop import Training, begin, build_model, fit
 from sqloss.training.progress import Silence
-from sqloss.training.report import CONFIDENCE, aligned
+from sqloss.training.tables import CONFIDENCE, aligned
+from sqloss.training.threads import set_threads
 
 CONTROL = "normal"
+CLASSIFIER_SEED = 0  # not --seed, which may be another when a comparison is taken up again
 # What arms are made of, and what changes where a result comes from but not what it is.
 NOT_SETTINGS = ("prior", "df", "learn_df", "seed", "device", "threads", "data_dir", "download")
 ELBO = "test_negative_elbo"
@@ -127,9 +127,8 @@ def trial(
 ) -> list[Row]:
     """Train one arm with one seed, and measure how it imputes the test images."""
     config = task.config
-    if config.cpu_threads:
-        torch.set_num_threads(config.cpu_threads)
     data = whole.imbalanced(config.imbalance, config.seed).to(config.torch_device)
+    set_threads(config, data)
     elbos: dict[str, float] = {}
     if task.arm == NO_MODEL:
         methods = baseline_methods(data.train_images, impute_config, config.seed)
@@ -180,7 +179,7 @@ class Ledger:
         settings = {k: v for k, v in to_stored(config).items() if k not in NOT_SETTINGS}
         settings |= dataclasses.asdict(impute_config)
         stored = directory / "compare.json"
-        if stored.exists():
+        if stored.exists() and self.path.exists():  # nothing is lost where nothing was measured
             refuse_others(stored, settings)
         self.rows = read_rows(self.path) if self.path.exists() else []
         try:
@@ -355,9 +354,11 @@ def as_markdown(rows: Sequence[Row], metrics: Sequence[str] = METRICS) -> str:
 
 HOW_TO_READ = f"""\
 Means over seeds, in brackets their {CONFIDENCE:.0%} t intervals. Differences are paired by the
-seed; p is of the paired t test, and Holm's correction is over the rows of its table. A difference
-below 0 is better in -ELBO, RMSE and MAE, and worse in SSIM and accuracy. The -ELBO is that of the
-same test images, with weight 1 whatever the beta of the training."""
+seed, and relative to the mean of what they are from; p is of the paired t test, and Holm's
+correction is over the rows of its table. A difference below 0 is better in -ELBO, RMSE and MAE, and
+worse in SSIM and accuracy. RMSE and MAE are over the missing pixels, SSIM is of whole images, and
+accuracy is the share of images whose class one classifier gets right. The -ELBO is that of the same
+test images, with weight 1 whatever the beta of the training."""
 
 
 def sections(series: Series, metric: str) -> Iterator[str]:

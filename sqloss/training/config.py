@@ -98,7 +98,11 @@ class Config:
         "distribution of the latent variables: of the prior and of the encoder's posterior",
         choices=PRIORS,
     )
-    df: float = flag(5.0, "degrees of freedom of --prior t; where they are learnt, at the start")
+    df: float = flag(
+        5.0,
+        "degrees of freedom of --prior t; where they are learnt, at the start; at 1 or less the "
+        "-ELBO has no finite mean",
+    )
     learn_df: bool = flag(
         False, f"learn one df of --prior t, between {LEAST_DF:g} and {GREATEST_DF:g}"
     )
@@ -143,6 +147,7 @@ class Config:
         parse_imbalance(self.imbalance)
         parse_sizes("hidden", self.hidden)
         parse_sizes("channels", self.channels)
+        self._refuse_without_effect()
 
     def _check_df(self) -> None:
         self._expect(
@@ -173,6 +178,16 @@ class Config:
             terms = "with --iwae-samples, whose bound is not a sum of reconstruction and KL"
             self._expect("tail", self.tail == "elbo", f"elbo {terms}")
             self._expect("beta", self.beta == 1, f"1 {terms}")
+
+    def _refuse_without_effect(self) -> None:
+        """Whoever sets a flag of another prior or architecture believes to have chosen that."""
+        for name, choice, needed in (("df", "prior", "t"), ("channels", "architecture", "conv")):
+            chosen = getattr(self, choice)
+            if chosen != needed and getattr(self, name) != getattr(Config, name):
+                raise UserError(
+                    f"{as_flag(name)}: expected {as_flag(choice)} {needed} with it, "
+                    f"got {as_flag(choice)} {chosen}"
+                )
 
     def _expect(self, name: str, valid: bool, expected: str) -> None:
         expect(self, name, valid, expected)

@@ -20,7 +20,7 @@ from sqloss.student_t import draw_seed
 from sqloss.training.config import LARGEST, expect, flag
 from sqloss.training.data import Dataset
 from sqloss.training.errors import require
-from sqloss.training.report import aligned
+from sqloss.training.tables import aligned
 
 BATCH_SIZE = 100  # images, of which one-shot imputation decodes many draws at once
 WINDOW = 7  # pixels, of the structural similarity

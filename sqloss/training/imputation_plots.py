@@ -12,7 +12,7 @@ from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator
 from sqloss.training.data import Dataset
 from sqloss.training.imputation import Imputed, filled, mean_pixels, means_at_draws, name_of
-from sqloss.training.plots import mosaic, new_figure, save_picture, show
+from sqloss.training.plots import label_rows, mosaic, new_figure, save_picture, show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,8 +50,7 @@ def grid(originals: Tensor, mask: Tensor, guesses: Imputed) -> "Figure":
     figure = new_figure(9, 0.5 + 0.7 * len(rows))
     axes = figure.subplots()
     show(axes, mosaic(torch.cat(list(rows.values())), columns=len(originals)))
-    height = originals.shape[2]
-    axes.set_yticks([(height + 1) * i + (height - 1) / 2 for i in range(len(rows))], list(rows))
+    label_rows(axes, list(rows), height=originals.shape[2])
     return figure
 
 
@@ -74,8 +73,7 @@ def draws_of_one_image(
         show(axes, mosaic(torch.cat([first, blank, rest]), columns=PER_ROW))
         axes.set_title(name)
         labels = ["original, masked", "reconstructions", "imputed:", "a draw", "each"]
-        height = original.shape[2]
-        axes.set_yticks([(height + 1) * i + (height - 1) / 2 for i in range(len(labels))], labels)
+        label_rows(axes, labels, height=original.shape[2])
     return figure
 
 

@@ -135,8 +135,7 @@ def reconstructions(
         rows = [originals, *(model.reconstruct(originals) for model in models.values())]
         show(axes, mosaic(torch.cat(rows), columns=count))
         axes.set_title(title)
-        height = data.shape[1]
-        axes.set_yticks([(height + 1) * i + (height - 1) / 2 for i in range(len(labels))], labels)
+        label_rows(axes, labels, height=data.shape[1])
     return figure
 
 
@@ -158,6 +157,11 @@ def mosaic(images: Tensor, columns: int) -> Tensor:
     channels, height, width = bordered.shape[1:]
     grid = bordered.reshape(-1, columns, channels, height, width).permute(0, 3, 1, 4, 2)
     return grid.reshape(-1, columns * width, channels)[:-1, :-1]
+
+
+def label_rows(axes: "Axes", labels: Sequence[str], height: int) -> None:
+    """Name the rows of a mosaic of images of this height."""
+    axes.set_yticks([(height + 1) * i + (height - 1) / 2 for i in range(len(labels))], labels)
 
 
 def show(axes: "Axes", image: Tensor) -> None:

@@ -19,9 +19,9 @@ from sqloss.training.errors import require
 from sqloss.training.evaluation import learnt_df, objective_values, summary
 from sqloss.training.files import write_atomically, write_json
 from sqloss.training.progress import counted
+from sqloss.training.tables import CONFIDENCE, aligned, nats
 
 GENERATED_BATCH_SIZE = 1000
-CONFIDENCE = 0.95
 PER_CLASS = {"reconstruction": "recon.", "negative_elbo": "-ELBO", "negative_elbo_cvar": "CVaR"}
 
 Report = dict[str, Any]
@@ -124,6 +124,13 @@ def as_markdown(report: Report) -> str:
         if samples
         else ""
     )
+    kl_note = (
+        "\n  So is the KL of Student's t, which has no closed form: log q - log p at that draw."
+        "\n  Where it is small, its mean over few images may come out below 0, and the -ELBO below"
+        "\n  the reconstruction."
+        if config["prior"] == "t"
+        else ""
+    )
     return f"""\
 # VAE on {config["dataset"]}
 
@@ -141,7 +148,8 @@ Every setting is in `config.json`.
 - The curves show the objectives, on the test images, and every model by both of them: the
   {mean_objective}, and the {tail_objective}.{bound_note}
 - Each image's -ELBO is of one draw from the posterior. The mean over the images is unbiased, but
-  images with an unlucky draw come to lie in the tail: that biases the CVaR slightly upwards.
+  images with an unlucky draw come to lie in the tail: that biases the CVaR slightly
+  upwards.{kl_note}{moments_note(report)}
 - This is one run with one seed. A difference between the models on one seed is not evidence for
   one of them: repeat it with several seeds. The standard error of the mean -ELBO covers the choice
   of test images only, not the seed.
@@ -180,6 +188,19 @@ def latent_variables(config: Mapping[str, Any]) -> str:
     else:
         family = f"Student's t with df = {config['df']:g}"
     return f"Prior and posterior of the latent variables are {family}."
+
+
+def moments_note(report: Report) -> str:
+    """What Student's t with a small df does to means of losses that grow with z."""
+    config = report["config"]
+    df = min(model.get("df", config["df"]) for model in report["models"].values())
+    if config["prior"] != "t" or df > 2:
+        return ""
+    moment = "mean" if df <= 1 else "variance"
+    return (
+        f"\n- At df = {df:.3g} the latent variables have no finite {moment}. The decoder is linear"
+        "\n  far out, so nor has the -ELBO: a few far draws make its mean and its standard error."
+    )
 
 
 def tables(report: Report) -> str:
@@ -240,24 +261,3 @@ def share_table(report: Report) -> Iterator[list[str]]:
     ):
         intervals = [f"{s['share']:.2%} [{s['low']:.2%}, {s['high']:.2%}]" for s in shares]
         yield [name, f"{count / total:.2%}", *intervals]
-
-
-def nats(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Rows of cells as a Markdown table: the first column to the left, numbers to the right."""
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    header, *body = rows
-    yield line(header, widths)
-    yield "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
-    for row in body:
-        yield line(row, widths)
-
-
-def line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first = cells[0].ljust(widths[0])
-    rest = [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-    return "| " + " | ".join([first, *rest]) + " |"

@@ -179,6 +179,8 @@ def test_some_images_are_the_same_for_every_run(trainer, run):
         measured.append(measure_bounds(trained_so, BoundsConfig(4, images=6)))
     assert measured[0] == measured[1] != measured[2]
     assert measured[0]["images"] == 6
+    alone = bounds_table(measure_bounds(trained, BoundsConfig(4, images=1)))
+    assert alone.count(" - |") == 8, "neither error nor interval, of two bounds and two models"
     chosen = torch.randperm(20, generator=generator(0, "evaluated images"))[:6].sort().values
     found = bounds(trained.models["cvar"], trainer.data, 4, chosen)
     assert measured[0]["models"]["cvar"]["negative_elbo"] == estimate(found["negative_elbo"])

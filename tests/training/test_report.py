@@ -12,7 +12,6 @@ from sqloss.student_t import draw_seed
 from sqloss.training.data import Dataset
 from sqloss.training.evaluation import evaluate
 from sqloss.training.report import (
-    aligned,
     as_markdown,
     by_class,
     class_shares,
@@ -24,6 +23,7 @@ from sqloss.training.report import (
     worst_class,
     write_report,
 )
+from sqloss.training.tables import aligned
 
 pytest.importorskip("scipy")
 
@@ -252,7 +252,27 @@ def test_shares_and_intervals_have_two_decimals(report):
 
 
 def test_the_bias_of_the_tail_is_told(report):
-    assert "biases the CVaR slightly upwards" in as_markdown(report)
+    assert "biases the CVaR slightly" in as_markdown(report)
+
+
+@pytest.mark.parametrize("prior", ["normal", "t"])
+def test_a_kl_below_zero_is_explained(report, prior):
+    text = as_markdown(report | {"config": report["config"] | {"prior": prior}})
+    assert ("may come out below 0" in text) == (prior == "t")
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"prior": "t", "df": 1.0}, "no finite mean"),
+        ({"prior": "t", "df": 2.0}, "no finite variance"),
+        ({"prior": "t", "df": 2.1}, None),
+        ({"prior": "normal", "df": 1.0}, None),
+    ],
+)
+def test_moments_that_do_not_exist_are_told(report, values, told):
+    text = as_markdown(report | {"config": report["config"] | values})
+    assert "no finite" not in text if told is None else told in text
 
 
 def test_the_tables_tell_both_models_and_are_aligned(report):

@@ -81,6 +81,22 @@ def test_a_df_that_cannot_be_learnt(values, told):
 @pytest.mark.parametrize(
     ("values", "told"),
     [
+        ({"df": 3.0}, "--df: expected --prior t with it, got --prior normal"),
+        (
+            {"channels": "8"},
+            "--channels: expected --architecture conv with it, got --architecture mlp",
+        ),
+    ],
+)
+def test_a_flag_without_effect(values, told):
+    with pytest.raises(UserError) as raised:
+        Config(**values)
+    assert str(raised.value) == told
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
         ({"tail": "reconstruction"}, "--tail: expected elbo with --iwae-samples"),
         ({"beta": 2.0}, "--beta: expected 1 with --iwae-samples"),
     ],
@@ -119,7 +135,7 @@ def test_numpy_runs_on_the_cpu():
 
 
 def test_sizes_are_numbers_between_commas():
-    config = Config(hidden="512,256", channels="8")
+    config = Config(architecture="conv", hidden="512,256", channels="8")
     assert (config.hidden_sizes, config.channel_sizes) == ((512, 256), (8,))
 
 
