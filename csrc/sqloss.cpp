@@ -69,7 +69,7 @@ TORCH_LIBRARY_FRAGMENT(sqloss, m) {
       "student_t_noise(Tensor loc, Tensor seed, Tensor? rows, int? num_samples) "
       "-> (Tensor energy, Tensor cosine)",
       {at::Tag::pt2_compliant_tag});
-  m.def("draw_seed(Generator? generator, Device device) -> Tensor",
+  m.def("draw_seed(Generator? generator, *, Device device) -> Tensor",
         {at::Tag::pt2_compliant_tag, at::Tag::nondeterministic_seeded});
 }
 

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <memory>
 
+#include "core/inline.h"
 #include "core/tile.h"
 #include "core/vector_math.h"
 #include "pointwise_losses/pointwise_losses.h"
@@ -33,7 +34,7 @@ struct Derivatives {
 };
 
 template <typename T>
-T positive_part(T x) {
+SQLOSS_INLINE T positive_part(T x) {
   return x > T(0) ? x : T(0);
 }
 
@@ -42,12 +43,12 @@ struct BinaryCrossEntropyWithLogits {
   explicit BinaryCrossEntropyWithLogits(const Inputs&) {}
 
   // softplus(x) = max(x, 0) + log(1 + exp(-|x|)): nothing cancels where y is 0 or 1
-  static T loss(T x, T y, T pos_weight) {
+  SQLOSS_INLINE static T loss(T x, T y, T pos_weight) {
     const T log_term = log1p_of_fraction(exp_small(-std::abs(x)));
     return (T(1) - y) * (positive_part(x) + log_term) +
            pos_weight * y * (positive_part(-x) + log_term);
   }
-  static Derivatives<T> derivatives(T x, T y, T pos_weight) {
+  SQLOSS_INLINE static Derivatives<T> derivatives(T x, T y, T pos_weight) {
     const T e = exp_small(-std::abs(x));
     const T large = T(1) / (T(1) + e), small = e * large;  // sigmoid(|x|), sigmoid(-|x|)
     const T sigmoid = x > T(0) ? large : small, rest = x > T(0) ? small : large;
@@ -61,8 +62,10 @@ template <typename T>
 struct Mse {
   explicit Mse(const Inputs&) {}
 
-  static T loss(T x, T y, T) { return (x - y) * (x - y); }
-  static Derivatives<T> derivatives(T x, T y, T) { return {T(2) * (x - y), T(2) * (y - x), T(0)}; }
+  SQLOSS_INLINE static T loss(T x, T y, T) { return (x - y) * (x - y); }
+  SQLOSS_INLINE static Derivatives<T> derivatives(T x, T y, T) {
+    return {T(2) * (x - y), T(2) * (y - x), T(0)};
+  }
 };
 
 template <typename T>
@@ -70,13 +73,13 @@ struct SmoothL1 {
   T beta;
   explicit SmoothL1(const Inputs& in) : beta(static_cast<T>(in.parameter)) {}
 
-  T loss(T x, T y, T) const {
+  SQLOSS_INLINE T loss(T x, T y, T) const {
     const T distance = std::abs(x - y);
     const T near = T(0.5) * distance * (distance / beta);  // the square may be infinite
     const T far = distance - T(0.5) * beta;
     return distance < beta ? near : far;
   }
-  Derivatives<T> derivatives(T x, T y, T) const {
+  SQLOSS_INLINE Derivatives<T> derivatives(T x, T y, T) const {
     const T difference = x - y;
     const T near = difference / beta;
     const T below = difference < T(0) ? T(-1) : difference;  // 0 and NaN stay
@@ -91,13 +94,13 @@ struct Huber {
   T delta;
   explicit Huber(const Inputs& in) : delta(static_cast<T>(in.parameter)) {}
 
-  T loss(T x, T y, T) const {
+  SQLOSS_INLINE T loss(T x, T y, T) const {
     const T distance = std::abs(x - y);
     const T near = T(0.5) * distance * distance;
     const T far = delta * (distance - T(0.5) * delta);
     return distance < delta ? near : far;
   }
-  Derivatives<T> derivatives(T x, T y, T) const {
+  SQLOSS_INLINE Derivatives<T> derivatives(T x, T y, T) const {
     const T difference = x - y;
     const T at_most = difference > delta ? delta : difference;
     const T in_x = at_most < -delta ? -delta : at_most;
@@ -112,18 +115,18 @@ struct GaussianNll {
       : eps(static_cast<T>(in.parameter)),
         constant(in.full ? T(0.5 * 1.83787706640934548356) : T(0)) {}  // log(2 pi)
 
-  T loss(T x, T y, T var) const {
+  SQLOSS_INLINE T loss(T x, T y, T var) const {
     const T v = clamped(var);
     return T(0.5) * (log(v) + (x - y) * ((x - y) / v)) + constant;
   }
-  Derivatives<T> derivatives(T x, T y, T var) const {
+  SQLOSS_INLINE Derivatives<T> derivatives(T x, T y, T var) const {
     const T v = clamped(var);
     const T in_x = (x - y) / v;
     return {in_x, -in_x, T(0.5) * (T(1) - in_x * (x - y)) / v};
   }
 
  private:
-  T clamped(T var) const { return var < eps ? eps : var; }
+  SQLOSS_INLINE T clamped(T var) const { return var < eps ? eps : var; }
 };
 
 template <typename F>

@@ -19,7 +19,7 @@ _ops = torch.ops.sqloss
 def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor:
     """64 random bits of the generator, or of the device's own, as int64 without dimensions."""
     if is_compiling():
-        seed: Tensor = _ops.draw_seed(generator, device)
+        seed: Tensor = _ops.draw_seed(generator, device=device)
         return seed
     return _C.draw_seed(generator, device)
 
@@ -264,7 +264,7 @@ def _student_t_noise_fake(
     return loc.new_empty(shape), loc.new_empty(shape)
 
 
-def _draw_seed_fake(generator: torch.Generator | None, device: torch.device) -> Tensor:
+def _draw_seed_fake(generator: torch.Generator | None, *, device: torch.device) -> Tensor:
     return torch.empty((), dtype=torch.int64, device=device)
 
 
@@ -274,6 +274,13 @@ torch.library.register_fake(
 )
 torch.library.register_fake("sqloss::student_t_noise", _student_t_noise_fake)
 torch.library.register_fake("sqloss::draw_seed", _draw_seed_fake)
+
+if torch.__version__ < (2, 14):
+    # There torch.compile takes equal calls of an operator for one, whatever its tags say, unless it
+    # is in this list: all samples of a graph would have one seed.
+    from torch._functorch.compile_utils import rand_ops
+
+    rand_ops.append(_ops.draw_seed)
 
 
 # --- devices without a kernel ---------------------------------------------------------------------
