@@ -275,7 +275,7 @@ torch.library.register_fake(
 torch.library.register_fake("sqloss::student_t_noise", _student_t_noise_fake)
 torch.library.register_fake("sqloss::draw_seed", _draw_seed_fake)
 
-if torch.__version__ < (2, 14):
+if torch.__version__ < "2.14":  # compared as versions
     # There torch.compile takes equal calls of an operator for one, whatever its tags say, unless it
     # is in this list: all samples of a graph would have one seed.
     from torch._functorch.compile_utils import rand_ops
