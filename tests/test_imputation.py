@@ -35,8 +35,12 @@ from sqloss.training.loop import begin, build_model, fit
 from sqloss.training.progress import Silence
 from sqloss.training.run import Run
 
-for needed in ("joblib", "matplotlib", "scipy", "sklearn", "torchmetrics", "tqdm"):
+for needed in ("joblib", "matplotlib", "scipy", "sklearn", "tqdm"):
     pytest.importorskip(needed)
+try:
+    import torchmetrics  # noqa: F401
+except (ImportError, RuntimeError) as error:  # so fails a torchvision built for another torch
+    pytest.skip(f"torchmetrics cannot be imported here: {error}", allow_module_level=True)
 
 SMALL = ImputeConfig(draws=3, iterations=4, burn_in=2, components=5, neighbour_images=100)
 METHODS = ["one-shot", "pseudo-Gibbs", "mean", "PCA", "kNN"]
