@@ -8,9 +8,11 @@ import sys
 import warnings
 from importlib import metadata
 from importlib.util import find_spec
+from typing import overload
 from urllib.parse import unquote, urlparse
 
 import torch
+from torch import Tensor
 
 
 def _rebuild_command() -> str:
@@ -91,6 +93,17 @@ def warn_without_kernel(operation: str, device: torch.device, why_not_cuda: str)
         f"PyTorch, with the same results but slower ({why})",
         stacklevel=4,
     )
+
+
+@overload
+def in_front(size: int, tensor: Tensor, bdim: int | None) -> Tensor: ...
+@overload
+def in_front(size: int, tensor: Tensor | None, bdim: int | None) -> Tensor | None: ...
+def in_front(size: int, tensor: Tensor | None, bdim: int | None) -> Tensor | None:
+    """The tensor with vmap's dimension, of this size, in front."""
+    if tensor is None:
+        return None
+    return tensor.expand(size, *tensor.shape) if bdim is None else tensor.movedim(bdim, 0)
 
 
 def show_config() -> None:

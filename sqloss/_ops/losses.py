@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from sqloss import _C, reference
-from sqloss._ops import warn_without_kernel
+from sqloss._ops import in_front, warn_without_kernel
 from sqloss._ops.superquantile import cvar
 
 _ops = torch.ops.sqloss
@@ -132,15 +132,6 @@ def _cvar(
 # --- torch.func.vmap ------------------------------------------------------------------------------
 
 
-def _in_front(info: Any, tensor: Tensor | None, bdim: int | None) -> Tensor | None:
-    """The tensor with vmap's dimension in front."""
-    if tensor is None:
-        return None
-    if bdim is None:
-        return tensor.expand(info.batch_size, *tensor.shape)
-    return tensor.movedim(bdim, 0)
-
-
 def _pointwise_losses_vmap(
     info: Any,
     in_dims: Any,
@@ -155,7 +146,7 @@ def _pointwise_losses_vmap(
     mean: bool,
 ) -> Any:
     tensors = zip((input, target, weight, other), in_dims[1:5], strict=True)
-    batched = (_in_front(info, tensor, bdim) for tensor, bdim in tensors)
+    batched = (in_front(info.batch_size, tensor, bdim) for tensor, bdim in tensors)
     return _ops.pointwise_losses(loss, *batched, parameter, full, sample_dims + 1, mean), 0
 
 
@@ -175,9 +166,9 @@ def _pointwise_losses_backward_vmap(
     output_mask: Sequence[bool],
 ) -> Any:
     tensors = zip((input, target, weight, other), in_dims[2:6], strict=True)
-    batched = (_in_front(info, tensor, bdim) for tensor, bdim in tensors)
+    batched = (in_front(info.batch_size, tensor, bdim) for tensor, bdim in tensors)
     gradients = _ops.pointwise_losses_backward(
-        _in_front(info, grad_losses, in_dims[0]),
+        in_front(info.batch_size, grad_losses, in_dims[0]),
         loss,
         *batched,
         parameter,
@@ -197,9 +188,7 @@ class _Folded:
         self.n = input.shape[0 if bdim is None or bdim > 0 else 1]
 
     def __call__(self, tensor: Tensor, bdim: int | None) -> Tensor:
-        in_front = _in_front(self.info, tensor, bdim)
-        assert in_front is not None
-        return in_front.flatten(0, 1)
+        return in_front(self.info.batch_size, tensor, bdim).flatten(0, 1)
 
     def unfold(self, tensor: Tensor) -> Tensor:
         return tensor.reshape(self.info.batch_size, self.n, *tensor.shape[1:])

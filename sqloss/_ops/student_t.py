@@ -3,6 +3,7 @@ calls take the pybind11 binding, torch.compile traces the operators; here are th
 shapes of fake tensors, and the reference for devices without a kernel.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from sqloss import _C, reference
-from sqloss._ops import warn_without_kernel
+from sqloss._ops import in_front, warn_without_kernel
 
 _ops = torch.ops.sqloss
 
@@ -62,11 +63,7 @@ class _Batch:
         self.columns = self.leading.pop()
 
     def __call__(self, tensor: Tensor | None, bdim: int | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        if bdim is None:
-            return tensor.expand(self.size, *tensor.shape)
-        return tensor.movedim(bdim, 0)
+        return in_front(self.size, tensor, bdim)
 
     def df(self, df: Tensor | None, bdim: int | None) -> Tensor | None:
         """For every element: one shape for each of the batch is one more than the operator has."""
@@ -97,9 +94,7 @@ class _Batch:
     def rows(self, like: Tensor, rows: Tensor | None, bdim: int | None) -> Tensor:
         """The rows of one of the batch, not of all of it."""
         if rows is None:
-            count = 1
-            for size in self.leading:
-                count *= size
+            count = math.prod(self.leading)
             rows, bdim = torch.arange(count, device=like.device).reshape(self.leading), None
         batched = self(rows, bdim)
         assert batched is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from sqloss import _C, reference
-from sqloss._ops import warn_without_kernel
+from sqloss._ops import in_front, warn_without_kernel
 
 Outputs = tuple[Tensor, Tensor, Tensor]
 
@@ -96,11 +96,7 @@ class _Batch:
         self.keepdim = keepdim and not self.scalars
 
     def __call__(self, tensor: Tensor | None, bdim: int | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        if bdim is None:
-            return tensor.expand(self.size, *tensor.shape)
-        return tensor.movedim(bdim, 0)
+        return in_front(self.size, tensor, bdim)
 
     def losses(self, tensor: Tensor | None, bdim: int | None) -> Tensor | None:
         tensor = self(tensor, bdim)
