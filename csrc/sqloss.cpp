@@ -10,6 +10,7 @@
 
 #include "core/cpu_capability.h"
 #include "core/find_operator.h"
+#include "core/on.h"
 #include "cross_entropy_losses/cross_entropy_losses.h"
 #include "pointwise_losses/pointwise_losses.h"
 #include "student_t/student_t.h"
@@ -76,8 +77,10 @@ TORCH_LIBRARY_FRAGMENT(sqloss, m) {
 TORCH_LIBRARY_IMPL(sqloss, CPU, m) {
   m.impl("superquantile", superquantile::forward_cpu);
   m.impl("superquantile_backward", superquantile::backward_cpu);
-  m.impl("pointwise_losses", pointwise_losses::forward_cpu);
-  m.impl("pointwise_losses_backward", pointwise_losses::backward_cpu);
+  m.impl("pointwise_losses",
+         core::On<pointwise_losses::forward, pointwise_losses::cpu_kernels>::call);
+  m.impl("pointwise_losses_backward",
+         core::On<pointwise_losses::backward, pointwise_losses::cpu_kernels>::call);
   m.impl("cross_entropy_losses", cross_entropy_losses::forward_cpu);
   m.impl("cross_entropy_losses_backward", cross_entropy_losses::backward_cpu);
   m.impl("student_t_rsample_kl", student_t::forward_cpu);
@@ -96,6 +99,10 @@ TORCH_LIBRARY_IMPL(sqloss, FuncTorchVmapMode, m) {
 
 #ifdef SQLOSS_WITH_CUDA
 TORCH_LIBRARY_IMPL(sqloss, CUDA, m) {
+  m.impl("pointwise_losses",
+         core::On<pointwise_losses::forward, pointwise_losses::cuda_kernels>::call);
+  m.impl("pointwise_losses_backward",
+         core::On<pointwise_losses::backward, pointwise_losses::cuda_kernels>::call);
   m.impl("superquantile_backward", superquantile::backward_cuda);
 }
 #endif
@@ -123,8 +130,8 @@ at::Tensor pointwise_losses_eager(std::string_view loss, const at::Tensor& input
                                   const at::Tensor& target, const std::optional<at::Tensor>& weight,
                                   const std::optional<at::Tensor>& other, double parameter,
                                   bool full, int64_t sample_dims, bool mean) {
-  static const auto op =
-      core::find_operator<decltype(pointwise_losses::forward_cpu)>("sqloss::pointwise_losses");
+  static const auto op = core::find_operator<core::Operator<decltype(pointwise_losses::forward)>>(
+      "sqloss::pointwise_losses");
   return op.call(loss, input, target, weight, other, parameter, full, sample_dims, mean);
 }
 

@@ -288,6 +288,6 @@ void backward(const Inputs& in, at::ScalarType dtype, const void* grad_losses,
 
 }  // namespace
 
-const CpuKernels kernels{forward, backward};
+const Kernels kernels{forward, backward};
 
 }  // namespace sqloss::pointwise_losses::CPU_CAPABILITY
