@@ -15,6 +15,7 @@ namespace sqloss::pointwise_losses::CPU_CAPABILITY {
 
 using core::CPU_CAPABILITY::exp_small;
 using core::CPU_CAPABILITY::log1p_of_fraction;
+using core::CPU_CAPABILITY::quotient;
 
 template <typename T>
 struct Derivatives {
@@ -38,7 +39,7 @@ struct BinaryCrossEntropyWithLogits {
   }
   SQLOSS_INLINE static Derivatives<T> derivatives(T x, T y, T pos_weight) {
     const T e = exp_small(-std::abs(x));
-    const T large = T(1) / (T(1) + e), small = e * large;  // sigmoid(|x|), sigmoid(-|x|)
+    const T large = quotient(T(1), T(1) + e), small = e * large;  // sigmoid(|x|), sigmoid(-|x|)
     const T sigmoid = x > T(0) ? large : small, rest = x > T(0) ? small : large;
     const T log_term = log1p_of_fraction(e);
     return {(T(1) - y) * sigmoid - pos_weight * y * rest,
