@@ -3,6 +3,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,9 +31,10 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--emulate-cuda"):
-        from emulated_cuda import build
+        sys.path.insert(0, str(Path(__file__).parent))
+        from emulated_cuda.build import load
 
-        build.load()
+        load()
 
 
 @pytest.fixture(params=["cpu", "cuda"])
