@@ -78,8 +78,10 @@ TORCH_LIBRARY_IMPL(sqloss, CPU, m) {
   m.impl("superquantile", core::On<superquantile::forward, superquantile::cpu_kernels>::call);
   m.impl("superquantile_backward",
          core::On<superquantile::backward, superquantile::cpu_kernels>::call);
-  m.impl("pointwise_losses", pointwise_losses::forward_cpu);
-  m.impl("pointwise_losses_backward", pointwise_losses::backward_cpu);
+  m.impl("pointwise_losses",
+         core::On<pointwise_losses::forward, pointwise_losses::cpu_kernels>::call);
+  m.impl("pointwise_losses_backward",
+         core::On<pointwise_losses::backward, pointwise_losses::cpu_kernels>::call);
   m.impl("cross_entropy_losses", cross_entropy_losses::forward_cpu);
   m.impl("cross_entropy_losses_backward", cross_entropy_losses::backward_cpu);
   m.impl("student_t_rsample_kl", student_t::forward_cpu);
@@ -101,6 +103,10 @@ TORCH_LIBRARY_IMPL(sqloss, CUDA, m) {
   m.impl("superquantile", core::On<superquantile::forward, superquantile::cuda_kernels>::call);
   m.impl("superquantile_backward",
          core::On<superquantile::backward, superquantile::cuda_kernels>::call);
+  m.impl("pointwise_losses",
+         core::On<pointwise_losses::forward, pointwise_losses::cuda_kernels>::call);
+  m.impl("pointwise_losses_backward",
+         core::On<pointwise_losses::backward, pointwise_losses::cuda_kernels>::call);
 }
 #endif
 
@@ -127,8 +133,8 @@ at::Tensor pointwise_losses_eager(std::string_view loss, const at::Tensor& input
                                   const at::Tensor& target, const std::optional<at::Tensor>& weight,
                                   const std::optional<at::Tensor>& other, double parameter,
                                   bool full, int64_t sample_dims, bool mean) {
-  static const auto op =
-      core::find_operator<decltype(pointwise_losses::forward_cpu)>("sqloss::pointwise_losses");
+  static const auto op = core::find_operator<core::Operator<decltype(pointwise_losses::forward)>>(
+      "sqloss::pointwise_losses");
   return op.call(loss, input, target, weight, other, parameter, full, sample_dims, mean);
 }
 

@@ -219,6 +219,12 @@ __device__ __forceinline__ void for_dtype(at::ScalarType dtype, const F& f) {
   }
 }
 
+// a / b of numbers that are not negative: division of 64 bits takes several times as long as of 32.
+__device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
+  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  return a / b;
+}
+
 // A Strided as kernels take it.
 struct Sequence {
   static constexpr int kMaxDims = 16;
@@ -248,6 +254,7 @@ struct Sequence {
   __device__ __forceinline__ int64_t offset(int64_t index) const {
     if (dims == 1) return index * strides[0];
     int64_t offset = 0;
+#pragma unroll 1  // divisions are much code
     for (int d = dims - 1; d > 0; --d) {
       const int64_t above = divide(index, sizes[d]);
       offset += (index - above * sizes[d]) * strides[d];
@@ -259,13 +266,6 @@ struct Sequence {
   template <typename T>
   __device__ __forceinline__ T* as() const {
     return reinterpret_cast<T*>(data);
-  }
-
- private:
-  // Division of numbers of 64 bits takes several times as long as of 32
-  static __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
-    if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
-    return a / b;
   }
 };
 
@@ -284,50 +284,12 @@ __device__ __forceinline__ T read(const Sequence& from, int64_t index) {
   return value;
 }
 
-// `values` = the elements from `index` on, a multiple of kCount.
-template <int kCount, typename T>
-__device__ __forceinline__ void read(const Sequence& from, int64_t index, T (&values)[kCount]) {
-  for_dtype(from.dtype, [&](auto zero) {
-    using scalar_t = decltype(zero);
-    if (from.adjacent) {
-      const auto vector =
-          *reinterpret_cast<const Vector<scalar_t, kCount>*>(from.as<const scalar_t>() + index);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) values[i] = static_cast<T>(vector.values[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        values[i] = static_cast<T>(from.as<const scalar_t>()[from.offset(index + i)]);
-      }
-    }
-  });
-}
-
 template <typename T>
 __device__ __forceinline__ void write(const Sequence& to, int64_t index, T value) {
   const int64_t offset = to.offset(index);
   for_dtype(to.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     to.as<scalar_t>()[offset] = static_cast<scalar_t>(value);
-  });
-}
-
-template <int kCount, typename T>
-__device__ __forceinline__ void write(const Sequence& to, int64_t index,
-                                      const T (&values)[kCount]) {
-  for_dtype(to.dtype, [&](auto zero) {
-    using scalar_t = decltype(zero);
-    if (to.adjacent) {
-      Vector<scalar_t, kCount> vector;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) vector.values[i] = static_cast<scalar_t>(values[i]);
-      *reinterpret_cast<Vector<scalar_t, kCount>*>(to.as<scalar_t>() + index) = vector;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        to.as<scalar_t>()[to.offset(index + i)] = static_cast<scalar_t>(values[i]);
-      }
-    }
   });
 }
 
