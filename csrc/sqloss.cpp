@@ -80,8 +80,10 @@ TORCH_LIBRARY_IMPL(sqloss, CPU, m) {
          core::On<superquantile::backward, superquantile::cpu_kernels>::call);
   m.impl("pointwise_losses", pointwise_losses::forward_cpu);
   m.impl("pointwise_losses_backward", pointwise_losses::backward_cpu);
-  m.impl("cross_entropy_losses", cross_entropy_losses::forward_cpu);
-  m.impl("cross_entropy_losses_backward", cross_entropy_losses::backward_cpu);
+  m.impl("cross_entropy_losses",
+         core::On<cross_entropy_losses::forward, cross_entropy_losses::cpu_kernels>::call);
+  m.impl("cross_entropy_losses_backward",
+         core::On<cross_entropy_losses::backward, cross_entropy_losses::cpu_kernels>::call);
   m.impl("student_t_rsample_kl", student_t::forward_cpu);
   m.impl("student_t_rsample_kl_backward", student_t::backward_cpu);
   m.impl("student_t_noise", student_t::noise_cpu);
@@ -101,6 +103,10 @@ TORCH_LIBRARY_IMPL(sqloss, CUDA, m) {
   m.impl("superquantile", core::On<superquantile::forward, superquantile::cuda_kernels>::call);
   m.impl("superquantile_backward",
          core::On<superquantile::backward, superquantile::cuda_kernels>::call);
+  m.impl("cross_entropy_losses",
+         core::On<cross_entropy_losses::forward, cross_entropy_losses::cuda_kernels>::call);
+  m.impl("cross_entropy_losses_backward",
+         core::On<cross_entropy_losses::backward, cross_entropy_losses::cuda_kernels>::call);
 }
 #endif
 
@@ -135,8 +141,9 @@ at::Tensor pointwise_losses_eager(std::string_view loss, const at::Tensor& input
 at::Tensor cross_entropy_losses_eager(const at::Tensor& input, const at::Tensor& target,
                                       const std::optional<at::Tensor>& weight, int64_t ignore_index,
                                       double label_smoothing) {
-  static const auto op = core::find_operator<decltype(cross_entropy_losses::forward_cpu)>(
-      "sqloss::cross_entropy_losses");
+  static const auto op =
+      core::find_operator<core::Operator<decltype(cross_entropy_losses::forward)>>(
+          "sqloss::cross_entropy_losses");
   return std::get<0>(op.call(input, target, weight, ignore_index, label_smoothing));
 }
 
