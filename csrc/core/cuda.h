@@ -200,14 +200,16 @@ __device__ __forceinline__ bool last_block(unsigned* ticket, unsigned blocks) {
 
 // --- tensors -------------------------------------------------------------------------------------
 
-// f(zero of the C++ type) for a floating dtype, which is the same for all threads.
-template <typename F>
+// f(zero of the C++ type) for a floating dtype, which is the same for all threads, and not wider
+// than Widest.
+template <typename Widest = double, typename F>
 __device__ __forceinline__ void for_dtype(at::ScalarType dtype, const F& f) {
+  if constexpr (std::is_same_v<Widest, double>) {
+    if (dtype == at::kDouble) return f(double());
+  }
   switch (dtype) {
     case at::kFloat:
       return f(float());
-    case at::kDouble:
-      return f(double());
     case at::kHalf:
       return f(at::Half());
     default:
@@ -244,6 +246,7 @@ struct Sequence {
   __device__ __forceinline__ int64_t offset(int64_t index) const {
     if (dims == 1) return index * strides[0];
     int64_t offset = 0;
+#pragma unroll 1
     for (int d = dims - 1; d > 0; --d) {
       const int64_t above = divide(index, sizes[d]);
       offset += (index - above * sizes[d]) * strides[d];

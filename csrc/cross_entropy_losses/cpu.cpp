@@ -145,7 +145,8 @@ template <typename T>
 template <typename T>
 [[gnu::noinline]] void gradients(const T* __restrict x, const T* __restrict t, Scale<T> scale,
                                  int64_t count, T* __restrict grad) {
-  for (int64_t i = 0; i < count; ++i) grad[i] = scale.gradient(x[i], t[i]);
+  for (int64_t i = 0; i < count; ++i)
+    grad[i] = scale.gradient(exp_small(scale.exponent(x[i])), t[i]);
 }
 
 template <typename T>
@@ -174,7 +175,8 @@ template <typename T>
                                  const Scales<T>& scales, int64_t count, T* __restrict grad) {
   for (int64_t i = 0; i < count; ++i) {
     const Scale<T> scale = scales.get(i);
-    grad[i] = scale.grad == T(0) ? T(0) : scale.gradient(x[i], t[i]);
+    const T gradient = scale.gradient(exp_small(scale.exponent(x[i])), t[i]);
+    grad[i] = scale.grad == T(0) ? T(0) : gradient;
   }
 }
 
@@ -390,7 +392,8 @@ void backward_by_sample(const Inputs& in, const Coefficients<T>& coefficients, c
         if (has_target && c <= target && target < c + count) {
           const T t = static_cast<T>((coefficients.kept + coefficients.smoothing) *
                                      coefficients.weight(target));
-          grad[target - c] = scale.gradient(tiles.input[target - c], t);
+          const T softmax = exp_small(scale.exponent(tiles.input[target - c]));
+          grad[target - c] = scale.gradient(softmax, t);
         }
         write_tile(grad, grad_at(c), grad_input.first.dtype, grad_input.stride, count);
       }

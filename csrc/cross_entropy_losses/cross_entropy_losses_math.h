@@ -9,7 +9,6 @@
 #include <limits>
 
 #include "core/inline.h"
-#include "core/vector_math.h"
 
 namespace sqloss::cross_entropy_losses::CPU_CAPABILITY {
 
@@ -45,9 +44,10 @@ struct Scale {
         high(static_cast<T>(log_sum_exp)),
         low(static_cast<T>(log_sum_exp - static_cast<double>(high))) {}
 
-  SQLOSS_INLINE T gradient(T logit, T t) const {
-    return grad * (sum * core::CPU_CAPABILITY::exp_small((logit - high) - low) - t);
-  }
+  // Of the softmax.
+  SQLOSS_INLINE T exponent(T logit) const { return (logit - high) - low; }
+
+  SQLOSS_INLINE T gradient(T softmax, T t) const { return grad * (sum * softmax - t); }
 };
 
 }  // namespace sqloss::cross_entropy_losses::CPU_CAPABILITY

@@ -11,8 +11,8 @@
 // Samples are walked in one of two ways, as memory has them:
 //
 // by class   where samples lie together (images). A thread has kSamples samples and walks their
-//            classes, kClasses at a time, so that 16 loads are in flight, or 4 of four adjacent
-//            samples each. Where samples are too few to fill the device, the classes are divided
+//            classes, some at a time, so that many loads are in flight; four adjacent samples
+//            are one load. Where samples are too few to fill the device, the classes are divided
 //            among some of the block's warps.
 // by sample  where the classes of a sample lie together. A team of threads has a sample: the lanes
 //            that one pass over few classes needs, a warp, or the block for thousands.
@@ -28,6 +28,7 @@
 #include <limits>
 
 #include "core/cuda.h"
+#include "core/vector_math.h"
 #include "cross_entropy_losses/cross_entropy_losses.h"
 #include "cross_entropy_losses/cross_entropy_losses_math.h"
 
@@ -39,15 +40,35 @@ using namespace core::cuda;
 constexpr int kThreads = 256;  // of a block
 constexpr int kWarps = kThreads / kWarp;
 
+// Blocks that a multiprocessor shall hold at once, for which a thread must do with fewer registers:
+// as many as it can where it computes in float.
+template <typename T>
+constexpr int blocks_at_once(int of_float) {
+  return sizeof(T) == sizeof(float) ? of_float : 1;
+}
+
 // --- one sample ----------------------------------------------------------------------------------
+
+// Classes as kernels take them. In bytes: addresses are then the same for every dtype.
+struct Numbers {
+  Sequence first;
+  int64_t stride, size;  // from a class to the next, of an element
+
+  explicit Numbers(const Classes& classes)
+      : first(classes.first),
+        stride(classes.stride * static_cast<int64_t>(c10::elementSize(first.dtype))),
+        size(static_cast<int64_t>(c10::elementSize(first.dtype))) {}
+
+  __device__ __forceinline__ char* at(int64_t sample) const {
+    return first.data == nullptr ? nullptr : first.data + first.offset(sample) * size;
+  }
+};
 
 struct Arguments {
   int64_t samples, classes;
-  Sequence input;
-  int64_t input_stride;  // from a class to the next
-  Sequence target;       // int64, or absent
-  Sequence probabilities;
-  int64_t probabilities_stride;
+  Numbers input;
+  Sequence target;  // int64, or absent
+  Numbers probabilities;
   const void* weight;  // [classes]
   int64_t ignore_index;
   double kept, smoothing;  // 1 - label_smoothing, label_smoothing / classes
@@ -55,18 +76,18 @@ struct Arguments {
   explicit Arguments(const Inputs& in)
       : samples(in.samples),
         classes(in.classes),
-        input(in.input.first),
-        input_stride(in.input.stride),
+        input(in.input),
         target(in.target),
-        probabilities(in.probabilities.first),
-        probabilities_stride(in.probabilities.stride),
+        probabilities(in.probabilities),
         weight(in.weight),
         ignore_index(in.ignore_index),
         kept(1 - in.label_smoothing),
         smoothing(in.label_smoothing / static_cast<double>(in.classes)) {}
 
   // Whether classes that are not the target have coefficients.
-  __host__ __device__ bool any() const { return smoothing > 0 || probabilities.data != nullptr; }
+  __host__ __device__ bool any() const {
+    return smoothing > 0 || probabilities.first.data != nullptr;
+  }
 
   template <typename T>
   __device__ T weight_of(int64_t c) const {
@@ -89,8 +110,18 @@ struct Arguments {
   static constexpr int64_t kNoClass = -1;
 };
 
-// exp(x) for x <= 0, from the hardware's exp2: within 2^-22 of it for what counts in a sum with 1.
-__device__ __forceinline__ float exp_of(float x) { return exp2f(x * 1.44269504f); }
+// exp(x) for x <= 0 or hardly more, by one instruction for 2^x that takes numbers below 2^-126 for
+// 0: within 2^-22 + |x| 2^-23 of it.
+__device__ __forceinline__ float exp_of(float x) {
+  const float power = x * 1.44269504f;
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(power));
+  return result;
+#else  // emulated
+  return exp2f(power);
+#endif
+}
 __device__ __forceinline__ double exp_of(double x) { return core::CUDA::exp_small(x); }
 
 // The larger of a number and one that may be NaN, which is not.
@@ -112,17 +143,18 @@ struct Sums {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) most = larger(most, x[i]);
     raise(most);
-    T more = T(0), more_t = T(0), more_loss = T(0);
+    T more = exp_of(x[0] - m);
+#pragma unroll
+    for (int i = 1; i < kCount; ++i) more += exp_of(x[i] - m);
+    sum += more;
+    if (!kAny) return;
+    T more_t = T(0), more_loss = T(0);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const T below = x[i] - m;
-      more += exp_of(below);
-      if (kAny && counts[i]) {
-        more_t += of_classes[i];
-        more_loss -= of_classes[i] * below;
-      }
+      if (!counts[i]) continue;
+      more_t += of_classes[i];
+      more_loss += of_classes[i] * (m - x[i]);
     }
-    sum += more;
     t += more_t;
     loss += more_loss;
   }
@@ -172,7 +204,9 @@ __device__ __forceinline__ Outcome<T> outcome(const Arguments& in, const Sums<T,
 
 // --- by class ------------------------------------------------------------------------------------
 
-constexpr int kSamples = 4, kClasses = 4;
+constexpr int kSamples = 4;
+// Read at a time; fewer where a thread holds more of each sample.
+constexpr int kForwardClasses = 4, kBackwardClasses = 2;
 
 // How a block's warps share samples and classes: kWarps / slices side by side along the samples,
 // each with kSamples of each lane, times `slices` that divide the classes.
@@ -191,11 +225,11 @@ struct Columns {
 template <bool kAdjacent>
 class Share {
  public:
-  int begin, step;  // classes: kClasses from `begin`, and again from `step` further on
+  int begin, step;  // classes: some from `begin`, and again from `step` further on
 
-  __device__ Share(const Columns& columns, int64_t samples)
-      : begin(warp() / (kWarps / columns.slices) * kClasses),
-        step(columns.slices * kClasses),
+  __device__ Share(const Columns& columns, int64_t samples, int classes_at_once)
+      : begin(warp() / (kWarps / columns.slices) * classes_at_once),
+        step(columns.slices * classes_at_once),
         samples_(samples) {
     const int64_t of_warp = blockIdx.x * columns.samples_of_block() +
                             warp() % (kWarps / columns.slices) * (kWarp * kSamples);
@@ -268,71 +302,66 @@ __device__ __forceinline__ void read_targets(const Arguments& in, const Share<kA
 template <bool kAdjacent>
 class Column {
  public:
-  __device__ Column(const Sequence& first, int64_t stride, const Share<kAdjacent>& share)
-      : first_(first), stride_(stride) {
-    if (first.data == nullptr) return;
+  __device__ Column(const Numbers& numbers, const Share<kAdjacent>& share)
+      : dtype_(numbers.first.dtype), stride_(numbers.stride) {
 #pragma unroll
-    for (int i = 0; i < kSamples; ++i) {
-      offsets_[i] = i > 0 && kAdjacent ? offsets_[0] + i : first.offset(share.sample(i));
-    }
+    for (int i = 0; i < kPlaces; ++i) samples_[i] = numbers.at(share.sample(i));
   }
 
   // Of `count` classes from c on; `otherwise` of further ones.
-  template <typename T>
-  __device__ __forceinline__ void read(const Share<kAdjacent>& share, int c, int count, T otherwise,
+  template <typename T, int kClasses>
+  __device__ __forceinline__ void read(int c, int count, T otherwise,
                                        T (&values)[kClasses][kSamples]) const {
-    for_dtype(first_.dtype, [&](auto zero) {
+    for_dtype<T>(dtype_, [&](auto zero) {
       using scalar_t = decltype(zero);
-      const auto* const from = first_.template as<const scalar_t>() + c * stride_;
-      if constexpr (kAdjacent) {
-        Vector<scalar_t, kSamples> vectors[kClasses];
+      using Place = Vector<scalar_t, kTogether>;
+      const auto place = [&](int k, int i) {
+        return *reinterpret_cast<const Place*>(samples_[i] + c * stride_ + k * stride_);
+      };
+      Place places[kClasses][kPlaces];
+      if (count >= kClasses) {
 #pragma unroll
         for (int k = 0; k < kClasses; ++k) {
-          const auto* const vector = from + offsets_[0] + k * stride_;
-          if (k < count) vectors[k] = *reinterpret_cast<const Vector<scalar_t, kSamples>*>(vector);
-        }
 #pragma unroll
-        for (int k = 0; k < kClasses; ++k) {
-#pragma unroll
-          for (int i = 0; i < kSamples; ++i) {
-            values[k][i] = k < count ? static_cast<T>(vectors[k].values[i]) : otherwise;
-          }
+          for (int i = 0; i < kPlaces; ++i) places[k][i] = place(k, i);
         }
       } else {
+        Place missing;
+#pragma unroll
+        for (int j = 0; j < kTogether; ++j) missing.values[j] = static_cast<scalar_t>(otherwise);
 #pragma unroll
         for (int k = 0; k < kClasses; ++k) {
 #pragma unroll
-          for (int i = 0; i < kSamples; ++i) {
-            values[k][i] = k < count ? static_cast<T>(from[offsets_[i] + k * stride_]) : otherwise;
-          }
+          for (int i = 0; i < kPlaces; ++i) places[k][i] = k < count ? place(k, i) : missing;
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kClasses; ++k) {
+#pragma unroll
+        for (int i = 0; i < kSamples; ++i) {
+          values[k][i] = static_cast<T>(places[k][i / kTogether].values[i % kTogether]);
         }
       }
     });
   }
 
-  template <typename T>
+  template <typename T, int kClasses>
   __device__ __forceinline__ void write(const Share<kAdjacent>& share, int c, int count,
                                         const T (&values)[kClasses][kSamples]) const {
-    for_dtype(first_.dtype, [&](auto zero) {
+    for_dtype<T>(dtype_, [&](auto zero) {
       using scalar_t = decltype(zero);
-      auto* const to = first_.template as<scalar_t>() + c * stride_;
+      using Place = Vector<scalar_t, kTogether>;
 #pragma unroll
       for (int k = 0; k < kClasses; ++k) {
-        if constexpr (kAdjacent) {
-          Vector<scalar_t, kSamples> vector;
 #pragma unroll
-          for (int i = 0; i < kSamples; ++i) {
-            vector.values[i] = static_cast<scalar_t>(values[k][i]);
-          }
-          if (k < count && share.exists(0)) {
-            *reinterpret_cast<Vector<scalar_t, kSamples>*>(to + offsets_[0] + k * stride_) = vector;
-          }
-        } else {
+        for (int i = 0; i < kPlaces; ++i) {
+          Place place;
 #pragma unroll
-          for (int i = 0; i < kSamples; ++i) {
-            if (k < count && share.exists(i)) {
-              to[offsets_[i] + k * stride_] = static_cast<scalar_t>(values[k][i]);
-            }
+          for (int j = 0; j < kTogether; ++j) {
+            place.values[j] = static_cast<scalar_t>(values[k][i * kTogether + j]);
+          }
+          if (k < count && share.exists(i)) {
+            *reinterpret_cast<Place*>(samples_[i] + c * stride_ + k * stride_) = place;
           }
         }
       }
@@ -340,19 +369,21 @@ class Column {
   }
 
  private:
-  const Sequence& first_;
+  static constexpr int kTogether = kAdjacent ? kSamples : 1;  // read and written at once
+  static constexpr int kPlaces = kSamples / kTogether;
+
+  at::ScalarType dtype_;
   int64_t stride_;
-  int64_t offsets_[kSamples];
+  char* samples_[kPlaces];
 };
 
 // The coefficients of classes that are not the target.
-template <typename T, bool kAdjacent>
+template <typename T, bool kAdjacent, int kClasses>
 __device__ __forceinline__ void read_coefficients(const Arguments& in,
-                                                  const Column<kAdjacent>& probabilities,
-                                                  const Share<kAdjacent>& share, int c, int count,
-                                                  T (&t)[kClasses][kSamples]) {
-  if (in.probabilities.data != nullptr) {
-    probabilities.read(share, c, count, T(0), t);
+                                                  const Column<kAdjacent>& probabilities, int c,
+                                                  int count, T (&t)[kClasses][kSamples]) {
+  if (in.probabilities.first.data != nullptr) {
+    probabilities.read(c, count, T(0), t);
   } else {
 #pragma unroll
     for (int k = 0; k < kClasses; ++k) {
@@ -376,13 +407,13 @@ struct Slice {
 };
 
 template <typename T, bool kAny, bool kAdjacent>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, blocks_at_once<T>(kAny ? 2 : 3))
     forward_by_class(const Arguments in, const Columns columns, T* losses,  // [samples]
                      double* log_sum_exp) {                                 // [samples]
-  const Share<kAdjacent> share(columns, in.samples);
+  const Share<kAdjacent> share(columns, in.samples, kForwardClasses);
   const int classes = static_cast<int>(in.classes);
-  const Column<kAdjacent> input(in.input, in.input_stride, share);
-  const Column<kAdjacent> probabilities(in.probabilities, in.probabilities_stride, share);
+  const Column<kAdjacent> input(in.input, share);
+  const Column<kAdjacent> probabilities(in.probabilities, share);
   int targets[kSamples];
   read_targets(in, share, targets);
 
@@ -390,15 +421,15 @@ __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll 1
   for (int c = share.begin; c < classes; c += share.step) {
     const int count = classes - c;
-    T x[kClasses][kSamples], t[kClasses][kSamples];
-    input.read(share, c, count, -std::numeric_limits<T>::infinity(), x);
-    if (kAny) read_coefficients(in, probabilities, share, c, count, t);
+    T x[kForwardClasses][kSamples], t[kForwardClasses][kSamples];
+    input.read(c, count, -std::numeric_limits<T>::infinity(), x);
+    if (kAny) read_coefficients(in, probabilities, c, count, t);
 #pragma unroll
     for (int i = 0; i < kSamples; ++i) {
-      T of_sample[kClasses], coefficients[kClasses];
-      bool counts[kClasses];
+      T of_sample[kForwardClasses], coefficients[kForwardClasses];
+      bool counts[kForwardClasses];
 #pragma unroll
-      for (int k = 0; k < kClasses; ++k) {
+      for (int k = 0; k < kForwardClasses; ++k) {
         of_sample[k] = x[k][i];
         coefficients[k] = kAny ? t[k][i] : T(0);
         counts[k] = k < count;
@@ -437,15 +468,15 @@ __global__ void __launch_bounds__(kThreads, 3)
 }
 
 template <typename T, bool kAdjacent>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, blocks_at_once<T>(kAdjacent ? 4 : 2))
     backward_by_class(const Arguments in, const Columns columns, const T* grad_losses,  // [samples]
                       const double* log_sum_exp,                                        // [samples]
-                      const Sequence grad_input, int64_t grad_stride) {
-  const Share<kAdjacent> share(columns, in.samples);
+                      const Numbers grad_input) {
+  const Share<kAdjacent> share(columns, in.samples, kBackwardClasses);
   const int classes = static_cast<int>(in.classes);
-  const Column<kAdjacent> input(in.input, in.input_stride, share);
-  const Column<kAdjacent> probabilities(in.probabilities, in.probabilities_stride, share);
-  const Column<kAdjacent> gradient(grad_input, grad_stride, share);
+  const Column<kAdjacent> input(in.input, share);
+  const Column<kAdjacent> probabilities(in.probabilities, share);
+  const Column<kAdjacent> gradient(grad_input, share);
   T grad_loss[kSamples];
   read_each(grad_losses, share, grad_loss);
   int targets[kSamples];
@@ -462,15 +493,15 @@ __global__ void __launch_bounds__(kThreads, 3)
   T t_of_target[kSamples];
   if (any_gradient) {
     double sum_t[kSamples] = {};
-    if (in.probabilities.data != nullptr || (in.any() && in.weight != nullptr)) {
+    if (in.probabilities.first.data != nullptr || (in.any() && in.weight != nullptr)) {
 #pragma unroll 1
-      for (int c = 0; c < classes; c += kClasses) {
-        T t[kClasses][kSamples];
-        read_coefficients(in, probabilities, share, c, classes - c, t);
+      for (int c = 0; c < classes; c += kBackwardClasses) {
+        T t[kBackwardClasses][kSamples];
+        read_coefficients(in, probabilities, c, classes - c, t);
 #pragma unroll
         for (int i = 0; i < kSamples; ++i) {
 #pragma unroll
-          for (int k = 0; k < kClasses; ++k) sum_t[i] += static_cast<double>(t[k][i]);
+          for (int k = 0; k < kBackwardClasses; ++k) sum_t[i] += static_cast<double>(t[k][i]);
         }
       }
     } else {
@@ -490,17 +521,19 @@ __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll 1
   for (int c = share.begin; c < classes; c += share.step) {
     const int count = classes - c;
-    T grad[kClasses][kSamples] = {};
+    T grad[kBackwardClasses][kSamples] = {};
     if (any_gradient) {
-      T x[kClasses][kSamples], t[kClasses][kSamples] = {};
-      input.read(share, c, count, T(0), x);
-      if (in.any()) read_coefficients(in, probabilities, share, c, count, t);
+      T x[kBackwardClasses][kSamples], t[kBackwardClasses][kSamples] = {};
+      input.read(c, count, T(0), x);
+      if (in.any()) read_coefficients(in, probabilities, c, count, t);
 #pragma unroll
-      for (int k = 0; k < kClasses; ++k) {
+      for (int k = 0; k < kBackwardClasses; ++k) {
 #pragma unroll
         for (int i = 0; i < kSamples; ++i) {
           const T of_class = targets[i] == c + k ? t_of_target[i] : t[k][i];
-          grad[k][i] = has_gradient[i] ? scales[i].gradient(x[k][i], of_class) : T(0);
+          grad[k][i] = has_gradient[i]
+                           ? scales[i].gradient(exp_of(scales[i].exponent(x[k][i])), of_class)
+                           : T(0);
         }
       }
     }
@@ -551,18 +584,12 @@ struct Runs {
   int distance;   // between runs
   int64_t classes;
 
-  __device__ Runs(const Team& team, const Arguments& in, int64_t offset)
+  __device__ Runs(const Team& team, const Arguments& in, const char* row)
       : step(int64_t(team.size()) * kRun * kRuns),
         distance(team.size() * kRun),
         classes(in.classes) {
-    int over = 0;
-    if (kRun > 1) {
-      for_dtype(in.input.dtype, [&](auto zero) {
-        const auto address = reinterpret_cast<uintptr_t>(in.input.as<decltype(zero)>() + offset);
-        over = static_cast<int>(address / sizeof(zero) % kRun);
-      });
-    }
-    begin = team.rank() * kRun - over;
+    const auto over = reinterpret_cast<uintptr_t>(row) / in.input.size % kRun;
+    begin = team.rank() * kRun - static_cast<int>(over);
   }
 
   // Of element i of the runs from c on.
@@ -573,31 +600,36 @@ struct Runs {
 };
 
 // A tensor's elements of one sample.
-struct Row {
-  const Sequence& tensor;
-  int64_t offset, stride;
+class Row {
+ public:
+  __device__ Row(const Numbers& numbers, int64_t sample)
+      : dtype_(numbers.first.dtype),
+        adjacent_(numbers.stride == numbers.size),
+        stride_(numbers.stride),
+        sample_(numbers.at(sample)) {}
 
-  __device__ Row(const Sequence& first, int64_t stride, int64_t sample)
-      : tensor(first), offset(first.data == nullptr ? 0 : first.offset(sample)), stride(stride) {}
+  __device__ __forceinline__ char* at(int64_t c) const { return sample_ + c * stride_; }
 
   template <int kRun, typename T>
   __device__ __forceinline__ void read(const Runs<kRun>& runs, int64_t c, T otherwise,
                                        T (&values)[kRuns * kRun]) const {
-    for_dtype(tensor.dtype, [&](auto zero) {
+    for_dtype<T>(dtype_, [&](auto zero) {
       using scalar_t = decltype(zero);
-      const auto* const from = tensor.as<const scalar_t>() + offset;
+      using Run = Vector<scalar_t, kRun>;
 #pragma unroll
       for (int first = 0; first < kRuns * kRun; first += kRun) {
-        const auto* const run = from + runs.class_of(c, first) * stride;
-        if (kRun > 1 && at_once<kRun>(runs, c, first, run)) {
-          const auto vector = *reinterpret_cast<const Vector<scalar_t, kRun>*>(run);
+        const char* const run = at(runs.class_of(c, first));
+        if (kRun > 1 && at_once<Run>(runs, c, first, run)) {
+          const Run numbers = *reinterpret_cast<const Run*>(run);
 #pragma unroll
-          for (int i = 0; i < kRun; ++i) values[first + i] = static_cast<T>(vector.values[i]);
+          for (int i = 0; i < kRun; ++i) values[first + i] = static_cast<T>(numbers.values[i]);
         } else {
 #pragma unroll
           for (int i = 0; i < kRun; ++i) {
             values[first + i] =
-                runs.counts(c, first + i) ? static_cast<T>(run[i * stride]) : otherwise;
+                runs.counts(c, first + i)
+                    ? static_cast<T>(*reinterpret_cast<const scalar_t*>(run + i * stride_))
+                    : otherwise;
           }
         }
       }
@@ -607,23 +639,25 @@ struct Row {
   template <int kRun, typename T>
   __device__ __forceinline__ void write(const Runs<kRun>& runs, int64_t c,
                                         const T (&values)[kRuns * kRun]) const {
-    for_dtype(tensor.dtype, [&](auto zero) {
+    for_dtype<T>(dtype_, [&](auto zero) {
       using scalar_t = decltype(zero);
-      auto* const to = tensor.as<scalar_t>() + offset;
+      using Run = Vector<scalar_t, kRun>;
 #pragma unroll
       for (int first = 0; first < kRuns * kRun; first += kRun) {
-        auto* const run = to + runs.class_of(c, first) * stride;
-        if (kRun > 1 && at_once<kRun>(runs, c, first, run)) {
-          Vector<scalar_t, kRun> vector;
+        char* const run = at(runs.class_of(c, first));
+        if (kRun > 1 && at_once<Run>(runs, c, first, run)) {
+          Run numbers;
 #pragma unroll
-          for (int i = 0; i < kRun; ++i)
-            vector.values[i] = static_cast<scalar_t>(values[first + i]);
-          *reinterpret_cast<Vector<scalar_t, kRun>*>(run) = vector;
+          for (int i = 0; i < kRun; ++i) {
+            numbers.values[i] = static_cast<scalar_t>(values[first + i]);
+          }
+          *reinterpret_cast<Run*>(run) = numbers;
         } else {
 #pragma unroll
           for (int i = 0; i < kRun; ++i) {
-            if (runs.counts(c, first + i))
-              run[i * stride] = static_cast<scalar_t>(values[first + i]);
+            if (!runs.counts(c, first + i)) continue;
+            *reinterpret_cast<scalar_t*>(run + i * stride_) =
+                static_cast<scalar_t>(values[first + i]);
           }
         }
       }
@@ -631,12 +665,16 @@ struct Row {
   }
 
  private:
-  template <int kRun, typename scalar_t>
-  __device__ bool at_once(const Runs<kRun>& runs, int64_t c, int first, scalar_t* run) const {
-    using Whole = Vector<std::remove_const_t<scalar_t>, kRun>;
-    return stride == 1 && runs.counts(c, first) && runs.counts(c, first + kRun - 1) &&
-           reinterpret_cast<uintptr_t>(run) % alignof(Whole) == 0;
+  template <typename Run, int kRun>
+  __device__ bool at_once(const Runs<kRun>& runs, int64_t c, int first, const char* run) const {
+    return adjacent_ && runs.counts(c, first) && runs.counts(c, first + kRun - 1) &&
+           reinterpret_cast<uintptr_t>(run) % alignof(Run) == 0;
   }
+
+  at::ScalarType dtype_;
+  bool adjacent_;
+  int64_t stride_;
+  char* sample_;
 };
 
 // The coefficients of classes that are not the target, and 0 beside the sample's classes.
@@ -644,7 +682,7 @@ template <int kRun, typename T>
 __device__ __forceinline__ void read_coefficients(const Arguments& in, const Row& probabilities,
                                                   const Runs<kRun>& runs, int64_t c,
                                                   T (&t)[kRuns * kRun]) {
-  if (in.probabilities.data != nullptr) {
+  if (in.probabilities.first.data != nullptr) {
     probabilities.read(runs, c, T(0), t);
   } else {
 #pragma unroll
@@ -663,25 +701,24 @@ __device__ __forceinline__ int64_t read_target(const Arguments& in, int64_t samp
 }
 
 template <typename T, bool kAny, int kRun>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, blocks_at_once<T>(kAny ? 2 : 3))
     forward_by_sample(const Arguments in, int team_size, T* losses,  // [samples]
                       double* log_sum_exp) {                         // [samples]
   const Team team(team_size);
   const bool exists = team.sample() < in.samples;
   const int64_t sample = exists ? team.sample() : in.samples - 1;
-  const Row input(in.input, in.input_stride, sample);
-  const Row probabilities(in.probabilities, in.probabilities_stride, sample);
+  const Row input(in.input, sample);
+  const Row probabilities(in.probabilities, sample);
   const int64_t target = read_target(in, sample);
   T logit = T(0);
   if (target != Arguments::kNoClass) {
-    const int64_t offset = input.offset + target * input.stride;
-    for_dtype(in.input.dtype, [&](auto zero) {
-      logit = static_cast<T>(in.input.as<const decltype(zero)>()[offset]);
+    for_dtype<T>(in.input.first.dtype, [&](auto zero) {
+      logit = static_cast<T>(*reinterpret_cast<const decltype(zero)*>(input.at(target)));
     });
   }
 
   Sums<T, kAny> sums;
-  const Runs<kRun> runs(team, in, input.offset);
+  const Runs<kRun> runs(team, in, input.at(0));
 #pragma unroll 1
   for (int64_t c = runs.begin; c < in.classes; c += runs.step) {
     T x[kRuns * kRun], t[kRuns * kRun];
@@ -705,17 +742,17 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int kRun>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, blocks_at_once<T>(3))
     backward_by_sample(const Arguments in, int team_size, const T* grad_losses,  // [samples]
                        const double* log_sum_exp,                                // [samples]
-                       const Sequence grad_input, int64_t grad_stride) {
+                       const Numbers grad_input) {
   const Team team(team_size);
   const bool exists = team.sample() < in.samples;
   const int64_t sample = exists ? team.sample() : in.samples - 1;
-  const Row input(in.input, in.input_stride, sample);
-  const Row probabilities(in.probabilities, in.probabilities_stride, sample);
-  const Row gradient(grad_input, grad_stride, sample);
-  const Runs<kRun> runs(team, in, input.offset);
+  const Row input(in.input, sample);
+  const Row probabilities(in.probabilities, sample);
+  const Row gradient(grad_input, sample);
+  const Runs<kRun> runs(team, in, input.at(0));
   const T grad_loss = grad_losses[sample];
   const int64_t target = read_target(in, sample);
   const bool has_target = target != Arguments::kNoClass;
@@ -723,7 +760,7 @@ __global__ void __launch_bounds__(kThreads)
   const bool has_gradient = exists && grad_loss != T(0) && !ignored;
 
   double sum_t = in.smoothing * static_cast<double>(in.classes);
-  if (in.probabilities.data != nullptr || (in.any() && in.weight != nullptr)) {
+  if (in.probabilities.first.data != nullptr || (in.any() && in.weight != nullptr)) {
     double of_thread = 0;
 #pragma unroll 1
     for (int64_t c = runs.begin; has_gradient && c < in.classes; c += runs.step) {
@@ -750,7 +787,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
       for (int i = 0; i < kRuns * kRun; ++i) {
         const bool is_target = has_target && runs.class_of(c, i) == target;
-        grad[i] = scale.gradient(x[i], is_target ? t_of_target : t[i]);
+        grad[i] = scale.gradient(exp_of(scale.exponent(x[i])), is_target ? t_of_target : t[i]);
       }
     }
     gradient.write(runs, c, grad);
@@ -785,7 +822,7 @@ Columns columns_of(const Inputs& in) {
   constexpr int64_t kEnough = int64_t(1) << 18;
   Columns columns{1};
   while (columns.slices < kWarps && in.samples * columns.slices < kEnough &&
-         columns.slices * 2 * kClasses * 2 <= in.classes) {
+         columns.slices * 2 * kForwardClasses * 2 <= in.classes) {
     columns.slices *= 2;
   }
   return columns;
@@ -836,19 +873,19 @@ template <typename T>
 void backward_typed(const Inputs& in, const T* grad_losses, const double* log_sum_exp,
                     const Classes& grad_input) {
   const Arguments arguments(in);
-  const Sequence gradient(grad_input.first);
+  const Numbers gradient(grad_input);
   if (walk_by_sample(in)) {
     const int team = team_size_of(in);
     launch(walk_in_runs(in) ? backward_by_sample<T, 4> : backward_by_sample<T, 1>,
            grid(blocks_for(in.samples, kThreads / team)), kThreads, 0, arguments, team, grad_losses,
-           log_sum_exp, gradient, grad_input.stride);
+           log_sum_exp, gradient);
   } else {
     const bool adjacent = in_vectors(in.input) && in_vectors(in.probabilities) &&
                           in_vectors(grad_input) && in_vectors(grad_losses);
     const Columns columns = columns_of(in);
     launch(adjacent ? backward_by_class<T, true> : backward_by_class<T, false>,
            grid(blocks_for(in.samples, columns.samples_of_block())), kThreads, 0, arguments,
-           columns, grad_losses, log_sum_exp, gradient, grad_input.stride);
+           columns, grad_losses, log_sum_exp, gradient);
   }
 }
 
