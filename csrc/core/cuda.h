@@ -204,14 +204,16 @@ __device__ __forceinline__ bool last_block(unsigned* ticket, unsigned blocks) {
 
 // --- tensors -------------------------------------------------------------------------------------
 
-// f(zero of the C++ type) for a floating dtype, which is the same for all threads.
-template <typename F>
+// f(zero of the C++ type) for a floating dtype, which is the same for all threads, and not wider
+// than Widest.
+template <typename Widest = double, typename F>
 __device__ __forceinline__ void for_dtype(at::ScalarType dtype, const F& f) {
+  if constexpr (std::is_same_v<Widest, double>) {
+    if (dtype == at::kDouble) return f(double());
+  }
   switch (dtype) {
     case at::kFloat:
       return f(float());
-    case at::kDouble:
-      return f(double());
     case at::kHalf:
       return f(at::Half());
     default:
