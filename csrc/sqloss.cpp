@@ -10,6 +10,7 @@
 
 #include "core/cpu_capability.h"
 #include "core/find_operator.h"
+#include "core/on.h"
 #include "cross_entropy_losses/cross_entropy_losses.h"
 #include "pointwise_losses/pointwise_losses.h"
 #include "student_t/student_t.h"
@@ -80,9 +81,10 @@ TORCH_LIBRARY_IMPL(sqloss, CPU, m) {
   m.impl("pointwise_losses_backward", pointwise_losses::backward_cpu);
   m.impl("cross_entropy_losses", cross_entropy_losses::forward_cpu);
   m.impl("cross_entropy_losses_backward", cross_entropy_losses::backward_cpu);
-  m.impl("student_t_rsample_kl", student_t::forward_cpu);
-  m.impl("student_t_rsample_kl_backward", student_t::backward_cpu);
-  m.impl("student_t_noise", student_t::noise_cpu);
+  m.impl("student_t_rsample_kl", core::On<student_t::forward, student_t::cpu_kernels>::call);
+  m.impl("student_t_rsample_kl_backward",
+         core::On<student_t::backward, student_t::cpu_kernels>::call);
+  m.impl("student_t_noise", core::On<student_t::noise, student_t::cpu_kernels>::call);
 }
 
 TORCH_LIBRARY_IMPL(sqloss, CompositeExplicitAutograd, m) {
@@ -181,8 +183,8 @@ ZAndKl student_t_rsample_kl_eager(const std::optional<at::Tensor>& df, const at:
                                   std::optional<int64_t> num_samples,
                                   std::string_view parameterization, std::string_view kl,
                                   bool kl_mean, bool return_z) {
-  static const auto op =
-      core::find_operator<decltype(student_t::forward_cpu)>("sqloss::student_t_rsample_kl");
+  static const auto op = core::find_operator<core::Operator<decltype(student_t::forward)>>(
+      "sqloss::student_t_rsample_kl");
   auto [z, of_kl] = op.call(df, loc, scale, prior_df, seed, rows, num_samples, parameterization, kl,
                             kl_mean, return_z);
   ZAndKl wanted;

@@ -696,6 +696,6 @@ void backward_of(const Inputs& in, at::ScalarType dtype, const Gradients& gradie
 
 }  // namespace
 
-const CpuKernels kernels{forward_of, backward_of, noise_of};
+const Kernels kernels{forward_of, backward_of, noise_of};
 
 }  // namespace sqloss::student_t::CPU_CAPABILITY
