@@ -116,6 +116,20 @@ SQLOSS_INLINE T one_less_inverse_psi(T e, T root_of_g) {
 template <typename T>
 constexpr T kInfiniteDf = static_cast<T>(sizeof(T) == 4 ? 0x1p100 : 0x1p800);
 
+// What depends on the degrees of freedom alone.
+template <typename T>
+struct Density {
+  T df, inverse, root, half_power;  // df, 1 / df, sqrt(1 / df), (df + 1) / 2
+};
+
+// NaN where the degrees of freedom are not positive.
+template <typename T>
+SQLOSS_INLINE Density<T> density(T given) {
+  const T most = kInfiniteDf<T>, finite = given > most ? most : given;
+  const T df = given > T(0) ? finite : std::numeric_limits<T>::quiet_NaN();
+  return {df, T(1) / df, std::sqrt(T(1) / df), T(0.5) * df + T(0.5)};
+}
+
 // y = x / sqrt(df) without its sign, and its square, which may overflow.
 template <typename T>
 struct Square {
@@ -140,6 +154,12 @@ SQLOSS_INLINE T log1p_of_square(Square<T> y) {
   const T log = core::CPU_CAPABILITY::log1p_of_normal(y.value, large ? y.size : plus_1);
   const T twice = log + log, finite = large ? twice : log;
   return y.size <= std::numeric_limits<T>::max() ? finite : y.size;  // also NaN
+}
+
+// -log of the density of t(0, 1, df) at x, without its constant
+template <typename T>
+SQLOSS_INLINE T minus_log_kernel(const Density<T>& density, T x) {
+  return density.half_power * log1p_of_square(square_over_df(x, density.root));
 }
 
 // y^2 / (1 + y^2)
@@ -227,6 +247,86 @@ SQLOSS_INLINE Rho<T> rho(T x) {
     result.second += shifted ? T(0.5) * (squares + second) : T(0);
   }
   return result;
+}
+
+// --- the KL divergence ---------------------------------------------------------------------------
+
+// The part of an element's KL that depends on the degrees of freedom of one density alone, and its
+// derivative: log Z, or with kEntropy the entropy.
+template <typename T>
+struct Constant {
+  T value, in_df;
+};
+
+template <bool kEntropy, bool kDerivative, typename T>
+SQLOSS_INLINE Constant<T> constant_of(const Density<T>& density) {
+  const T df = density.df, inverse = density.inverse;
+  const auto r = rho < kEntropy && kDerivative > (T(0.5) * df);
+  if constexpr (kEntropy) {
+    // (df + 1) / 2 * (digamma((df + 1) / 2) - digamma(df / 2)) + log Z
+    return {r.value + T(0.5) * (T(1) + inverse) * (T(1) - df * r.first),
+            T(-0.5) * inverse * inverse - T(0.25) * (df + T(1)) * r.second};
+  } else {
+    return {r.value, T(0.5) * r.first};
+  }
+}
+
+// Of two normal distributions, z and t being a sample and its standard one.
+template <typename T>
+SQLOSS_INLINE T normal_kl(T z, T t, T log_scale) {
+  return T(0.5) * (z * z - t * t) - log_scale;
+}
+
+template <typename T>
+SQLOSS_INLINE T normal_kl_in_closed_form(T loc, T scale, T log_scale) {
+  return T(0.5) * (loc * loc + scale * scale - T(1)) - log_scale;
+}
+
+// --- gradients -----------------------------------------------------------------------------------
+//
+// Of a sample's z and of its KL: in_z and in_kl.
+
+// The derivative of the KL's cross term, -log p(z), in z.
+template <typename T>
+SQLOSS_INLINE T cross_term_in_z(const Density<T>& prior, T z) {
+  const T slope = over_1_plus_square(square_over_df(z, prior.root));
+  const T power = T(2) * prior.half_power * prior.root;
+  return power * std::copysign(slope, z);
+}
+
+// What a sample gives to the gradient of df, but for the constants of the KL; with in_z the whole
+// gradient of z. At large df, terms of the order 1 / df cancel to one of the order 1 / df^2; so
+// that its digits stay, log1p_less_ratio takes their difference as a series.
+template <bool kOwnTerm, typename T>
+SQLOSS_INLINE T gradient_of_df(const Density<T>& posterior, const Sample<T>& sample, T energy,
+                               T scale, T in_z, T in_kl) {
+  const T inverse = posterior.inverse, t = sample.t;
+  const T psi_term = one_less_inverse_psi(energy * inverse, sample.root_of_g);
+  T in_df = in_z * scale * t * inverse * psi_term;
+  if constexpr (kOwnTerm) {
+    const auto square = square_over_df(t, posterior.root);
+    const T ratio = square_over_1_plus_square(square);
+    in_df -=
+        in_kl * (log1p_less_ratio(square, ratio) + ratio * ((T(1) + inverse) * psi_term - inverse));
+  }
+  return T(0.5) * in_df;
+}
+
+template <typename T>
+SQLOSS_INLINE T gradient_of_prior_df(const Density<T>& prior, T z, T in_kl) {
+  const auto square = square_over_df(z, prior.root);
+  const T ratio = square_over_1_plus_square(square);
+  return T(0.5) * in_kl * (log1p_less_ratio(square, ratio) - ratio * prior.inverse);
+}
+
+// The gradient in what `scale` holds, given that in the scale through z; of a KL its -log(scale)
+// too, with in_kl the gradient of all samples.
+template <typename T>
+SQLOSS_INLINE T gradient_of_scale(bool as_logarithm, T factor, bool has_kl, T scale, T through_z,
+                                  T in_kl) {
+  const T in_log = factor * (scale * through_z - in_kl);
+  const T in_scale = has_kl ? through_z - in_kl / scale : through_z;
+  return as_logarithm ? in_log : in_scale;
 }
 
 }  // namespace sqloss::student_t::CPU_CAPABILITY
