@@ -10,4 +10,8 @@ const Kernels& cpu_kernels() {
   return chosen;
 }
 
+#ifdef SQLOSS_WITH_CUDA
+const Kernels& cuda_kernels() { return CUDA::kernels; }
+#endif
+
 }  // namespace sqloss::student_t

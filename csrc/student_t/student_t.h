@@ -96,7 +96,12 @@ extern const Kernels kernels;
 namespace AVX2 = DEFAULT;
 namespace AVX512 = DEFAULT;
 #endif
-const Kernels& cpu_kernels();  // for this machine
+namespace CUDA {
+extern const Kernels kernels;
+}
+
+const Kernels& cpu_kernels();   // for this machine
+const Kernels& cuda_kernels();  // of a build with CUDA
 
 // From tensors to kernels. loc and scale have one shape [..., columns]; df and prior_df that too,
 // or [columns], or none; seed broadcasts to the shape [...], which rows has. Strides are any. No

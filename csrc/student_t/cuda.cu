@@ -1,0 +1,743 @@
+// CUDA kernels of Student-t and normal samples with their KL.
+//
+// A thread owns 16 bytes' worth of a row's columns (kColumns: four floats or two doubles, one
+// access where memory allows), whose parameters it holds in registers for all samples. `lanes`
+// threads share a row, a power of two that covers its columns, at most a block; longer rows are cut
+// into parts of a block each. What depends on degrees of freedom that hold for all rows is computed
+// once per thread, which takes several rows one after another.
+//
+// forward   one read of the parameters; for each sample random words, noise, t, z and the KL in
+//           registers. Rows are summed in double: over a thread's columns and samples, then over
+//           the row's threads by shuffles; parts, if there are several, by another kernel.
+// backward  draws the same samples again, which takes no memory. One read of the parameters and of
+//           the outputs' gradients, one write of each gradient wanted. Degrees of freedom that
+//           several elements share have their gradients summed in double per block, and the blocks'
+//           sums in their order by another kernel.
+//
+// A Philox block has the words of two adjacent elements, an even one and the next. Where a row
+// begins with an even element, a thread's elements take whole blocks and each is drawn once; else
+// one block more is drawn for each thread.
+#define CPU_CAPABILITY CUDA
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/cuda.h"
+#include "core/philox.h"
+#include "core/vector_math.h"
+#include "student_t/student_t.h"
+#include "student_t/student_t_math.h"
+
+namespace sqloss::student_t::CUDA {
+namespace {
+
+using core::Strided;
+using core::cuda::kAllLanes;
+using core::cuda::kWarp;
+using core::cuda::Memory;
+using core::cuda::Sequence;
+
+constexpr int kThreads = 256;
+// Blocks that rows are dealt to: enough to fill a device several times over, few enough that each
+// thread has several rows and that the blocks' sums are few.
+constexpr int64_t kRowBlocks = 2048;
+
+template <typename T>
+constexpr int kColumns = 16 / sizeof(T);
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How rows and columns are dealt to threads: by sizes alone.
+struct Grid {
+  int lanes;             // threads that share a row
+  int64_t parts;         // of a row
+  int64_t rows_at_once;  // of a block
+  int64_t rows_per_block, row_blocks;
+
+  Grid(int64_t rows, int64_t columns, int columns_per_thread) : lanes(1) {
+    while (lanes < kThreads && lanes * columns_per_thread < columns) lanes *= 2;
+    parts = divide_up(columns, lanes * columns_per_thread);
+    rows_at_once = kThreads / lanes;
+    const int64_t turns = divide_up(rows, rows_at_once);
+    rows_per_block = divide_up(turns, std::max<int64_t>(1, kRowBlocks / parts)) * rows_at_once;
+    row_blocks = divide_up(rows, rows_per_block);
+  }
+
+  int64_t blocks() const { return row_blocks * parts; }
+};
+
+struct Arguments {
+  Parameterization parameterization;
+  Kl kl;
+  bool mean;
+  DfShape df_shape, prior_df_shape;
+  int64_t rows, columns, num_samples;
+  Sequence df, loc, scale, prior_df, seeds, row_ids;
+  Grid grid;
+
+  Arguments(const Inputs& in, int columns_per_thread)
+      : parameterization(in.parameterization),
+        kl(in.kl),
+        mean(in.mean),
+        df_shape(in.df_shape),
+        prior_df_shape(in.prior_df_shape),
+        rows(in.rows),
+        columns(in.columns),
+        num_samples(in.num_samples),
+        df(in.df),
+        loc(in.loc),
+        scale(in.scale),
+        prior_df(in.prior_df),
+        seeds(in.seeds),
+        row_ids(in.row_ids),
+        grid(in.rows, in.columns, columns_per_thread) {}
+};
+
+// The degrees of freedom of a thread's elements: none, one for all of them, or one each.
+enum class Df { kNone, kOne, kEach };
+
+// --- a thread's elements -------------------------------------------------------------------------
+
+// The columns of a thread, the same in all its rows.
+template <typename T>
+struct Columns {
+  int64_t first, columns;  // of all
+  int count;               // of them that there are; the others are computed, and not stored
+
+  __device__ __forceinline__ explicit Columns(const Arguments& in) : columns(in.columns) {
+    const int64_t part = blockIdx.x % in.grid.parts;
+    first = (part * in.grid.lanes + threadIdx.x % in.grid.lanes) * kColumns<T>;
+    const int64_t rest = columns - first;
+    count = rest < 0 ? 0 : rest < kColumns<T> ? static_cast<int>(rest) : kColumns<T>;
+  }
+
+  // Elements of a row of `sequence`, whose first element has the index `begin`; 1 beyond the row.
+  __device__ __forceinline__ void load(const Sequence& sequence, int64_t begin, bool row_exists,
+                                       T (&values)[kColumns<T>]) const {
+    if (columns % kColumns<T> == 0) {
+#pragma unroll
+      for (int i = 0; i < kColumns<T>; ++i) values[i] = T(1);
+      if (row_exists && count > 0) core::cuda::read<kColumns<T>>(sequence, begin + first, values);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kColumns<T>; ++i) {
+      values[i] = row_exists && i < count ? core::cuda::read<T>(sequence, begin + first + i) : T(1);
+    }
+  }
+
+  __device__ __forceinline__ void store(const T (&values)[kColumns<T>], const Sequence& sequence,
+                                        int64_t begin, bool row_exists) const {
+    if (sequence.data == nullptr || !row_exists) return;
+    if (columns % kColumns<T> == 0) {
+      if (count > 0) core::cuda::write<kColumns<T>>(sequence, begin + first, values);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kColumns<T>; ++i) {
+      if (i < count) core::cuda::write(sequence, begin + first + i, values[i]);
+    }
+  }
+};
+
+// f(row, whether there is one) for the rows of a thread; in all threads of a block as often.
+template <typename F>
+__device__ __forceinline__ void for_rows(const Arguments& in, const F& f) {
+  const int64_t begin = blockIdx.x / in.grid.parts * in.grid.rows_per_block;
+  const int64_t of_thread = threadIdx.x / in.grid.lanes;
+  for (int64_t turn = 0; turn < in.grid.rows_per_block; turn += in.grid.rows_at_once) {
+    const int64_t row = begin + turn + of_thread;
+    f(row, row < in.rows);
+  }
+}
+
+// The sum of the threads that share a row, in each of them. All threads of a block have to call it.
+__device__ __forceinline__ double row_sum(double value, int lanes) {
+  const int in_warp = lanes < kWarp ? lanes : kWarp;
+  for (int distance = in_warp / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, distance);
+  }
+  if (lanes <= kWarp) return value;
+  __shared__ double of_warps[kThreads / kWarp];
+  __syncthreads();  // of_warps may still be read from the call before
+  if (core::cuda::lane() == 0) of_warps[core::cuda::warp()] = value;
+  __syncthreads();
+  const int warps = lanes / kWarp, first = core::cuda::warp() / warps * warps;
+  value = of_warps[first];
+  for (int i = 1; i < warps; ++i) value += of_warps[first + i];
+  return value;
+}
+
+// --- random numbers ------------------------------------------------------------------------------
+
+// Two Philox blocks of one key.
+struct Words {
+  uint32_t words[4][2];
+
+  __device__ __forceinline__ Words(uint64_t key, const uint64_t (&blocks)[2], uint32_t sample,
+                                   const uint32_t (&parts)[2]) {
+    uint64_t counters[4][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      counters[0][i] = blocks[i];
+      counters[1][i] = blocks[i] >> 32;
+      counters[2][i] = sample;
+      counters[3][i] = parts[i];
+    }
+    core::CUDA::philox(key, counters);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) words[k][i] = static_cast<uint32_t>(counters[k][i]);
+    }
+  }
+};
+
+// Where the random words of a thread's elements come from.
+struct Source {
+  uint64_t key, block;
+  bool odd;  // the first element is the second one of its block
+
+  template <typename T>
+  __device__ __forceinline__ Source(const Arguments& in, const Columns<T>& columns, int64_t row,
+                                    bool row_exists)
+      : key(0), block(0), odd(false) {
+    if (!row_exists) return;
+    const auto number = [](const Sequence& sequence, int64_t index) {
+      return static_cast<uint64_t>(sequence.as<const int64_t>()[sequence.offset(index)]);
+    };
+    key = number(in.seeds, row);
+    const uint64_t id = in.row_ids.data ? number(in.row_ids, row) : static_cast<uint64_t>(row);
+    const uint64_t first = id * static_cast<uint64_t>(in.columns) + columns.first;
+    block = first / 2;
+    odd = first % 2 != 0;
+  }
+
+  __device__ __forceinline__ void draw(uint32_t sample, Noise<float> (&drawn)[4]) const {
+    const Words of_pairs(key, {block, block + 1}, sample, {0, 0});
+    const auto& words = of_pairs.words;
+    uint32_t u[4] = {words[0][0], words[2][0], words[0][1], words[2][1]};
+    uint32_t v[4] = {words[1][0], words[3][0], words[1][1], words[3][1]};
+    if (odd) {
+      const Words more(key, {block + 2, block + 2}, sample, {0, 0});
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {
+        u[i] = u[i + 1];
+        v[i] = v[i + 1];
+      }
+      u[3] = more.words[0][0];
+      v[3] = more.words[1][0];
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) drawn[i] = noise(u[i], v[i]);
+  }
+
+  __device__ __forceinline__ void draw(uint32_t sample, Noise<double> (&drawn)[2]) const {
+    const Words of_pair(key, {block, block}, sample, {0, 1});
+    const auto of_even = [](const Words& from) {
+      const auto& words = from.words;
+      return noise(words[0][0], words[1][0], words[0][1], words[1][1]);
+    };
+    const auto of_odd = [](const Words& from) {
+      const auto& words = from.words;
+      return noise(words[2][0], words[3][0], words[2][1], words[3][1]);
+    };
+    drawn[1] = of_odd(of_pair);
+    if (odd) {
+      drawn[0] = drawn[1];
+      drawn[1] = of_even(Words(key, {block + 1, block + 1}, sample, {0, 1}));
+    } else {
+      drawn[0] = of_even(of_pair);
+    }
+  }
+};
+
+// --- parameters ----------------------------------------------------------------------------------
+
+// What depends on the degrees of freedom of a thread's elements.
+template <typename T, Df kDf>
+struct Densities {
+  static constexpr int kCount = kDf == Df::kEach ? kColumns<T> : 1;
+  Density<T> posterior[kCount], prior[kCount];
+  // of the KL of an element: its value forward, its derivatives backward
+  T constant[kCount], constant_in_df[kCount], constant_in_prior_df[kCount];
+
+  static __device__ __forceinline__ constexpr int of(int i) { return kDf == Df::kEach ? i : 0; }
+
+  // Whether they differ from row to row.
+  static __device__ __forceinline__ bool of_rows(const Arguments& in) {
+    return in.df_shape == DfShape::kFull ||
+           (in.prior_df.data && in.prior_df_shape == DfShape::kFull);
+  }
+
+  template <bool kDerivative>
+  __device__ __forceinline__ void load(const Arguments& in, const Columns<T>& columns, int64_t row,
+                                       bool row_exists) {
+    const auto read = [&](const Sequence& sequence, DfShape shape, Density<T>(&densities)[kCount]) {
+      T given[kCount];
+      if constexpr (kDf == Df::kOne) {
+        given[0] = core::cuda::read<T>(sequence, 0);
+      } else {
+        const bool full = shape == DfShape::kFull;
+        columns.load(sequence, full ? row * in.columns : 0, row_exists || !full, given);
+      }
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) densities[i] = density(given[i]);
+    };
+    read(in.df, in.df_shape, posterior);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      prior[i] = posterior[i];
+      constant[i] = constant_in_df[i] = constant_in_prior_df[i] = T(0);
+    }
+    if (in.kl == Kl::kNone) return;
+    if (in.prior_df.data) read(in.prior_df, in.prior_df_shape, prior);
+    if (in.kl == Kl::kMc && !in.prior_df.data) return;  // the two constants cancel
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const Constant<T> of_posterior = in.kl == Kl::kAnalyticEntropy
+                                           ? constant_of<true, kDerivative>(posterior[i])
+                                           : constant_of<false, kDerivative>(posterior[i]);
+      const Constant<T> of_prior = constant_of<false, kDerivative>(prior[i]);
+      constant[i] = of_prior.value - of_posterior.value;
+      constant_in_df[i] = -of_posterior.in_df;
+      constant_in_prior_df[i] = of_prior.in_df;
+    }
+  }
+};
+
+template <typename T>
+struct Parameters {
+  T loc[kColumns<T>], scale[kColumns<T>], log_scale[kColumns<T>];
+
+  __device__ __forceinline__ Parameters(const Arguments& in, const Columns<T>& columns, int64_t row,
+                                        bool row_exists) {
+    columns.load(in.loc, row * in.columns, row_exists, loc);
+    columns.load(in.scale, row * in.columns, row_exists, scale);
+    if (in.parameterization == Parameterization::kScale) {
+#pragma unroll
+      for (int i = 0; i < kColumns<T>; ++i) log_scale[i] = core::CUDA::log(scale[i]);
+      return;
+    }
+    const T factor = log_factor(in.parameterization);
+#pragma unroll
+    for (int i = 0; i < kColumns<T>; ++i) {
+      log_scale[i] = factor * scale[i];
+      scale[i] = core::CUDA::exp(log_scale[i]);
+    }
+  }
+
+  // d log(scale) / d parameter of the logarithmic parameterizations
+  static __device__ __forceinline__ T log_factor(Parameterization parameterization) {
+    return parameterization == Parameterization::kLogvar ? T(0.5) : T(1);
+  }
+};
+
+// A standard sample of an element.
+template <Df kDf, typename T>
+__device__ __forceinline__ Sample<T> sample_of(const Noise<T>& noise, const Density<T>& posterior) {
+  if constexpr (kDf == Df::kNone) return {normal_sample(noise), T(1)};
+  return student_t_sample(noise, posterior.df, posterior.inverse);
+}
+
+// --- forward -------------------------------------------------------------------------------------
+
+struct OutputSequences {
+  Sequence z;     // [num_samples, rows, columns]
+  void* kl;       // [num_samples or 1, rows] of T, or null
+  double* parts;  // [num_samples or 1, rows, parts], if there are several
+};
+
+template <typename T, Df kDf>
+__global__ void __launch_bounds__(kThreads) forward_kernel(Arguments in, OutputSequences out) {
+  const Columns<T> columns(in);
+  Densities<T, kDf> df;
+  const bool has_kl = out.kl != nullptr, closed_form = in.kl == Kl::kClosedForm;
+  const bool sampled_kl = has_kl && !closed_form;
+  if constexpr (kDf != Df::kNone) df.template load<false>(in, columns, 0, true);
+
+  const auto finish = [&](double sum, double divisor, int64_t index, bool row_exists) {
+    const double total = row_sum(sum, in.grid.lanes) / divisor;
+    if (threadIdx.x % in.grid.lanes != 0 || !row_exists) return;
+    if (in.grid.parts > 1) {
+      out.parts[index * in.grid.parts + blockIdx.x % in.grid.parts] = total;
+    } else {
+      static_cast<T*>(out.kl)[index] = static_cast<T>(total);
+    }
+  };
+
+  for_rows(in, [&](int64_t row, bool row_exists) {
+    if constexpr (kDf == Df::kEach) {
+      if (df.of_rows(in)) df.template load<false>(in, columns, row, row_exists);
+    }
+    const Parameters<T> given(in, columns, row, row_exists);
+    if (has_kl && closed_form) {
+      double sum = 0;
+#pragma unroll
+      for (int i = 0; i < kColumns<T>; ++i) {
+        const T kl = normal_kl_in_closed_form(given.loc[i], given.scale[i], given.log_scale[i]);
+        sum += i < columns.count ? static_cast<double>(kl) : 0.0;
+      }
+      for (int64_t sample = 0; sample < (in.mean ? 1 : in.num_samples); ++sample) {
+        finish(sum, 1.0, sample * in.rows + row, row_exists);
+      }
+    }
+    if (out.z.data == nullptr && !sampled_kl) return;
+
+    const Source source(in, columns, row, row_exists);
+    double sum = 0;  // of all samples
+    for (int64_t sample = 0; sample < in.num_samples; ++sample) {
+      Noise<T> noise[kColumns<T>];
+      source.draw(static_cast<uint32_t>(sample), noise);
+      T z[kColumns<T>];
+      double of_sample = 0;
+#pragma unroll
+      for (int i = 0; i < kColumns<T>; ++i) {
+        const int d = df.of(i);
+        const T t = sample_of<kDf>(noise[i], df.posterior[d]).t;
+        z[i] = given.loc[i] + given.scale[i] * t;
+        if (!sampled_kl) continue;
+        T kl;
+        if constexpr (kDf == Df::kNone) {
+          kl = normal_kl(z[i], t, given.log_scale[i]);
+        } else {
+          kl = minus_log_kernel(df.prior[d], z[i]) - given.log_scale[i] + df.constant[d];
+          if (in.kl == Kl::kMc) kl -= minus_log_kernel(df.posterior[d], t);
+        }
+        of_sample += i < columns.count ? static_cast<double>(kl) : 0.0;
+      }
+      const int64_t index = sample * in.rows + row;
+      columns.store(z, out.z, index * in.columns, row_exists);
+      sum += of_sample;
+      if (sampled_kl && !in.mean) finish(of_sample, 1.0, index, row_exists);
+    }
+    if (sampled_kl && in.mean) {
+      finish(sum, static_cast<double>(in.num_samples), row, row_exists);
+    }
+  });
+}
+
+// --- noise alone ---------------------------------------------------------------------------------
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    noise_kernel(Arguments in, Sequence energy, Sequence cosine) {
+  const Columns<T> columns(in);
+  for_rows(in, [&](int64_t row, bool row_exists) {
+    const Source source(in, columns, row, row_exists);
+    for (int64_t sample = 0; sample < in.num_samples; ++sample) {
+      Noise<T> noise[kColumns<T>];
+      source.draw(static_cast<uint32_t>(sample), noise);
+      T energies[kColumns<T>], cosines[kColumns<T>];
+#pragma unroll
+      for (int i = 0; i < kColumns<T>; ++i) {
+        energies[i] = noise[i].energy;
+        cosines[i] = noise[i].cosine;
+      }
+      const int64_t begin = (sample * in.rows + row) * in.columns;
+      columns.store(energies, energy, begin, row_exists);
+      columns.store(cosines, cosine, begin, row_exists);
+    }
+  });
+}
+
+// --- sums ----------------------------------------------------------------------------------------
+
+// Sums of partial sums: target[i] = the sum of the i-th of `count` rows of `terms`.
+struct Sums {
+  const double* partial;  // [count, terms]
+  int64_t count, terms;
+  Sequence target;
+};
+
+// A block for each sum, first those of a, then those of b.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) sum_kernel(Sums a, Sums b) {
+  const bool of_a = blockIdx.x < a.count;
+  const int64_t index = of_a ? blockIdx.x : blockIdx.x - a.count;
+  const int64_t terms = of_a ? a.terms : b.terms;
+  const double* const partial = (of_a ? a.partial : b.partial) + index * terms;
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < terms; i += blockDim.x) sum += partial[i];
+  sum = core::cuda::block_sum(sum);
+  if (threadIdx.x != 0) return;
+  core::cuda::write(of_a ? a.target : b.target, index, static_cast<T>(sum));
+}
+
+template <typename T>
+void add_up(const Sums& a, const Sums& b) {
+  const int64_t terms = std::max(a.terms, b.terms);
+  const int threads =
+      static_cast<int>(std::clamp<int64_t>(divide_up(terms, 4 * kWarp), 1, kThreads / kWarp)) *
+      kWarp;
+  core::cuda::launch(sum_kernel<T>, core::cuda::grid(a.count + b.count), threads, 0, a, b);
+}
+
+// --- backward ------------------------------------------------------------------------------------
+
+// The gradient of degrees of freedom that several elements share: partial sums, one per block.
+struct SharedGradient {
+  Sequence target;
+  double*
+      partial;  // [1 or columns, blocks that have to do with it], or null: not shared, or absent
+};
+
+struct GradientSequences {
+  Sequence z, kl, loc, scale;
+  SharedGradient df, prior_df;
+
+  __device__ __forceinline__ bool in_df() const { return df.target.data || prior_df.target.data; }
+};
+
+// Sums in double of a thread's elements over its rows.
+template <typename T>
+struct ElementSums {
+  double values[kColumns<T>] = {};
+
+  __device__ __forceinline__ void add(const T (&more)[kColumns<T>]) {
+#pragma unroll
+    for (int i = 0; i < kColumns<T>; ++i) values[i] += static_cast<double>(more[i]);
+  }
+
+  // Over the block, into the partial sums. All threads of a block have to call it.
+  __device__ __forceinline__ void finish(const Arguments& in, const Columns<T>& columns,
+                                         DfShape shape, double* partial) const {
+    if (shape == DfShape::kScalar) {
+      double sum = 0;
+#pragma unroll
+      for (int i = 0; i < kColumns<T>; ++i) sum += i < columns.count ? values[i] : 0.0;
+      sum = core::cuda::block_sum(sum);
+      if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+      return;
+    }
+    __shared__ double of_threads[kThreads][kColumns<T>];
+    __syncthreads();  // of_threads may still be read from the call before
+#pragma unroll
+    for (int i = 0; i < kColumns<T>; ++i) of_threads[threadIdx.x][i] = values[i];
+    __syncthreads();
+    if (threadIdx.x >= in.grid.lanes) return;
+#pragma unroll
+    for (int i = 0; i < kColumns<T>; ++i) {
+      double sum = 0;
+      for (int thread = threadIdx.x; thread < kThreads; thread += in.grid.lanes) {
+        sum += of_threads[thread][i];
+      }
+      const int64_t row_block = blockIdx.x / in.grid.parts;
+      if (i < columns.count) partial[(columns.first + i) * in.grid.row_blocks + row_block] = sum;
+    }
+  }
+};
+
+template <typename T, Df kDf>
+__global__ void __launch_bounds__(kThreads) backward_kernel(Arguments in, GradientSequences out) {
+  const Columns<T> columns(in);
+  Densities<T, kDf> df;
+  ElementSums<T> sums_in_df, sums_in_prior_df;
+  const bool has_kl = in.kl != Kl::kNone, closed_form = in.kl == Kl::kClosedForm;
+  const bool sampled_kl = has_kl && !closed_form, in_df = kDf != Df::kNone && out.in_df();
+  if constexpr (kDf != Df::kNone) df.template load<true>(in, columns, 0, true);
+
+  for_rows(in, [&](int64_t row, bool row_exists) {
+    if constexpr (kDf == Df::kEach) {
+      if (df.of_rows(in)) df.template load<true>(in, columns, row, row_exists);
+    }
+    const Parameters<T> given(in, columns, row, row_exists);
+    // The gradient of the KL of a sample's row, for each of its elements.
+    const auto read_in_kl = [&](int64_t sample) {
+      return has_kl && row_exists ? core::cuda::read<T>(out.kl, sample * in.rows + row) : T(0);
+    };
+    T in_all_kl = T(0);  // of all samples
+    for (int64_t sample = 0; sample < (in.mean ? 1 : in.num_samples); ++sample) {
+      in_all_kl += read_in_kl(sample);
+    }
+
+    T in_loc[kColumns<T>] = {}, in_scale[kColumns<T>] = {};
+    T in_posterior_df[kColumns<T>] = {}, in_prior_df[kColumns<T>] = {};
+    const Source source(in, columns, row, row_exists);
+    const bool samples = out.z.data || sampled_kl;
+    for (int64_t sample = 0; samples && sample < in.num_samples; ++sample) {
+      T in_z[kColumns<T>] = {};
+      if (out.z.data) {
+        columns.load(out.z, (sample * in.rows + row) * in.columns, row_exists, in_z);
+      }
+      const T in_kl = !sampled_kl ? T(0)
+                      : in.mean   ? in_all_kl / static_cast<T>(in.num_samples)
+                                  : read_in_kl(sample);
+      Noise<T> noise[kColumns<T>];
+      source.draw(static_cast<uint32_t>(sample), noise);
+#pragma unroll
+      for (int i = 0; i < kColumns<T>; ++i) {
+        const Density<T>&posterior = df.posterior[df.of(i)], &prior = df.prior[df.of(i)];
+        const Sample<T> drawn = sample_of<kDf>(noise[i], posterior);
+        const T z = given.loc[i] + given.scale[i] * drawn.t;
+        if (sampled_kl) {
+          if constexpr (kDf == Df::kNone) {
+            in_z[i] += in_kl * z;
+          } else {
+            in_z[i] += in_kl * cross_term_in_z(prior, z);
+          }
+        }
+        in_loc[i] += in_z[i];
+        in_scale[i] += in_z[i] * drawn.t;
+        if constexpr (kDf != Df::kNone) {
+          if (!in_df) continue;
+          const T energy = noise[i].energy, scale = given.scale[i];
+          in_posterior_df[i] +=
+              in.kl == Kl::kMc
+                  ? gradient_of_df<true>(posterior, drawn, energy, scale, in_z[i], in_kl)
+                  : gradient_of_df<false>(posterior, drawn, energy, scale, in_z[i], in_kl);
+          if (sampled_kl) in_prior_df[i] += gradient_of_prior_df(prior, z, in_kl);
+        }
+      }
+    }
+
+    // What does not depend on the sample; and the gradient in scale becomes that in its parameter.
+    const bool as_logarithm = in.parameterization != Parameterization::kScale;
+    const T factor = given.log_factor(in.parameterization);
+#pragma unroll
+    for (int i = 0; i < kColumns<T>; ++i) {
+      const T scale = given.scale[i];
+      if (closed_form) {
+        in_loc[i] += in_all_kl * given.loc[i];
+        in_scale[i] += in_all_kl * scale;
+      }
+      in_scale[i] = gradient_of_scale(as_logarithm, factor, has_kl, scale, in_scale[i], in_all_kl);
+    }
+    const int64_t begin = row * in.columns;
+    columns.store(in_loc, out.loc, begin, row_exists);
+    columns.store(in_scale, out.scale, begin, row_exists);
+    if constexpr (kDf != Df::kNone) {
+      if (!in_df) return;
+#pragma unroll
+      for (int i = 0; i < kColumns<T>; ++i) {
+        const int d = df.of(i);
+        if (has_kl) {
+          in_posterior_df[i] += in_all_kl * df.constant_in_df[d];
+          in_prior_df[i] += in_all_kl * df.constant_in_prior_df[d];
+        }
+        if (!in.prior_df.data) in_posterior_df[i] += in_prior_df[i];
+      }
+      const auto give = [&](const T(&values)[kColumns<T>], const SharedGradient& target,
+                            ElementSums<T>& sums) {
+        if (target.partial) {
+          if (row_exists) sums.add(values);
+        } else {
+          columns.store(values, target.target, begin, row_exists);
+        }
+      };
+      give(in_posterior_df, out.df, sums_in_df);
+      give(in_prior_df, out.prior_df, sums_in_prior_df);
+    }
+  });
+  if constexpr (kDf != Df::kNone) {
+    if (out.df.partial) sums_in_df.finish(in, columns, in.df_shape, out.df.partial);
+    if (out.prior_df.partial) {
+      sums_in_prior_df.finish(in, columns, in.prior_df_shape, out.prior_df.partial);
+    }
+  }
+}
+
+// --- launches ------------------------------------------------------------------------------------
+
+Df df_of(const Inputs& in) {
+  if (!in.df.data) return Df::kNone;
+  const bool one = in.df_shape == DfShape::kScalar &&
+                   (!in.prior_df.data || in.prior_df_shape == DfShape::kScalar);
+  return one ? Df::kOne : Df::kEach;
+}
+
+template <typename T>
+void forward(const Inputs& in, const Outputs& out) {
+  const Arguments arguments(in, kColumns<T>);
+  const int64_t kl_rows = (in.mean ? 1 : in.num_samples) * in.rows, parts = arguments.grid.parts;
+  const bool several = out.kl && parts > 1;
+  Memory memory;
+  const size_t of_parts = memory.reserve<double>(several ? kl_rows * parts : 0);
+  memory.allocate();
+  double* const partial = several ? memory.at<double>(of_parts) : nullptr;
+  const auto kernel = [&] {
+    switch (df_of(in)) {
+      case Df::kNone:
+        return forward_kernel<T, Df::kNone>;
+      case Df::kOne:
+        return forward_kernel<T, Df::kOne>;
+      default:
+        return forward_kernel<T, Df::kEach>;
+    }
+  }();
+  core::cuda::launch(kernel, core::cuda::grid(arguments.grid.blocks()), kThreads, 0, arguments,
+                     OutputSequences{Sequence(out.z), out.kl, partial});
+  if (!several) return;
+  Strided kl;
+  kl.data = static_cast<char*>(out.kl);
+  kl.dtype = c10::CppTypeToScalarType<T>::value;
+  kl.sizes.push_back(kl_rows);
+  kl.strides.push_back(1);
+  add_up<T>({partial, kl_rows, parts, Sequence(kl)}, {});
+}
+
+template <typename T>
+void noise_only(const Inputs& in, const NoiseOutputs& out) {
+  const Arguments arguments(in, kColumns<T>);
+  core::cuda::launch(noise_kernel<T>, core::cuda::grid(arguments.grid.blocks()), kThreads, 0,
+                     arguments, Sequence(out.energy), Sequence(out.cosine));
+}
+
+template <typename T>
+void backward(const Inputs& in, const Gradients& gradients) {
+  Arguments arguments(in, kColumns<T>);
+  if (!gradients.kl.data) arguments.kl = Kl::kNone;
+  const Grid& grid = arguments.grid;
+  Memory memory;
+  // The partial sums of a gradient: how many numbers it has, and terms of each.
+  const auto sums = [&](const Strided& target, DfShape shape) {
+    Sums sums{nullptr, 0, 0, Sequence(target)};
+    if (!target.data || shape == DfShape::kFull) return sums;
+    const bool scalar = shape == DfShape::kScalar;
+    sums.count = scalar ? 1 : in.columns;
+    sums.terms = scalar ? grid.blocks() : grid.row_blocks;
+    return sums;
+  };
+  Sums df = sums(gradients.df, in.df_shape), prior_df = sums(gradients.prior_df, in.prior_df_shape);
+  const size_t of_df = memory.reserve<double>(df.count * df.terms);
+  const size_t of_prior_df = memory.reserve<double>(prior_df.count * prior_df.terms);
+  memory.allocate();
+  const auto shared = [&](Sums& sums, size_t offset) {
+    double* const partial = sums.count > 0 ? memory.at<double>(offset) : nullptr;
+    sums.partial = partial;
+    return SharedGradient{sums.target, partial};
+  };
+  const GradientSequences out{Sequence(gradients.z),   Sequence(gradients.kl),
+                              Sequence(gradients.loc), Sequence(gradients.scale),
+                              shared(df, of_df),       shared(prior_df, of_prior_df)};
+  const auto kernel = [&] {
+    switch (df_of(in)) {
+      case Df::kNone:
+        return backward_kernel<T, Df::kNone>;
+      case Df::kOne:
+        return backward_kernel<T, Df::kOne>;
+      default:
+        return backward_kernel<T, Df::kEach>;
+    }
+  }();
+  core::cuda::launch(kernel, core::cuda::grid(grid.blocks()), kThreads, 0, arguments, out);
+  add_up<T>(df, prior_df);
+}
+
+void forward_of(const Inputs& in, at::ScalarType dtype, const Outputs& out) {
+  dtype == at::kDouble ? forward<double>(in, out) : forward<float>(in, out);
+}
+
+void noise_of(const Inputs& in, at::ScalarType dtype, const NoiseOutputs& out) {
+  dtype == at::kDouble ? noise_only<double>(in, out) : noise_only<float>(in, out);
+}
+
+void backward_of(const Inputs& in, at::ScalarType dtype, const Gradients& gradients) {
+  dtype == at::kDouble ? backward<double>(in, gradients) : backward<float>(in, gradients);
+}
+
+}  // namespace
+
+const Kernels kernels{forward_of, backward_of, noise_of};
+
+}  // namespace sqloss::student_t::CUDA
