@@ -102,6 +102,10 @@ TORCH_LIBRARY_IMPL(sqloss, CUDA, m) {
   m.impl("superquantile", core::On<superquantile::forward, superquantile::cuda_kernels>::call);
   m.impl("superquantile_backward",
          core::On<superquantile::backward, superquantile::cuda_kernels>::call);
+  m.impl("student_t_rsample_kl", core::On<student_t::forward, student_t::cuda_kernels>::call);
+  m.impl("student_t_rsample_kl_backward",
+         core::On<student_t::backward, student_t::cuda_kernels>::call);
+  m.impl("student_t_noise", core::On<student_t::noise, student_t::cuda_kernels>::call);
 }
 #endif
 

@@ -36,6 +36,7 @@ using core::cuda::kAllLanes;
 using core::cuda::kWarp;
 using core::cuda::Memory;
 using core::cuda::Sequence;
+using core::cuda::Vector;
 
 constexpr int kThreads = 256;
 // Blocks that rows are dealt to: enough to fill a device several times over, few enough that each
@@ -66,13 +67,39 @@ struct Grid {
   int64_t blocks() const { return row_blocks * parts; }
 };
 
+// Rows of columns that are one stride apart.
+struct Matrix {
+  Sequence rows;  // their first elements
+  int64_t stride = 0;
+  bool vectors = false;  // a thread's columns are adjacent, from an aligned address on
+
+  Matrix() = default;
+  Matrix(const Strided& sequence, int64_t columns, int columns_per_thread) {
+    if (sequence.data == nullptr) return;
+    Strided first = sequence;
+    stride = first.strides.back();
+    first.sizes.back() /= columns;
+    first.strides.back() *= columns;
+    if (first.sizes.back() == 1 && first.sizes.size() > 1) {
+      first.sizes.pop_back();
+      first.strides.pop_back();
+    }
+    rows = Sequence(first);
+    const auto whole = [&](int64_t elements) { return elements % columns_per_thread == 0; };
+    vectors = stride == 1 && whole(columns) &&
+              std::all_of(first.strides.begin(), first.strides.end(), whole) &&
+              reinterpret_cast<uintptr_t>(first.data) % Sequence::kAlignment == 0;
+  }
+};
+
 struct Arguments {
   Parameterization parameterization;
   Kl kl;
   bool mean;
   DfShape df_shape, prior_df_shape;
   int64_t rows, columns, num_samples;
-  Sequence df, loc, scale, prior_df, seeds, row_ids;
+  Matrix df, loc, scale, prior_df;
+  Sequence seeds, row_ids;
   Grid grid;
 
   Arguments(const Inputs& in, int columns_per_thread)
@@ -84,10 +111,10 @@ struct Arguments {
         rows(in.rows),
         columns(in.columns),
         num_samples(in.num_samples),
-        df(in.df),
-        loc(in.loc),
-        scale(in.scale),
-        prior_df(in.prior_df),
+        df(in.df, columns, columns_per_thread),
+        loc(in.loc, columns, columns_per_thread),
+        scale(in.scale, columns, columns_per_thread),
+        prior_df(in.prior_df, columns, columns_per_thread),
         seeds(in.seeds),
         row_ids(in.row_ids),
         grid(in.rows, in.columns, columns_per_thread) {}
@@ -98,56 +125,74 @@ enum class Df { kNone, kOne, kEach };
 
 // --- a thread's elements -------------------------------------------------------------------------
 
-// The columns of a thread, the same in all its rows.
-template <typename T>
-struct Columns {
-  int64_t first, columns;  // of all
-  int count;               // of them that there are; the others are computed, and not stored
+// A thread's columns: the same in all its rows.
+__device__ __forceinline__ int64_t first_column(const Arguments& in, int columns_per_thread) {
+  const int64_t part = blockIdx.x % in.grid.parts;
+  return (part * in.grid.lanes + threadIdx.x % in.grid.lanes) * columns_per_thread;
+}
 
-  __device__ __forceinline__ explicit Columns(const Arguments& in) : columns(in.columns) {
-    const int64_t part = blockIdx.x % in.grid.parts;
-    first = (part * in.grid.lanes + threadIdx.x % in.grid.lanes) * kColumns<T>;
-    const int64_t rest = columns - first;
-    count = rest < 0 ? 0 : rest < kColumns<T> ? static_cast<int>(rest) : kColumns<T>;
-  }
+// A thread's elements of one row. `count` of kColumns exist: the others, and all where the row does
+// not exist, are computed, but not stored.
+struct Place {
+  int64_t row, column;
+  int count;
 
-  // Elements of a row of `sequence`, whose first element has the index `begin`; 1 beyond the row.
-  __device__ __forceinline__ void load(const Sequence& sequence, int64_t begin, bool row_exists,
+  // Ones where there are no elements.
+  template <typename T>
+  __device__ __forceinline__ void load(const Matrix& from, int64_t row,
                                        T (&values)[kColumns<T>]) const {
-    if (columns % kColumns<T> == 0) {
 #pragma unroll
-      for (int i = 0; i < kColumns<T>; ++i) values[i] = T(1);
-      if (row_exists && count > 0) core::cuda::read<kColumns<T>>(sequence, begin + first, values);
-      return;
-    }
+    for (int i = 0; i < kColumns<T>; ++i) values[i] = T(1);
+    if (count == 0) return;
+    const int64_t begin = from.rows.offset(row) + column * from.stride;
+    core::cuda::for_dtype(from.rows.dtype, [&](auto zero) {
+      using scalar_t = decltype(zero);
+      const scalar_t* const data = from.rows.as<const scalar_t>() + begin;
+      if (from.vectors) {
+        const auto vector = *reinterpret_cast<const Vector<scalar_t, kColumns<T>>*>(data);
 #pragma unroll
-    for (int i = 0; i < kColumns<T>; ++i) {
-      values[i] = row_exists && i < count ? core::cuda::read<T>(sequence, begin + first + i) : T(1);
-    }
+        for (int i = 0; i < kColumns<T>; ++i) values[i] = static_cast<T>(vector.values[i]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kColumns<T>; ++i) {
+          if (i < count) values[i] = static_cast<T>(data[i * from.stride]);
+        }
+      }
+    });
   }
 
-  __device__ __forceinline__ void store(const T (&values)[kColumns<T>], const Sequence& sequence,
-                                        int64_t begin, bool row_exists) const {
-    if (sequence.data == nullptr || !row_exists) return;
-    if (columns % kColumns<T> == 0) {
-      if (count > 0) core::cuda::write<kColumns<T>>(sequence, begin + first, values);
-      return;
-    }
+  template <typename T>
+  __device__ __forceinline__ void store(const T (&values)[kColumns<T>], const Matrix& to,
+                                        int64_t row) const {
+    if (to.rows.data == nullptr || count == 0) return;
+    const int64_t begin = to.rows.offset(row) + column * to.stride;
+    core::cuda::for_dtype(to.rows.dtype, [&](auto zero) {
+      using scalar_t = decltype(zero);
+      scalar_t* const data = to.rows.as<scalar_t>() + begin;
+      if (to.vectors) {
+        Vector<scalar_t, kColumns<T>> vector;
 #pragma unroll
-    for (int i = 0; i < kColumns<T>; ++i) {
-      if (i < count) core::cuda::write(sequence, begin + first + i, values[i]);
-    }
+        for (int i = 0; i < kColumns<T>; ++i) vector.values[i] = static_cast<scalar_t>(values[i]);
+        *reinterpret_cast<Vector<scalar_t, kColumns<T>>*>(data) = vector;
+      } else {
+#pragma unroll
+        for (int i = 0; i < kColumns<T>; ++i) {
+          if (i < count) data[i * to.stride] = static_cast<scalar_t>(values[i]);
+        }
+      }
+    });
   }
 };
 
-// f(row, whether there is one) for the rows of a thread; in all threads of a block as often.
-template <typename F>
-__device__ __forceinline__ void for_rows(const Arguments& in, const F& f) {
-  const int64_t begin = blockIdx.x / in.grid.parts * in.grid.rows_per_block;
-  const int64_t of_thread = threadIdx.x / in.grid.lanes;
-  for (int64_t turn = 0; turn < in.grid.rows_per_block; turn += in.grid.rows_at_once) {
-    const int64_t row = begin + turn + of_thread;
-    f(row, row < in.rows);
+// f(place) for the rows of a thread; in all threads of a block as often.
+template <typename T, typename F>
+__device__ __forceinline__ void for_places(const Arguments& in, const F& f) {
+  const int64_t column = first_column(in, kColumns<T>), rest = in.columns - column;
+  const int count = rest < 0 ? 0 : rest < kColumns<T> ? static_cast<int>(rest) : kColumns<T>;
+  int64_t row = blockIdx.x / in.grid.parts * in.grid.rows_per_block + threadIdx.x / in.grid.lanes;
+  for (int64_t done = 0; done < in.grid.rows_per_block; done += in.grid.rows_at_once) {
+    f(Place{row, column, row < in.rows ? count : 0}, done == 0);
+    row += in.grid.rows_at_once;
   }
 }
 
@@ -198,17 +243,15 @@ struct Source {
   uint64_t key, block;
   bool odd;  // the first element is the second one of its block
 
-  template <typename T>
-  __device__ __forceinline__ Source(const Arguments& in, const Columns<T>& columns, int64_t row,
-                                    bool row_exists)
+  __device__ __forceinline__ Source(const Arguments& in, const Place& place)
       : key(0), block(0), odd(false) {
-    if (!row_exists) return;
-    const auto number = [](const Sequence& sequence, int64_t index) {
-      return static_cast<uint64_t>(sequence.as<const int64_t>()[sequence.offset(index)]);
+    if (place.count == 0) return;
+    const auto number = [&](const Sequence& sequence) {
+      return static_cast<uint64_t>(sequence.as<const int64_t>()[sequence.offset(place.row)]);
     };
-    key = number(in.seeds, row);
-    const uint64_t id = in.row_ids.data ? number(in.row_ids, row) : static_cast<uint64_t>(row);
-    const uint64_t first = id * static_cast<uint64_t>(in.columns) + columns.first;
+    key = number(in.seeds);
+    const uint64_t row = in.row_ids.data ? number(in.row_ids) : static_cast<uint64_t>(place.row);
+    const uint64_t first = row * static_cast<uint64_t>(in.columns) + place.column;
     block = first / 2;
     odd = first % 2 != 0;
   }
@@ -267,32 +310,30 @@ struct Densities {
   // Whether they differ from row to row.
   static __device__ __forceinline__ bool of_rows(const Arguments& in) {
     return in.df_shape == DfShape::kFull ||
-           (in.prior_df.data && in.prior_df_shape == DfShape::kFull);
+           (in.prior_df.rows.data && in.prior_df_shape == DfShape::kFull);
   }
 
   template <bool kDerivative>
-  __device__ __forceinline__ void load(const Arguments& in, const Columns<T>& columns, int64_t row,
-                                       bool row_exists) {
-    const auto read = [&](const Sequence& sequence, DfShape shape, Density<T>(&densities)[kCount]) {
+  __device__ __forceinline__ void load(const Arguments& in, const Place& place) {
+    const auto read = [&](const Matrix& from, Density<T>(&densities)[kCount]) {
       T given[kCount];
       if constexpr (kDf == Df::kOne) {
-        given[0] = core::cuda::read<T>(sequence, 0);
+        given[0] = core::cuda::read<T>(from.rows, 0);
       } else {
-        const bool full = shape == DfShape::kFull;
-        columns.load(sequence, full ? row * in.columns : 0, row_exists || !full, given);
+        place.load(from, place.row, given);
       }
 #pragma unroll
       for (int i = 0; i < kCount; ++i) densities[i] = density(given[i]);
     };
-    read(in.df, in.df_shape, posterior);
+    read(in.df, posterior);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       prior[i] = posterior[i];
       constant[i] = constant_in_df[i] = constant_in_prior_df[i] = T(0);
     }
     if (in.kl == Kl::kNone) return;
-    if (in.prior_df.data) read(in.prior_df, in.prior_df_shape, prior);
-    if (in.kl == Kl::kMc && !in.prior_df.data) return;  // the two constants cancel
+    if (in.prior_df.rows.data) read(in.prior_df, prior);
+    if (in.kl == Kl::kMc && !in.prior_df.rows.data) return;  // the two constants cancel
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const Constant<T> of_posterior = in.kl == Kl::kAnalyticEntropy
@@ -310,10 +351,9 @@ template <typename T>
 struct Parameters {
   T loc[kColumns<T>], scale[kColumns<T>], log_scale[kColumns<T>];
 
-  __device__ __forceinline__ Parameters(const Arguments& in, const Columns<T>& columns, int64_t row,
-                                        bool row_exists) {
-    columns.load(in.loc, row * in.columns, row_exists, loc);
-    columns.load(in.scale, row * in.columns, row_exists, scale);
+  __device__ __forceinline__ Parameters(const Arguments& in, const Place& place) {
+    place.load(in.loc, place.row, loc);
+    place.load(in.scale, place.row, scale);
     if (in.parameterization == Parameterization::kScale) {
 #pragma unroll
       for (int i = 0; i < kColumns<T>; ++i) log_scale[i] = core::CUDA::log(scale[i]);
@@ -342,23 +382,21 @@ __device__ __forceinline__ Sample<T> sample_of(const Noise<T>& noise, const Dens
 
 // --- forward -------------------------------------------------------------------------------------
 
-struct OutputSequences {
-  Sequence z;     // [num_samples, rows, columns]
+struct OutputRows {
+  Matrix z;       // [num_samples, rows, columns]
   void* kl;       // [num_samples or 1, rows] of T, or null
   double* parts;  // [num_samples or 1, rows, parts], if there are several
 };
 
 template <typename T, Df kDf>
-__global__ void __launch_bounds__(kThreads) forward_kernel(Arguments in, OutputSequences out) {
-  const Columns<T> columns(in);
+__global__ void __launch_bounds__(kThreads) forward_kernel(Arguments in, OutputRows out) {
   Densities<T, kDf> df;
   const bool has_kl = out.kl != nullptr, closed_form = in.kl == Kl::kClosedForm;
   const bool sampled_kl = has_kl && !closed_form;
-  if constexpr (kDf != Df::kNone) df.template load<false>(in, columns, 0, true);
 
-  const auto finish = [&](double sum, double divisor, int64_t index, bool row_exists) {
+  const auto finish = [&](double sum, double divisor, const Place& place, int64_t index) {
     const double total = row_sum(sum, in.grid.lanes) / divisor;
-    if (threadIdx.x % in.grid.lanes != 0 || !row_exists) return;
+    if (threadIdx.x % in.grid.lanes != 0 || place.count == 0) return;
     if (in.grid.parts > 1) {
       out.parts[index * in.grid.parts + blockIdx.x % in.grid.parts] = total;
     } else {
@@ -366,25 +404,25 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Arguments in, OutputS
     }
   };
 
-  for_rows(in, [&](int64_t row, bool row_exists) {
-    if constexpr (kDf == Df::kEach) {
-      if (df.of_rows(in)) df.template load<false>(in, columns, row, row_exists);
+  for_places<T>(in, [&](const Place& place, bool is_first) {
+    if constexpr (kDf != Df::kNone) {
+      if (is_first || df.of_rows(in)) df.template load<false>(in, place);
     }
-    const Parameters<T> given(in, columns, row, row_exists);
+    const Parameters<T> given(in, place);
     if (has_kl && closed_form) {
       double sum = 0;
 #pragma unroll
       for (int i = 0; i < kColumns<T>; ++i) {
         const T kl = normal_kl_in_closed_form(given.loc[i], given.scale[i], given.log_scale[i]);
-        sum += i < columns.count ? static_cast<double>(kl) : 0.0;
+        sum += i < place.count ? static_cast<double>(kl) : 0.0;
       }
       for (int64_t sample = 0; sample < (in.mean ? 1 : in.num_samples); ++sample) {
-        finish(sum, 1.0, sample * in.rows + row, row_exists);
+        finish(sum, 1.0, place, sample * in.rows + place.row);
       }
     }
-    if (out.z.data == nullptr && !sampled_kl) return;
+    if (out.z.rows.data == nullptr && !sampled_kl) return;
 
-    const Source source(in, columns, row, row_exists);
+    const Source source(in, place);
     double sum = 0;  // of all samples
     for (int64_t sample = 0; sample < in.num_samples; ++sample) {
       Noise<T> noise[kColumns<T>];
@@ -404,15 +442,15 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Arguments in, OutputS
           kl = minus_log_kernel(df.prior[d], z[i]) - given.log_scale[i] + df.constant[d];
           if (in.kl == Kl::kMc) kl -= minus_log_kernel(df.posterior[d], t);
         }
-        of_sample += i < columns.count ? static_cast<double>(kl) : 0.0;
+        of_sample += i < place.count ? static_cast<double>(kl) : 0.0;
       }
-      const int64_t index = sample * in.rows + row;
-      columns.store(z, out.z, index * in.columns, row_exists);
+      const int64_t index = sample * in.rows + place.row;
+      place.store(z, out.z, index);
       sum += of_sample;
-      if (sampled_kl && !in.mean) finish(of_sample, 1.0, index, row_exists);
+      if (sampled_kl && !in.mean) finish(of_sample, 1.0, place, index);
     }
     if (sampled_kl && in.mean) {
-      finish(sum, static_cast<double>(in.num_samples), row, row_exists);
+      finish(sum, static_cast<double>(in.num_samples), place, place.row);
     }
   });
 }
@@ -421,10 +459,9 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Arguments in, OutputS
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    noise_kernel(Arguments in, Sequence energy, Sequence cosine) {
-  const Columns<T> columns(in);
-  for_rows(in, [&](int64_t row, bool row_exists) {
-    const Source source(in, columns, row, row_exists);
+    noise_kernel(Arguments in, Matrix energy, Matrix cosine) {
+  for_places<T>(in, [&](const Place& place, bool is_first) {
+    const Source source(in, place);
     for (int64_t sample = 0; sample < in.num_samples; ++sample) {
       Noise<T> noise[kColumns<T>];
       source.draw(static_cast<uint32_t>(sample), noise);
@@ -434,9 +471,8 @@ __global__ void __launch_bounds__(kThreads)
         energies[i] = noise[i].energy;
         cosines[i] = noise[i].cosine;
       }
-      const int64_t begin = (sample * in.rows + row) * in.columns;
-      columns.store(energies, energy, begin, row_exists);
-      columns.store(cosines, cosine, begin, row_exists);
+      place.store(energies, energy, sample * in.rows + place.row);
+      place.store(cosines, cosine, sample * in.rows + place.row);
     }
   });
 }
@@ -475,18 +511,21 @@ void add_up(const Sums& a, const Sums& b) {
 
 // --- backward ------------------------------------------------------------------------------------
 
-// The gradient of degrees of freedom that several elements share: partial sums, one per block.
-struct SharedGradient {
-  Sequence target;
-  double*
-      partial;  // [1 or columns, blocks that have to do with it], or null: not shared, or absent
+// The gradient of degrees of freedom of each element, or the blocks' partial sums of those that
+// elements share; or none.
+struct DfGradient {
+  Matrix target;
+  double* partial;  // [1 or columns, blocks that have to do with it]
+
+  __device__ __forceinline__ bool is_wanted() const { return target.rows.data || partial; }
 };
 
-struct GradientSequences {
-  Sequence z, kl, loc, scale;
-  SharedGradient df, prior_df;
+struct GradientRows {
+  Matrix z, loc, scale;
+  Sequence kl;
+  DfGradient df, prior_df;
 
-  __device__ __forceinline__ bool in_df() const { return df.target.data || prior_df.target.data; }
+  __device__ __forceinline__ bool in_df() const { return df.is_wanted() || prior_df.is_wanted(); }
 };
 
 // Sums in double of a thread's elements over its rows.
@@ -494,18 +533,20 @@ template <typename T>
 struct ElementSums {
   double values[kColumns<T>] = {};
 
-  __device__ __forceinline__ void add(const T (&more)[kColumns<T>]) {
+  __device__ __forceinline__ void add(const Place& place, const T (&more)[kColumns<T>]) {
 #pragma unroll
-    for (int i = 0; i < kColumns<T>; ++i) values[i] += static_cast<double>(more[i]);
+    for (int i = 0; i < kColumns<T>; ++i) {
+      values[i] += i < place.count ? static_cast<double>(more[i]) : 0.0;
+    }
   }
 
   // Over the block, into the partial sums. All threads of a block have to call it.
-  __device__ __forceinline__ void finish(const Arguments& in, const Columns<T>& columns,
-                                         DfShape shape, double* partial) const {
+  __device__ __forceinline__ void finish(const Arguments& in, DfShape shape,
+                                         double* partial) const {
     if (shape == DfShape::kScalar) {
-      double sum = 0;
+      double sum = values[0];
 #pragma unroll
-      for (int i = 0; i < kColumns<T>; ++i) sum += i < columns.count ? values[i] : 0.0;
+      for (int i = 1; i < kColumns<T>; ++i) sum += values[i];
       sum = core::cuda::block_sum(sum);
       if (threadIdx.x == 0) partial[blockIdx.x] = sum;
       return;
@@ -516,35 +557,35 @@ struct ElementSums {
     for (int i = 0; i < kColumns<T>; ++i) of_threads[threadIdx.x][i] = values[i];
     __syncthreads();
     if (threadIdx.x >= in.grid.lanes) return;
+    const int64_t column = first_column(in, kColumns<T>), row_block = blockIdx.x / in.grid.parts;
 #pragma unroll
     for (int i = 0; i < kColumns<T>; ++i) {
+      if (column + i >= in.columns) return;
       double sum = 0;
       for (int thread = threadIdx.x; thread < kThreads; thread += in.grid.lanes) {
         sum += of_threads[thread][i];
       }
-      const int64_t row_block = blockIdx.x / in.grid.parts;
-      if (i < columns.count) partial[(columns.first + i) * in.grid.row_blocks + row_block] = sum;
+      partial[(column + i) * in.grid.row_blocks + row_block] = sum;
     }
   }
 };
 
 template <typename T, Df kDf>
-__global__ void __launch_bounds__(kThreads) backward_kernel(Arguments in, GradientSequences out) {
-  const Columns<T> columns(in);
+__global__ void __launch_bounds__(kThreads) backward_kernel(Arguments in, GradientRows out) {
   Densities<T, kDf> df;
   ElementSums<T> sums_in_df, sums_in_prior_df;
   const bool has_kl = in.kl != Kl::kNone, closed_form = in.kl == Kl::kClosedForm;
   const bool sampled_kl = has_kl && !closed_form, in_df = kDf != Df::kNone && out.in_df();
-  if constexpr (kDf != Df::kNone) df.template load<true>(in, columns, 0, true);
 
-  for_rows(in, [&](int64_t row, bool row_exists) {
-    if constexpr (kDf == Df::kEach) {
-      if (df.of_rows(in)) df.template load<true>(in, columns, row, row_exists);
+  for_places<T>(in, [&](const Place& place, bool is_first) {
+    if constexpr (kDf != Df::kNone) {
+      if (is_first || df.of_rows(in)) df.template load<true>(in, place);
     }
-    const Parameters<T> given(in, columns, row, row_exists);
+    const Parameters<T> given(in, place);
     // The gradient of the KL of a sample's row, for each of its elements.
     const auto read_in_kl = [&](int64_t sample) {
-      return has_kl && row_exists ? core::cuda::read<T>(out.kl, sample * in.rows + row) : T(0);
+      const bool read = has_kl && place.count > 0;
+      return read ? core::cuda::read<T>(out.kl, sample * in.rows + place.row) : T(0);
     };
     T in_all_kl = T(0);  // of all samples
     for (int64_t sample = 0; sample < (in.mean ? 1 : in.num_samples); ++sample) {
@@ -553,13 +594,11 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Arguments in, Gradie
 
     T in_loc[kColumns<T>] = {}, in_scale[kColumns<T>] = {};
     T in_posterior_df[kColumns<T>] = {}, in_prior_df[kColumns<T>] = {};
-    const Source source(in, columns, row, row_exists);
-    const bool samples = out.z.data || sampled_kl;
+    const Source source(in, place);
+    const bool samples = out.z.rows.data || sampled_kl;
     for (int64_t sample = 0; samples && sample < in.num_samples; ++sample) {
       T in_z[kColumns<T>] = {};
-      if (out.z.data) {
-        columns.load(out.z, (sample * in.rows + row) * in.columns, row_exists, in_z);
-      }
+      if (out.z.rows.data) place.load(out.z, sample * in.rows + place.row, in_z);
       const T in_kl = !sampled_kl ? T(0)
                       : in.mean   ? in_all_kl / static_cast<T>(in.num_samples)
                                   : read_in_kl(sample);
@@ -603,9 +642,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Arguments in, Gradie
       }
       in_scale[i] = gradient_of_scale(as_logarithm, factor, has_kl, scale, in_scale[i], in_all_kl);
     }
-    const int64_t begin = row * in.columns;
-    columns.store(in_loc, out.loc, begin, row_exists);
-    columns.store(in_scale, out.scale, begin, row_exists);
+    place.store(in_loc, out.loc, place.row);
+    place.store(in_scale, out.scale, place.row);
     if constexpr (kDf != Df::kNone) {
       if (!in_df) return;
 #pragma unroll
@@ -615,14 +653,14 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Arguments in, Gradie
           in_posterior_df[i] += in_all_kl * df.constant_in_df[d];
           in_prior_df[i] += in_all_kl * df.constant_in_prior_df[d];
         }
-        if (!in.prior_df.data) in_posterior_df[i] += in_prior_df[i];
+        if (!in.prior_df.rows.data) in_posterior_df[i] += in_prior_df[i];
       }
-      const auto give = [&](const T(&values)[kColumns<T>], const SharedGradient& target,
+      const auto give = [&](const T(&values)[kColumns<T>], const DfGradient& target,
                             ElementSums<T>& sums) {
         if (target.partial) {
-          if (row_exists) sums.add(values);
+          sums.add(place, values);
         } else {
-          columns.store(values, target.target, begin, row_exists);
+          place.store(values, target.target, place.row);
         }
       };
       give(in_posterior_df, out.df, sums_in_df);
@@ -630,9 +668,9 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Arguments in, Gradie
     }
   });
   if constexpr (kDf != Df::kNone) {
-    if (out.df.partial) sums_in_df.finish(in, columns, in.df_shape, out.df.partial);
+    if (out.df.partial) sums_in_df.finish(in, in.df_shape, out.df.partial);
     if (out.prior_df.partial) {
-      sums_in_prior_df.finish(in, columns, in.prior_df_shape, out.prior_df.partial);
+      sums_in_prior_df.finish(in, in.prior_df_shape, out.prior_df.partial);
     }
   }
 }
@@ -666,7 +704,7 @@ void forward(const Inputs& in, const Outputs& out) {
     }
   }();
   core::cuda::launch(kernel, core::cuda::grid(arguments.grid.blocks()), kThreads, 0, arguments,
-                     OutputSequences{Sequence(out.z), out.kl, partial});
+                     OutputRows{Matrix(out.z, in.columns, kColumns<T>), out.kl, partial});
   if (!several) return;
   Strided kl;
   kl.data = static_cast<char*>(out.kl);
@@ -680,36 +718,51 @@ template <typename T>
 void noise_only(const Inputs& in, const NoiseOutputs& out) {
   const Arguments arguments(in, kColumns<T>);
   core::cuda::launch(noise_kernel<T>, core::cuda::grid(arguments.grid.blocks()), kThreads, 0,
-                     arguments, Sequence(out.energy), Sequence(out.cosine));
+                     arguments, Matrix(out.energy, in.columns, kColumns<T>),
+                     Matrix(out.cosine, in.columns, kColumns<T>));
 }
+
+// Of one tensor of degrees of freedom: where its gradient goes, and the sums that make it if
+// elements share it.
+struct Gradient {
+  Strided target;
+  int64_t count = 0, terms = 0;  // of partial sums
+  size_t offset = 0;
+
+  Gradient(const Strided& target, DfShape shape, const Inputs& in, const Grid& grid, Memory& memory)
+      : target(target) {
+    if (!target.data || shape == DfShape::kFull) return;
+    const bool scalar = shape == DfShape::kScalar;
+    count = scalar ? 1 : in.columns;
+    terms = scalar ? grid.blocks() : grid.row_blocks;
+    offset = memory.reserve<double>(count * terms);
+  }
+
+  double* partial(const Memory& memory) const {
+    return count > 0 ? memory.at<double>(offset) : nullptr;
+  }
+  Sums sums(const Memory& memory) const {
+    return {partial(memory), count, terms, Sequence(target)};
+  }
+};
 
 template <typename T>
 void backward(const Inputs& in, const Gradients& gradients) {
   Arguments arguments(in, kColumns<T>);
   if (!gradients.kl.data) arguments.kl = Kl::kNone;
-  const Grid& grid = arguments.grid;
   Memory memory;
-  // The partial sums of a gradient: how many numbers it has, and terms of each.
-  const auto sums = [&](const Strided& target, DfShape shape) {
-    Sums sums{nullptr, 0, 0, Sequence(target)};
-    if (!target.data || shape == DfShape::kFull) return sums;
-    const bool scalar = shape == DfShape::kScalar;
-    sums.count = scalar ? 1 : in.columns;
-    sums.terms = scalar ? grid.blocks() : grid.row_blocks;
-    return sums;
-  };
-  Sums df = sums(gradients.df, in.df_shape), prior_df = sums(gradients.prior_df, in.prior_df_shape);
-  const size_t of_df = memory.reserve<double>(df.count * df.terms);
-  const size_t of_prior_df = memory.reserve<double>(prior_df.count * prior_df.terms);
+  const Gradient df(gradients.df, in.df_shape, in, arguments.grid, memory);
+  const Gradient prior_df(gradients.prior_df, in.prior_df_shape, in, arguments.grid, memory);
   memory.allocate();
-  const auto shared = [&](Sums& sums, size_t offset) {
-    double* const partial = sums.count > 0 ? memory.at<double>(offset) : nullptr;
-    sums.partial = partial;
-    return SharedGradient{sums.target, partial};
+  const auto rows = [&](const Strided& sequence) {
+    return Matrix(sequence, in.columns, kColumns<T>);
   };
-  const GradientSequences out{Sequence(gradients.z),   Sequence(gradients.kl),
-                              Sequence(gradients.loc), Sequence(gradients.scale),
-                              shared(df, of_df),       shared(prior_df, of_prior_df)};
+  const auto of_df = [&](const Gradient& gradient) {
+    double* const partial = gradient.partial(memory);
+    return DfGradient{partial ? Matrix() : rows(gradient.target), partial};
+  };
+  const GradientRows out{rows(gradients.z),      rows(gradients.loc), rows(gradients.scale),
+                         Sequence(gradients.kl), of_df(df),           of_df(prior_df)};
   const auto kernel = [&] {
     switch (df_of(in)) {
       case Df::kNone:
@@ -720,8 +773,9 @@ void backward(const Inputs& in, const Gradients& gradients) {
         return backward_kernel<T, Df::kEach>;
     }
   }();
-  core::cuda::launch(kernel, core::cuda::grid(grid.blocks()), kThreads, 0, arguments, out);
-  add_up<T>(df, prior_df);
+  core::cuda::launch(kernel, core::cuda::grid(arguments.grid.blocks()), kThreads, 0, arguments,
+                     out);
+  add_up<T>(df.sums(memory), prior_df.sums(memory));
 }
 
 void forward_of(const Inputs& in, at::ScalarType dtype, const Outputs& out) {
