@@ -244,6 +244,7 @@ struct Sequence {
   __device__ __forceinline__ int64_t offset(int64_t index) const {
     if (dims == 1) return index * strides[0];
     int64_t offset = 0;
+#pragma unroll 1  // divisions are much code
     for (int d = dims - 1; d > 0; --d) {
       const int64_t above = divide(index, sizes[d]);
       offset += (index - above * sizes[d]) * strides[d];

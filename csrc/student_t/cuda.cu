@@ -21,6 +21,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "core/cuda.h"
 #include "core/philox.h"
@@ -41,7 +42,7 @@ using core::cuda::Vector;
 constexpr int kThreads = 256;
 // Blocks that rows are dealt to: enough to fill a device several times over, few enough that each
 // thread has several rows and that the blocks' sums are few.
-constexpr int64_t kRowBlocks = 2048;
+constexpr int64_t kRowBlocks = 1024;
 
 template <typename T>
 constexpr int kColumns = 16 / sizeof(T);
@@ -182,9 +183,19 @@ struct Place {
       }
     });
   }
+
+  template <typename T>
+  __device__ __forceinline__ double sum(const T (&values)[kColumns<T>]) const {
+    double sum = 0;
+#pragma unroll
+    for (int i = 0; i < kColumns<T>; ++i) {
+      sum += static_cast<double>(i < count ? values[i] : T(0));
+    }
+    return sum;
+  }
 };
 
-// f(place) for the rows of a thread; in all threads of a block as often.
+// f(place, whether it is the first) for the rows of a thread; in all threads of a block as often.
 template <typename T, typename F>
 __device__ __forceinline__ void for_places(const Arguments& in, const F& f) {
   const int64_t column = first_column(in, kColumns<T>), rest = in.columns - column;
@@ -198,9 +209,9 @@ __device__ __forceinline__ void for_places(const Arguments& in, const F& f) {
 
 // The sum of the threads that share a row, in each of them. All threads of a block have to call it.
 __device__ __forceinline__ double row_sum(double value, int lanes) {
-  const int in_warp = lanes < kWarp ? lanes : kWarp;
-  for (int distance = in_warp / 2; distance > 0; distance /= 2) {
-    value += __shfl_xor_sync(kAllLanes, value, distance);
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    if (distance < lanes) value += __shfl_xor_sync(kAllLanes, value, distance);
   }
   if (lanes <= kWarp) return value;
   __shared__ double of_warps[kThreads / kWarp];
@@ -393,9 +404,10 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Arguments in, OutputR
   Densities<T, kDf> df;
   const bool has_kl = out.kl != nullptr, closed_form = in.kl == Kl::kClosedForm;
   const bool sampled_kl = has_kl && !closed_form;
+  const double of_each_sample = 1.0 / static_cast<double>(in.num_samples);
 
-  const auto finish = [&](double sum, double divisor, const Place& place, int64_t index) {
-    const double total = row_sum(sum, in.grid.lanes) / divisor;
+  const auto finish = [&](double sum, double weight, const Place& place, int64_t index) {
+    const double total = row_sum(sum, in.grid.lanes) * weight;
     if (threadIdx.x % in.grid.lanes != 0 || place.count == 0) return;
     if (in.grid.parts > 1) {
       out.parts[index * in.grid.parts + blockIdx.x % in.grid.parts] = total;
@@ -410,12 +422,12 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Arguments in, OutputR
     }
     const Parameters<T> given(in, place);
     if (has_kl && closed_form) {
-      double sum = 0;
+      T kl[kColumns<T>];
 #pragma unroll
       for (int i = 0; i < kColumns<T>; ++i) {
-        const T kl = normal_kl_in_closed_form(given.loc[i], given.scale[i], given.log_scale[i]);
-        sum += i < place.count ? static_cast<double>(kl) : 0.0;
+        kl[i] = normal_kl_in_closed_form(given.loc[i], given.scale[i], given.log_scale[i]);
       }
+      const double sum = place.sum(kl);
       for (int64_t sample = 0; sample < (in.mean ? 1 : in.num_samples); ++sample) {
         finish(sum, 1.0, place, sample * in.rows + place.row);
       }
@@ -427,30 +439,37 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Arguments in, OutputR
     for (int64_t sample = 0; sample < in.num_samples; ++sample) {
       Noise<T> noise[kColumns<T>];
       source.draw(static_cast<uint32_t>(sample), noise);
-      T z[kColumns<T>];
-      double of_sample = 0;
+      T t[kColumns<T>], z[kColumns<T>];
 #pragma unroll
       for (int i = 0; i < kColumns<T>; ++i) {
-        const int d = df.of(i);
-        const T t = sample_of<kDf>(noise[i], df.posterior[d]).t;
-        z[i] = given.loc[i] + given.scale[i] * t;
-        if (!sampled_kl) continue;
-        T kl;
-        if constexpr (kDf == Df::kNone) {
-          kl = normal_kl(z[i], t, given.log_scale[i]);
-        } else {
-          kl = minus_log_kernel(df.prior[d], z[i]) - given.log_scale[i] + df.constant[d];
-          if (in.kl == Kl::kMc) kl -= minus_log_kernel(df.posterior[d], t);
-        }
-        of_sample += i < place.count ? static_cast<double>(kl) : 0.0;
+        t[i] = sample_of<kDf>(noise[i], df.posterior[df.of(i)]).t;
+        z[i] = given.loc[i] + given.scale[i] * t[i];
       }
       const int64_t index = sample * in.rows + place.row;
       place.store(z, out.z, index);
+      if (!sampled_kl) continue;
+      T kl[kColumns<T>];
+#pragma unroll
+      for (int i = 0; i < kColumns<T>; ++i) {
+        if constexpr (kDf == Df::kNone) {
+          kl[i] = normal_kl(z[i], t[i], given.log_scale[i]);
+        } else {
+          const int d = df.of(i);
+          kl[i] = minus_log_kernel(df.prior[d], z[i]) - given.log_scale[i] + df.constant[d];
+        }
+      }
+      if (kDf != Df::kNone && in.kl == Kl::kMc) {
+#pragma unroll
+        for (int i = 0; i < kColumns<T>; ++i) {
+          kl[i] -= minus_log_kernel(df.posterior[df.of(i)], t[i]);
+        }
+      }
+      const double of_sample = place.sum(kl);
       sum += of_sample;
-      if (sampled_kl && !in.mean) finish(of_sample, 1.0, place, index);
+      if (!in.mean) finish(of_sample, 1.0, place, index);
     }
     if (sampled_kl && in.mean) {
-      finish(sum, static_cast<double>(in.num_samples), place, place.row);
+      finish(sum, of_each_sample, place, place.row);
     }
   });
 }
@@ -591,6 +610,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Arguments in, Gradie
     for (int64_t sample = 0; sample < (in.mean ? 1 : in.num_samples); ++sample) {
       in_all_kl += read_in_kl(sample);
     }
+    const T in_mean_kl = in_all_kl / static_cast<T>(in.num_samples);
 
     T in_loc[kColumns<T>] = {}, in_scale[kColumns<T>] = {};
     T in_posterior_df[kColumns<T>] = {}, in_prior_df[kColumns<T>] = {};
@@ -599,33 +619,45 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Arguments in, Gradie
     for (int64_t sample = 0; samples && sample < in.num_samples; ++sample) {
       T in_z[kColumns<T>] = {};
       if (out.z.rows.data) place.load(out.z, sample * in.rows + place.row, in_z);
-      const T in_kl = !sampled_kl ? T(0)
-                      : in.mean   ? in_all_kl / static_cast<T>(in.num_samples)
-                                  : read_in_kl(sample);
+      const T in_kl = !sampled_kl ? T(0) : in.mean ? in_mean_kl : read_in_kl(sample);
       Noise<T> noise[kColumns<T>];
       source.draw(static_cast<uint32_t>(sample), noise);
+      Sample<T> drawn[kColumns<T>];
+      T z[kColumns<T>];
 #pragma unroll
       for (int i = 0; i < kColumns<T>; ++i) {
-        const Density<T>&posterior = df.posterior[df.of(i)], &prior = df.prior[df.of(i)];
-        const Sample<T> drawn = sample_of<kDf>(noise[i], posterior);
-        const T z = given.loc[i] + given.scale[i] * drawn.t;
-        if (sampled_kl) {
+        drawn[i] = sample_of<kDf>(noise[i], df.posterior[df.of(i)]);
+        z[i] = given.loc[i] + given.scale[i] * drawn[i].t;
+      }
+      if (sampled_kl) {
+#pragma unroll
+        for (int i = 0; i < kColumns<T>; ++i) {
           if constexpr (kDf == Df::kNone) {
-            in_z[i] += in_kl * z;
+            in_z[i] += in_kl * z[i];
           } else {
-            in_z[i] += in_kl * cross_term_in_z(prior, z);
+            in_z[i] += in_kl * cross_term_in_z(df.prior[df.of(i)], z[i]);
           }
         }
+      }
+#pragma unroll
+      for (int i = 0; i < kColumns<T>; ++i) {
         in_loc[i] += in_z[i];
-        in_scale[i] += in_z[i] * drawn.t;
-        if constexpr (kDf != Df::kNone) {
-          if (!in_df) continue;
-          const T energy = noise[i].energy, scale = given.scale[i];
-          in_posterior_df[i] +=
-              in.kl == Kl::kMc
-                  ? gradient_of_df<true>(posterior, drawn, energy, scale, in_z[i], in_kl)
-                  : gradient_of_df<false>(posterior, drawn, energy, scale, in_z[i], in_kl);
-          if (sampled_kl) in_prior_df[i] += gradient_of_prior_df(prior, z, in_kl);
+        in_scale[i] += in_z[i] * drawn[i].t;
+      }
+      if constexpr (kDf != Df::kNone) {
+        if (!in_df) continue;
+        const auto add = [&](auto own_term) {
+#pragma unroll
+          for (int i = 0; i < kColumns<T>; ++i) {
+            in_posterior_df[i] += gradient_of_df<own_term.value>(
+                df.posterior[df.of(i)], drawn[i], noise[i].energy, given.scale[i], in_z[i], in_kl);
+          }
+        };
+        in.kl == Kl::kMc ? add(std::true_type()) : add(std::false_type());
+        if (!sampled_kl) continue;
+#pragma unroll
+        for (int i = 0; i < kColumns<T>; ++i) {
+          in_prior_df[i] += gradient_of_prior_df(df.prior[df.of(i)], z[i], in_kl);
         }
       }
     }
