@@ -39,10 +39,10 @@ using core::cuda::Memory;
 using core::cuda::Sequence;
 using core::cuda::Vector;
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 // Blocks that rows are dealt to: enough to fill a device several times over, few enough that each
 // thread has several rows and that the blocks' sums are few.
-constexpr int64_t kRowBlocks = 1024;
+constexpr int64_t kRowBlocks = 2048;
 
 template <typename T>
 constexpr int kColumns = 16 / sizeof(T);
@@ -123,6 +123,10 @@ struct Arguments {
 
 // The degrees of freedom of a thread's elements: none, one for all of them, or one each.
 enum class Df { kNone, kOne, kEach };
+
+// Blocks that a multiprocessor is to hold at once: as many as leave the registers that are needed.
+constexpr int forward_blocks(Df df) { return df == Df::kNone ? 6 : df == Df::kOne ? 5 : 4; }
+constexpr int backward_blocks(Df df) { return df == Df::kNone ? 6 : df == Df::kOne ? 4 : 3; }
 
 // --- a thread's elements -------------------------------------------------------------------------
 
@@ -400,7 +404,8 @@ struct OutputRows {
 };
 
 template <typename T, Df kDf>
-__global__ void __launch_bounds__(kThreads) forward_kernel(Arguments in, OutputRows out) {
+__global__ void __launch_bounds__(kThreads, forward_blocks(kDf))
+    forward_kernel(Arguments in, OutputRows out) {
   Densities<T, kDf> df;
   const bool has_kl = out.kl != nullptr, closed_form = in.kl == Kl::kClosedForm;
   const bool sampled_kl = has_kl && !closed_form;
@@ -590,7 +595,8 @@ struct ElementSums {
 };
 
 template <typename T, Df kDf>
-__global__ void __launch_bounds__(kThreads) backward_kernel(Arguments in, GradientRows out) {
+__global__ void __launch_bounds__(kThreads, backward_blocks(kDf))
+    backward_kernel(Arguments in, GradientRows out) {
   Densities<T, kDf> df;
   ElementSums<T> sums_in_df, sums_in_prior_df;
   const bool has_kl = in.kl != Kl::kNone, closed_form = in.kl == Kl::kClosedForm;
