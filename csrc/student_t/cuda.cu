@@ -510,27 +510,29 @@ struct Sums {
   Sequence target;
 };
 
-// A block for each sum, first those of a, then those of b.
+// The sums of a, then those of b, each by `lanes` threads.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) sum_kernel(Sums a, Sums b) {
-  const bool of_a = blockIdx.x < a.count;
-  const int64_t index = of_a ? blockIdx.x : blockIdx.x - a.count;
-  const int64_t terms = of_a ? a.terms : b.terms;
+__global__ void __launch_bounds__(kThreads) sum_kernel(Sums a, Sums b, int lanes) {
+  const int64_t number = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / lanes;
+  const bool of_a = number < a.count;
+  const int64_t index = of_a ? number : number - a.count;
+  const bool exists = of_a || index < b.count;
+  const int64_t terms = !exists ? 0 : of_a ? a.terms : b.terms;
   const double* const partial = (of_a ? a.partial : b.partial) + index * terms;
   double sum = 0;
-  for (int64_t i = threadIdx.x; i < terms; i += blockDim.x) sum += partial[i];
-  sum = core::cuda::block_sum(sum);
-  if (threadIdx.x != 0) return;
+  for (int64_t i = threadIdx.x % lanes; i < terms; i += lanes) sum += partial[i];
+  sum = row_sum(sum, lanes);
+  if (threadIdx.x % lanes != 0 || !exists) return;
   core::cuda::write(of_a ? a.target : b.target, index, static_cast<T>(sum));
 }
 
 template <typename T>
 void add_up(const Sums& a, const Sums& b) {
-  const int64_t terms = std::max(a.terms, b.terms);
-  const int threads =
-      static_cast<int>(std::clamp<int64_t>(divide_up(terms, 4 * kWarp), 1, kThreads / kWarp)) *
-      kWarp;
-  core::cuda::launch(sum_kernel<T>, core::cuda::grid(a.count + b.count), threads, 0, a, b);
+  constexpr int64_t kTerms = 4;  // of a thread, if there are threads enough
+  int lanes = 1;
+  while (lanes < kThreads && lanes * kTerms < std::max(a.terms, b.terms)) lanes *= 2;
+  const int64_t blocks = divide_up((a.count + b.count) * lanes, kThreads);
+  core::cuda::launch(sum_kernel<T>, core::cuda::grid(blocks), kThreads, 0, a, b, lanes);
 }
 
 // --- backward ------------------------------------------------------------------------------------
