@@ -191,8 +191,8 @@ ZAndKl student_t_rsample_kl_eager(const std::optional<at::Tensor>& df, const at:
                                   std::optional<int64_t> num_samples,
                                   std::string_view parameterization, std::string_view kl,
                                   bool kl_mean, bool return_z) {
-  static const auto op =
-      core::find_operator<decltype(student_t::forward_cpu)>("sqloss::student_t_rsample_kl");
+  static const auto op = core::find_operator<core::Operator<decltype(student_t::forward)>>(
+      "sqloss::student_t_rsample_kl");
   auto [z, of_kl] = op.call(df, loc, scale, prior_df, seed, rows, num_samples, parameterization, kl,
                             kl_mean, return_z);
   ZAndKl wanted;
