@@ -67,7 +67,7 @@ def rows_of(
     args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     rows = []
-    for size in args.sizes or (args.quick and operation.quick) or operation.sizes:
+    for size in args.sizes or sizes_of(operation, device, args.quick):
         where = f"threads {threads}: {name} {size:,}"
         say(where)
         case = operation.case(size, dtype=getattr(torch, args.dtype), device=device)
@@ -84,6 +84,14 @@ def rows_of(
         measured = measure(case, device, seconds, lambda what, where=where: say(f"{where}: {what}"))
         rows += [{**common, **row} for row in measured]
     return rows
+
+
+def sizes_of(operation: Operation, device: torch.device, quick: bool) -> Sequence[int]:
+    if quick and operation.quick is not None:
+        return operation.quick
+    if device.type == "cuda" and operation.gpu_sizes is not None:
+        return operation.gpu_sizes
+    return operation.sizes
 
 
 def write(report: Report, args: argparse.Namespace) -> None:

@@ -20,11 +20,24 @@ settings.register_profile("sqloss", deadline=None, derandomize=True, max_example
 settings.load_profile("sqloss")
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda)  # what `.ci/gpu test` runs
+
+
+def device_of(request):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU on this machine")
     return torch.device(request.param)
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def device(request):
+    return device_of(request)
+
+
+@pytest.fixture(params=[CUDA])
+def gpu(request):
+    """For what a CPU does not have: streams, graphs, a memory of its own."""
+    return device_of(request)
 
 
 @pytest.fixture(autouse=True)
