@@ -40,8 +40,6 @@ def tail_loss(model: VAE, images: Tensor) -> Tensor:
 def step(
     loss_of: Callable[[VAE, Tensor], Tensor], device: torch.device, dtype: torch.dtype
 ) -> Callable[[Tensor], Tensor]:
-    with device:
-        model = VAE(SHAPE).to(dtype)
     @functools.cache
     def made() -> tuple[VAE, torch.optim.Optimizer]:
         model = VAE(SHAPE).to(device, dtype)
