@@ -97,6 +97,7 @@ def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
         "",
         NOTE,
         *[GPU_NOTE] * report["device"].startswith("cuda"),
+        *["**Interrupted**: not all was measured.", ""] * (not report["complete"]),
         *(f"- **Wrong**, not timed: {_place(r)}: {r['function']}: {r['status']}" for r in wrong),
         *[""] * bool(wrong),
         f"Acceptance bars: {len(said) - len(missed)} of {len(said)} met"

@@ -111,6 +111,22 @@ def test_dtypes(run, dtype):
     assert run("--dtype", dtype, "--sizes", 8, "--op", "rsample_kl", "kl_of_many_samples") == 0
 
 
+def test_what_was_measured_before_an_interrupt_is_written(benchmark, run, tmp_path, monkeypatch):
+    module, measured = benchmark("run"), []
+
+    def measure(case, *rest):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(case)
+        return benchmark("measure").measure(case, *rest)
+
+    monkeypatch.setattr(module, "measure", measure)
+    assert run("--op", "cvar", "--sizes", 64, 100, "--output", tmp_path, "--json", tmp_path) == 1
+    (markdown,), (numbers,) = tmp_path.glob("*.md"), tmp_path.glob("*.json")
+    assert markdown.stem == numbers.stem and "**Interrupted**" in markdown.read_text()
+    assert {row["size"] for row in json.loads(numbers.read_text())["rows"]} == {64}
+
+
 def test_a_training_step(run, tmp_path):
     assert run("--op", "vae", "--sizes", 8, "--json", tmp_path / "it.json") == 0
     rows = json.loads((tmp_path / "it.json").read_text())["rows"]

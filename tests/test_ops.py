@@ -1,6 +1,7 @@
 """Loading: what an import checks, and what show_config says."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sqloss
 from sqloss import _build_info, _ops
@@ -109,6 +111,27 @@ def test_a_source_tree_finds_the_installed_build(tmp_path):
     path = os.pathsep.join(map(str, installed))
     said = run_python(program, tmp_path, PYTHONPATH=path)
     assert said.stdout.split() == [str(clone / "__init__.py"), "8.5"], said.stderr
+
+
+class Called(TorchDispatchMode):
+    """The names of the operators of sqloss that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "sqloss":
+            self.names.add(operator._schema.name)
+        return operator(*args, **(kwargs or {}))
+
+
+def test_the_cases_of_the_sanitizers_call_every_operator(device):
+    cases = runpy.run_path(str(Path(__file__).parent / "sanitizer_cases.py"))
+    with Called() as called:
+        assert cases["run"](device) > 500
+    every = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("sqloss::")}
+    assert called.names == every
 
 
 def test_the_rebuild_command_names_where_the_install_came_from(monkeypatch):
