@@ -10,6 +10,7 @@
 
 #include "core/cpu_capability.h"
 #include "core/find_operator.h"
+#include "core/on.h"
 #include "cross_entropy_losses/cross_entropy_losses.h"
 #include "pointwise_losses/pointwise_losses.h"
 #include "student_t/student_t.h"
@@ -74,8 +75,9 @@ TORCH_LIBRARY_FRAGMENT(sqloss, m) {
 }
 
 TORCH_LIBRARY_IMPL(sqloss, CPU, m) {
-  m.impl("superquantile", superquantile::forward_cpu);
-  m.impl("superquantile_backward", superquantile::backward_cpu);
+  m.impl("superquantile", core::On<superquantile::forward, superquantile::cpu_kernels>::call);
+  m.impl("superquantile_backward",
+         core::On<superquantile::backward, superquantile::cpu_kernels>::call);
   m.impl("pointwise_losses", pointwise_losses::forward_cpu);
   m.impl("pointwise_losses_backward", pointwise_losses::backward_cpu);
   m.impl("cross_entropy_losses", cross_entropy_losses::forward_cpu);
@@ -96,7 +98,9 @@ TORCH_LIBRARY_IMPL(sqloss, FuncTorchVmapMode, m) {
 
 #ifdef SQLOSS_WITH_CUDA
 TORCH_LIBRARY_IMPL(sqloss, CUDA, m) {
-  m.impl("superquantile_backward", superquantile::backward_cuda);
+  m.impl("superquantile", core::On<superquantile::forward, superquantile::cuda_kernels>::call);
+  m.impl("superquantile_backward",
+         core::On<superquantile::backward, superquantile::cuda_kernels>::call);
 }
 #endif
 
@@ -114,8 +118,8 @@ at::Tensor superquantile_eager(const at::Tensor& losses, double tail_fraction,
                                const std::optional<at::Tensor>& weight,
                                const std::optional<at::Tensor>& mask,
                                const std::vector<int64_t>& dim, bool keepdim) {
-  static const auto op =
-      core::find_operator<decltype(superquantile::forward_cpu)>("sqloss::superquantile");
+  static const auto op = core::find_operator<core::Operator<decltype(superquantile::forward)>>(
+      "sqloss::superquantile");
   return std::get<output>(op.call(losses, scalar(tail_fraction), weight, mask, dim, keepdim));
 }
 

@@ -20,6 +20,21 @@ settings.register_profile("sqloss", deadline=None, derandomize=True, max_example
 settings.load_profile("sqloss")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--emulate-cuda",
+        action="store_true",
+        help="run the CUDA kernels, on CPU tensors, by the emulation in tests/emulated_cuda",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--emulate-cuda"):
+        from emulated_cuda import build
+
+        build.load()
+
+
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)  # what `.ci/gpu test` runs
 
 

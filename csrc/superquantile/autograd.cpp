@@ -5,6 +5,7 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
+#include "core/on.h"
 #include "superquantile/superquantile.h"
 
 namespace sqloss::superquantile {
@@ -16,7 +17,8 @@ using torch::autograd::variable_list;
 Outputs call_forward(const at::Tensor& losses, const at::Tensor& tail_fraction,
                      const OptionalTensor& weight, const OptionalTensor& mask, at::IntArrayRef dim,
                      bool keepdim) {
-  static const auto op = core::find_operator<decltype(forward_cpu)>("sqloss::superquantile");
+  static const auto op =
+      core::find_operator<core::Operator<decltype(forward)>>("sqloss::superquantile");
   return op.call(losses, tail_fraction, weight, mask, dim, keepdim);
 }
 
@@ -25,7 +27,7 @@ at::Tensor call_backward(const OptionalTensor& grad_value, const OptionalTensor&
                          const OptionalTensor& mask, const at::Tensor& threshold,
                          const at::Tensor& counts, at::IntArrayRef dim, bool keepdim) {
   static const auto op =
-      core::find_operator<decltype(backward_cpu)>("sqloss::superquantile_backward");
+      core::find_operator<core::Operator<decltype(backward)>>("sqloss::superquantile_backward");
   return op.call(grad_value, grad_threshold, losses, weight, mask, threshold, counts, dim, keepdim);
 }
 

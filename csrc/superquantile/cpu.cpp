@@ -376,6 +376,6 @@ void backward(const Losses& in, const Tails& tails, const Gradients& gradients,
 
 }  // namespace
 
-const CpuKernels kernels{forward, backward};
+const Kernels kernels{forward, backward};
 
 }  // namespace sqloss::superquantile::CPU_CAPABILITY

@@ -3,22 +3,15 @@
 #include "superquantile/superquantile.h"
 
 #include <ATen/ATen.h>
-#include <ATen/EmptyTensor.h>
 #include <ATen/TensorUtils.h>
 #include <ATen/WrapDimUtilsMulti.h>
 
-#include "core/cpu_capability.h"
+#include "core/allocate.h"
 
 namespace sqloss::superquantile {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-const CpuKernels& cpu_kernels() {
-  static const CpuKernels& chosen =
-      core::for_this_cpu(DEFAULT::kernels, AVX2::kernels, AVX512::kernels);
-  return chosen;
-}
 
 // How a reduction over `dim` sees tensors of the losses' shape: kept dimensions, then reduced ones.
 struct Reduction {
@@ -116,18 +109,51 @@ void check_inputs(const at::Tensor& losses, const OptionalTensor& weight,
                    "superquantile: mask: expected a bool tensor, got ", mask->scalar_type());
 }
 
-using BackwardKernel = void (*)(const Losses&, const Tails&, const Gradients&, const Matrix&);
+}  // namespace
 
-at::Tensor backward_with(BackwardKernel kernel, const OptionalTensor& grad_value,
-                         const OptionalTensor& grad_threshold, const at::Tensor& losses,
-                         const OptionalTensor& weight, const OptionalTensor& mask,
-                         const at::Tensor& threshold, const at::Tensor& counts, at::IntArrayRef dim,
-                         bool keepdim) {
+Outputs forward(const Kernels& kernels, const at::Tensor& losses, const at::Tensor& tail_fraction,
+                const OptionalTensor& weight, const OptionalTensor& mask, at::IntArrayRef dim,
+                bool keepdim) {
   check_inputs(losses, weight, mask);
+  const c10::OptionalDeviceGuard guard(losses.device());
   const Reduction reduction(losses, dim, keepdim);
-  const bool usual = losses.is_cpu() && losses.is_contiguous();  // can do without the dispatcher
-  at::Tensor grad_losses =
-      usual ? at::detail::empty_cpu(losses.sizes(), losses.scalar_type()) : at::empty_like(losses);
+  TORCH_CHECK_VALUE(reduction.n > 0,
+                    "superquantile: losses: expected at least one loss in every reduction, got ",
+                    "shape ", losses.sizes());
+  TORCH_CHECK_TYPE(tail_fraction.scalar_type() == at::kDouble && tail_fraction.is_cpu() &&
+                       tail_fraction.numel() == 1,
+                   "superquantile: tail_fraction: expected one float64 on the CPU, got ",
+                   tail_fraction.numel(), " ", tail_fraction.scalar_type(), " on ",
+                   tail_fraction.device());
+  const double fraction = *tail_fraction.const_data_ptr<double>();
+  TORCH_CHECK_VALUE(fraction > 0 && fraction <= 1,
+                    "superquantile: tail_fraction: expected a number in (0, 1], got ", fraction);
+
+  at::DimVector counts_sizes = reduction.output_sizes;
+  counts_sizes.push_back(3);
+  const auto dtype = losses.scalar_type();
+  Outputs outputs{core::empty(reduction.output_sizes, dtype, losses),
+                  core::empty(reduction.output_sizes, dtype, losses),
+                  core::empty(counts_sizes, at::kDouble, losses)};
+  if (reduction.rows == 0) return outputs;
+
+  const Inputs inputs(reduction, losses, weight, mask);
+  const auto& [value, threshold, counts] = outputs;
+  kernels.forward(
+      inputs.view(reduction), fraction,
+      {value.data_ptr(), threshold.data_ptr(), static_cast<Counts*>(counts.data_ptr())});
+  return outputs;
+}
+
+at::Tensor backward(const Kernels& kernels, const OptionalTensor& grad_value,
+                    const OptionalTensor& grad_threshold, const at::Tensor& losses,
+                    const OptionalTensor& weight, const OptionalTensor& mask,
+                    const at::Tensor& threshold, const at::Tensor& counts, at::IntArrayRef dim,
+                    bool keepdim) {
+  check_inputs(losses, weight, mask);
+  const c10::OptionalDeviceGuard guard(losses.device());
+  const Reduction reduction(losses, dim, keepdim);
+  at::Tensor grad_losses = core::empty_like(losses);
   if (grad_losses.numel() == 0) return grad_losses;
 
   const auto one_per_row = [&](const at::Tensor& tensor, const char* name, at::ScalarType dtype,
@@ -155,69 +181,15 @@ at::Tensor backward_with(BackwardKernel kernel, const OptionalTensor& grad_value
   const Matrix grad = rows.defined() ? Matrix{rows.data_ptr(), rows.scalar_type(), reduction.n, 1}
                                      : MatrixView(reduction, grad_losses).matrix;
   const Inputs inputs(reduction, losses, weight, mask);
-  kernel(inputs.view(reduction),
-         {nullptr, thresholds.data_ptr(), static_cast<Counts*>(counts3.data_ptr())},
-         {of_value.defined() ? of_value.data_ptr() : nullptr,
-          of_threshold.defined() ? of_threshold.data_ptr() : nullptr},
-         grad);
+  kernels.backward(inputs.view(reduction),
+                   {nullptr, thresholds.data_ptr(), static_cast<Counts*>(counts3.data_ptr())},
+                   {of_value.defined() ? of_value.data_ptr() : nullptr,
+                    of_threshold.defined() ? of_threshold.data_ptr() : nullptr},
+                   grad);
   if (rows.defined()) {
     grad_losses.permute(reduction.order).copy_(rows.view(reduction.sizes));
   }
   return grad_losses;
 }
-
-}  // namespace
-
-Outputs forward_cpu(const at::Tensor& losses, const at::Tensor& tail_fraction,
-                    const OptionalTensor& weight, const OptionalTensor& mask, at::IntArrayRef dim,
-                    bool keepdim) {
-  check_inputs(losses, weight, mask);
-  const Reduction reduction(losses, dim, keepdim);
-  TORCH_CHECK_VALUE(reduction.n > 0,
-                    "superquantile: losses: expected at least one loss in every reduction, got ",
-                    "shape ", losses.sizes());
-  TORCH_CHECK_TYPE(tail_fraction.scalar_type() == at::kDouble && tail_fraction.is_cpu() &&
-                       tail_fraction.numel() == 1,
-                   "superquantile: tail_fraction: expected one float64 on the CPU, got ",
-                   tail_fraction.numel(), " ", tail_fraction.scalar_type(), " on ",
-                   tail_fraction.device());
-  const double fraction = *tail_fraction.const_data_ptr<double>();
-  TORCH_CHECK_VALUE(fraction > 0 && fraction <= 1,
-                    "superquantile: tail_fraction: expected a number in (0, 1], got ", fraction);
-
-  at::DimVector counts_sizes = reduction.output_sizes;
-  counts_sizes.push_back(3);
-  const auto dtype = losses.scalar_type();
-  Outputs outputs{at::detail::empty_cpu(reduction.output_sizes, dtype),
-                  at::detail::empty_cpu(reduction.output_sizes, dtype),
-                  at::detail::empty_cpu(counts_sizes, at::kDouble)};
-  if (reduction.rows == 0) return outputs;
-
-  const Inputs inputs(reduction, losses, weight, mask);
-  const auto& [value, threshold, counts] = outputs;
-  cpu_kernels().forward(
-      inputs.view(reduction), fraction,
-      {value.data_ptr(), threshold.data_ptr(), static_cast<Counts*>(counts.data_ptr())});
-  return outputs;
-}
-
-at::Tensor backward_cpu(const OptionalTensor& grad_value, const OptionalTensor& grad_threshold,
-                        const at::Tensor& losses, const OptionalTensor& weight,
-                        const OptionalTensor& mask, const at::Tensor& threshold,
-                        const at::Tensor& counts, at::IntArrayRef dim, bool keepdim) {
-  return backward_with(cpu_kernels().backward, grad_value, grad_threshold, losses, weight, mask,
-                       threshold, counts, dim, keepdim);
-}
-
-#ifdef SQLOSS_WITH_CUDA
-at::Tensor backward_cuda(const OptionalTensor& grad_value, const OptionalTensor& grad_threshold,
-                         const at::Tensor& losses, const OptionalTensor& weight,
-                         const OptionalTensor& mask, const at::Tensor& threshold,
-                         const at::Tensor& counts, at::IntArrayRef dim, bool keepdim) {
-  const at::OptionalDeviceGuard guard(losses.device());
-  return backward_with(cuda_backward, grad_value, grad_threshold, losses, weight, mask, threshold,
-                       counts, dim, keepdim);
-}
-#endif
 
 }  // namespace sqloss::superquantile

@@ -80,50 +80,50 @@ struct Gradients {
   const void* threshold;
 };
 
-// The kernels of one CPU capability. Raise ValueError for weights that are no weights.
-struct CpuKernels {
+// The kernels of one CPU capability, or of CUDA: on the current stream of the current device.
+// Weights that are no weights are a ValueError, on CUDA a device-side assertion.
+struct Kernels {
   void (*forward)(const Losses&, double tail_fraction, const Tails&);
   // Writes every element of grad_losses [rows, n], zeros outside the tail.
   void (*backward)(const Losses&, const Tails&, const Gradients&, const Matrix& grad_losses);
 };
 
 namespace DEFAULT {
-extern const CpuKernels kernels;
+extern const Kernels kernels;
 }
 #if defined(__x86_64__)
 namespace AVX2 {
-extern const CpuKernels kernels;
+extern const Kernels kernels;
 }
 namespace AVX512 {
-extern const CpuKernels kernels;
+extern const Kernels kernels;
 }
 #else
 namespace AVX2 = DEFAULT;
 namespace AVX512 = DEFAULT;
 #endif
 
-// The same promise as CpuKernels::backward, on the current CUDA stream.
-void cuda_backward(const Losses&, const Tails&, const Gradients&, const Matrix& grad_losses);
+namespace CUDA {
+extern const Kernels kernels;
+}
+
+const Kernels& cpu_kernels();   // for this machine
+const Kernels& cuda_kernels();  // of a build with CUDA
 
 // From tensors to kernels. `dim` lists the reduced dimensions (non-negative, none twice; empty:
 // all); weight and mask have the shape of losses; tail_fraction is a 0-dim float64 tensor.
 // Returns value and threshold [kept dims] in the dtype of losses and counts [kept dims, 3] in
 // float64.
 using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-Outputs forward_cpu(const at::Tensor& losses, const at::Tensor& tail_fraction,
-                    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& mask,
-                    at::IntArrayRef dim, bool keepdim);
+Outputs forward(const Kernels&, const at::Tensor& losses, const at::Tensor& tail_fraction,
+                const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& mask,
+                at::IntArrayRef dim, bool keepdim);
 
 // The gradient of losses from those of value and threshold (either may be absent, not both).
-at::Tensor backward_cpu(const std::optional<at::Tensor>& grad_value,
-                        const std::optional<at::Tensor>& grad_threshold, const at::Tensor& losses,
-                        const std::optional<at::Tensor>& weight,
-                        const std::optional<at::Tensor>& mask, const at::Tensor& threshold,
-                        const at::Tensor& counts, at::IntArrayRef dim, bool keepdim);
-at::Tensor backward_cuda(const std::optional<at::Tensor>& grad_value,
-                         const std::optional<at::Tensor>& grad_threshold, const at::Tensor& losses,
-                         const std::optional<at::Tensor>& weight,
-                         const std::optional<at::Tensor>& mask, const at::Tensor& threshold,
-                         const at::Tensor& counts, at::IntArrayRef dim, bool keepdim);
+at::Tensor backward(const Kernels&, const std::optional<at::Tensor>& grad_value,
+                    const std::optional<at::Tensor>& grad_threshold, const at::Tensor& losses,
+                    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& mask,
+                    const at::Tensor& threshold, const at::Tensor& counts, at::IntArrayRef dim,
+                    bool keepdim);
 
 }  // namespace sqloss::superquantile

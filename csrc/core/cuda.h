@@ -1,0 +1,330 @@
+// What the CUDA kernels share: launches, memory, reductions in a fixed order, tensors of any dtype
+// and stride. Included by csrc/*/cuda.cu alone.
+//
+// No result depends on the grid or the device: work is cut into chunks that depend on sizes alone,
+// and what chunks add up is added in their order. Blocks never wait for one another; what all have
+// to be done for, the last one of them does (last_block).
+#pragma once
+
+#include <c10/core/ScalarType.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAStream.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Exception.h>
+#include <c10/util/Half.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "core/strided.h"
+
+namespace sqloss::core::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffff;
+constexpr int kMaxThreads = 1024;  // of a block
+
+// --- host ----------------------------------------------------------------------------------------
+
+// The extent of a grid, which the hardware limits.
+inline dim3 grid(int64_t x, int64_t y = 1) {
+  TORCH_CHECK_VALUE(x <= INT32_MAX && y <= UINT16_MAX,
+                    "sqloss: expected sizes for at most 2^31 - 1 by 2^16 - 1 blocks of a CUDA ",
+                    "grid, got ", x, " by ", y);
+  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
+}
+
+inline int attribute(cudaDeviceAttr which) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, c10::cuda::current_device()));
+  return value;
+}
+
+// The most bytes of dynamic shared memory that a block of the current device can have.
+inline size_t shared_memory_limit() {
+  return static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+}
+
+// Runs a kernel on the current stream of the current device, with the arguments as its parameters.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared_bytes,
+            const Arguments&... arguments) {
+  if (blocks.x == 0 || blocks.y == 0) return;
+  // More has to be asked for, and a device can refuse
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  if (shared_bytes > kWithoutAsking) {
+    C10_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes)));
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = c10::cuda::getCurrentCUDAStream();
+  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// Room for a call's intermediate results, from torch's caching allocator: kernels of the current
+// stream may use it, those already launched also after it is freed.
+class Memory {
+ public:
+  // Where `count` Ts are to lie; before allocate().
+  template <typename T>
+  size_t reserve(int64_t count) {
+    constexpr size_t kAlignment = 256;
+    const size_t offset = size_;
+    size_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    return offset;
+  }
+
+  void allocate() {
+    if (size_ > 0) memory_ = c10::cuda::CUDACachingAllocator::get()->allocate(size_);
+  }
+
+  template <typename T>
+  T* at(size_t offset) const {
+    return reinterpret_cast<T*>(static_cast<char*>(memory_.get()) + offset);
+  }
+
+  // Bytes from `begin` to `end`, by work on the stream.
+  void zero(size_t begin, size_t end) const {
+    if (begin == end) return;
+    C10_CUDA_CHECK(
+        cudaMemsetAsync(at<char>(begin), 0, end - begin, c10::cuda::getCurrentCUDAStream()));
+  }
+
+  size_t size() const { return size_; }
+
+ private:
+  size_t size_ = 0;
+  c10::DataPtr memory_;
+};
+
+// --- threads -------------------------------------------------------------------------------------
+
+// Of blocks whose threads are numbered along x.
+__device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % kWarp); }
+__device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x / kWarp); }
+__device__ __forceinline__ int warps() { return static_cast<int>(blockDim.x / kWarp); }
+
+// The block's dynamic shared memory, aligned to 16 bytes.
+__device__ __forceinline__ unsigned char* dynamic_shared_memory() {
+  extern __shared__ uint4 shared_memory[];
+  return reinterpret_cast<unsigned char*>(shared_memory);
+}
+
+struct Sum {
+  template <typename T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Maximum {
+  template <typename T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a > b ? a : b;
+  }
+};
+struct Minimum {
+  template <typename T>
+  __device__ __forceinline__ T operator()(T a, T b) const {
+    return a < b ? a : b;
+  }
+};
+
+// Of the values of a warp's lanes, the same bits in every lane: the operation is commutative, and
+// each lane applies it in the same tree.
+template <typename Operation, typename T>
+__device__ __forceinline__ T warp_reduce(T value, const Operation& operation) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    value = operation(value, __shfl_xor_sync(kAllLanes, value, distance));
+  }
+  return value;
+}
+
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, unsigned>) return __reduce_add_sync(kAllLanes, value);
+#endif
+  return warp_reduce(value, Sum());
+}
+template <typename T>
+__device__ __forceinline__ T warp_max(T value) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, unsigned>) return __reduce_max_sync(kAllLanes, value);
+#endif
+  return warp_reduce(value, Maximum());
+}
+template <typename T>
+__device__ __forceinline__ T warp_min(T value) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, unsigned>) return __reduce_min_sync(kAllLanes, value);
+#endif
+  return warp_reduce(value, Minimum());
+}
+
+// Of all threads of a block of whole warps, in every thread. All threads have to call it.
+template <typename Operation, typename T>
+__device__ __forceinline__ T block_reduce(T value, T neutral, const Operation& operation) {
+  __shared__ T of_warps[kMaxThreads / kWarp];
+  value = warp_reduce(value, operation);
+  __syncthreads();  // of_warps may still be read from the call before
+  if (lane() == 0) of_warps[warp()] = value;
+  __syncthreads();
+  return warp_reduce(lane() < warps() ? of_warps[lane()] : neutral, operation);
+}
+template <typename T>
+__device__ __forceinline__ T block_sum(T value) {
+  return block_reduce(value, T(0), Sum());
+}
+
+// Whether this block is the last of `blocks` to come here: then all threads of it see what the
+// others had written before. The ticket is 0 before and after. Read what others wrote by __ldcg.
+__device__ __forceinline__ bool last_block(unsigned* ticket, unsigned blocks) {
+  __shared__ bool last;
+  __threadfence();  // each thread's writes before the ticket
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicInc(ticket, blocks - 1) == blocks - 1;
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
+// --- tensors -------------------------------------------------------------------------------------
+
+// f(zero of the C++ type) for a floating dtype, which is the same for all threads.
+template <typename F>
+__device__ __forceinline__ void for_dtype(at::ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case at::kFloat:
+      return f(float());
+    case at::kDouble:
+      return f(double());
+    case at::kHalf:
+      return f(at::Half());
+    default:
+      return f(at::BFloat16());
+  }
+}
+
+// A Strided as kernels take it.
+struct Sequence {
+  static constexpr int kMaxDims = 16;
+  // Accesses are this wide where memory allows.
+  static constexpr int kAlignment = 16;
+
+  char* data = nullptr;  // null: absent
+  at::ScalarType dtype = at::kFloat;
+  bool adjacent = false;  // elements follow one another, from an aligned address on
+  int dims = 0;
+  int64_t sizes[kMaxDims], strides[kMaxDims];  // outermost first, in elements
+
+  Sequence() = default;
+  explicit Sequence(const Strided& strided)
+      : data(strided.data), dtype(strided.dtype), dims(static_cast<int>(strided.sizes.size())) {
+    if (data == nullptr) return;
+    TORCH_CHECK_VALUE(dims <= kMaxDims, "sqloss: expected a tensor whose memory is described by ",
+                      "at most ", kMaxDims, " dimensions on CUDA, got ", dims);
+    for (int d = 0; d < dims; ++d) {
+      sizes[d] = strided.sizes[d];
+      strides[d] = strided.strides[d];
+    }
+    adjacent = dims == 1 && strides[0] == 1 && reinterpret_cast<uintptr_t>(data) % kAlignment == 0;
+  }
+
+  // Of an element, in elements.
+  __device__ __forceinline__ int64_t offset(int64_t index) const {
+    if (dims == 1) return index * strides[0];
+    int64_t offset = 0;
+    for (int d = dims - 1; d > 0; --d) {
+      const int64_t above = divide(index, sizes[d]);
+      offset += (index - above * sizes[d]) * strides[d];
+      index = above;
+    }
+    return offset + index * strides[0];
+  }
+
+  template <typename T>
+  __device__ __forceinline__ T* as() const {
+    return reinterpret_cast<T*>(data);
+  }
+
+ private:
+  // Division of numbers of 64 bits takes several times as long as of 32
+  static __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
+    if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+    return a / b;
+  }
+};
+
+// kCount numbers that one to four loads bring.
+template <typename T, int kCount>
+struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Vector {
+  T values[kCount];
+};
+
+template <typename T>
+__device__ __forceinline__ T read(const Sequence& from, int64_t index) {
+  T value;
+  const int64_t offset = from.offset(index);
+  for_dtype(from.dtype,
+            [&](auto zero) { value = static_cast<T>(from.as<const decltype(zero)>()[offset]); });
+  return value;
+}
+
+// `values` = the elements from `index` on, a multiple of kCount.
+template <int kCount, typename T>
+__device__ __forceinline__ void read(const Sequence& from, int64_t index, T (&values)[kCount]) {
+  for_dtype(from.dtype, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    if (from.adjacent) {
+      const auto vector =
+          *reinterpret_cast<const Vector<scalar_t, kCount>*>(from.as<const scalar_t>() + index);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) values[i] = static_cast<T>(vector.values[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        values[i] = static_cast<T>(from.as<const scalar_t>()[from.offset(index + i)]);
+      }
+    }
+  });
+}
+
+template <typename T>
+__device__ __forceinline__ void write(const Sequence& to, int64_t index, T value) {
+  const int64_t offset = to.offset(index);
+  for_dtype(to.dtype, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    to.as<scalar_t>()[offset] = static_cast<scalar_t>(value);
+  });
+}
+
+template <int kCount, typename T>
+__device__ __forceinline__ void write(const Sequence& to, int64_t index,
+                                      const T (&values)[kCount]) {
+  for_dtype(to.dtype, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    if (to.adjacent) {
+      Vector<scalar_t, kCount> vector;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) vector.values[i] = static_cast<scalar_t>(values[i]);
+      *reinterpret_cast<Vector<scalar_t, kCount>*>(to.as<scalar_t>() + index) = vector;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        to.as<scalar_t>()[to.offset(index + i)] = static_cast<scalar_t>(values[i]);
+      }
+    }
+  });
+}
+
+}  // namespace sqloss::core::cuda
