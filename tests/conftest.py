@@ -55,6 +55,24 @@ def gpu(request):
     return device_of(request)
 
 
+@pytest.fixture
+def capture(gpu):
+    def captured(step):
+        """(replay, outputs): the step in a CUDA graph, and what each replay writes anew."""
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):  # what a first call prepares can't be captured
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = step()
+        return graph.replay, outputs
+
+    return captured
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
