@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from measure import BOTH, FLOOR, MICROSECONDS, Row
+from measure import BOTH, FLOOR, FORWARD, GRAPHS, MICROSECONDS, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -147,7 +147,8 @@ def _cells(
     if memory:
         gradient = row["bytes_written"]
         yield f"{row['peak_bytes'] / gradient:.2f}" if "peak_bytes" in row else ""
-    yield " / ".join(f"{error:.1g}" for error in row["errors"][: 1 if not memory else None])
+    forward = GRAPHS.get(row["mode"], row["mode"]) == FORWARD
+    yield " / ".join(f"{error:.1g}" for error in row["errors"][: 1 if forward else None])
     yield "; ".join(
         f"{text}, {'met' if met else '**not met**'}"
         for text, met in verdicts(row, table, bandwidth)

@@ -258,6 +258,7 @@ def test_same_bits_over_100_runs(device, case):
 
 @every_case
 def test_a_cuda_graph_computes_with_the_inputs_of_its_replay(gpu, capture, case):
+    """And while it is captured, CUDA itself forbids to wait, and to take memory by cudaMalloc."""
     shapes, function = case(gpu)
     leaves = leaves_of(shapes, gpu)
     replay, got = capture(lambda: outcomes(function, leaves))
@@ -319,22 +320,6 @@ def test_the_host_does_not_wait_for_the_device(gpu, case):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert not torch.cuda.current_stream().query(), "the call took as long as the device"
-
-
-@every_case
-def test_all_memory_comes_from_torchs_allocator(gpu, case):
-    shapes, function = case(gpu)
-    leaves = leaves_of(shapes, gpu)
-    outcomes(function, leaves)  # loads the kernels
-
-    def free_and_reserved():
-        torch.cuda.synchronize()
-        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-
-    before, kept = free_and_reserved(), []
-    for _ in range(10):
-        kept.append(outcomes(function, leaves))
-    assert free_and_reserved() == before
 
 
 @pytest.mark.parametrize("name", ["cvar, 5,000", "bce", "cross-entropy, pixels", "Student-t"])
