@@ -1250,7 +1250,7 @@ def test_an_empty_batch_of_reductions_is_fine():
 
 # Around a warp, a block, and what a block's shared memory holds of a row of 4 bytes or less each
 LIMITS = [1, 31, 32, 33, 1023, 1024, 1025, 2**14, 2**14 + 1, 48_000, 2**16 + 1]
-MANY = [2**18 + 3, 2**20, 2**22 + 1, 2**24 + 1]
+MANY = [2**18 + 3, 2**20, 2**23 - 1, 2**23, 2**24 + 1]
 
 
 def losses_like(kind, n, device, dtype):
@@ -1299,6 +1299,13 @@ def test_twin_of_many_losses(gpu, n, kind, dtype):
         assert_matches_twin(losses, alpha)
     weight = torch.arange(n, device=gpu) % 3 + 1
     assert_matches_twin(losses, 0.8, weight=weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_twin_of_many_long_rows(gpu, dtype):
+    losses = torch.randn(300, 70_001, device=gpu).to(dtype)
+    assert_matches_twin(losses, 0.8, dim=1)
+    assert_matches_twin(losses.t(), 0.8, dim=0, weight=losses.t().abs() + 1)
 
 
 def test_more_losses_than_32_bits_can_count(gpu):
