@@ -76,13 +76,19 @@ TORCH_LIBRARY_FRAGMENT(sqloss, m) {
 
 TORCH_LIBRARY_IMPL(sqloss, CPU, m) {
   m.impl("superquantile", core::On<superquantile::forward, superquantile::cpu_kernels>::call);
-  m.impl("superquantile_backward", core::On<superquantile::backward, superquantile::cpu_kernels>::call);
-  m.impl("pointwise_losses", core::On<pointwise_losses::forward, pointwise_losses::cpu_kernels>::call);
-  m.impl("pointwise_losses_backward", core::On<pointwise_losses::backward, pointwise_losses::cpu_kernels>::call);
-  m.impl("cross_entropy_losses", core::On<cross_entropy_losses::forward, cross_entropy_losses::cpu_kernels>::call);
-  m.impl("cross_entropy_losses_backward", core::On<cross_entropy_losses::backward, cross_entropy_losses::cpu_kernels>::call);
+  m.impl("superquantile_backward",
+         core::On<superquantile::backward, superquantile::cpu_kernels>::call);
+  m.impl("pointwise_losses",
+         core::On<pointwise_losses::forward, pointwise_losses::cpu_kernels>::call);
+  m.impl("pointwise_losses_backward",
+         core::On<pointwise_losses::backward, pointwise_losses::cpu_kernels>::call);
+  m.impl("cross_entropy_losses",
+         core::On<cross_entropy_losses::forward, cross_entropy_losses::cpu_kernels>::call);
+  m.impl("cross_entropy_losses_backward",
+         core::On<cross_entropy_losses::backward, cross_entropy_losses::cpu_kernels>::call);
   m.impl("student_t_rsample_kl", core::On<student_t::forward, student_t::cpu_kernels>::call);
-  m.impl("student_t_rsample_kl_backward", core::On<student_t::backward, student_t::cpu_kernels>::call);
+  m.impl("student_t_rsample_kl_backward",
+         core::On<student_t::backward, student_t::cpu_kernels>::call);
   m.impl("student_t_noise", core::On<student_t::noise, student_t::cpu_kernels>::call);
 }
 
@@ -98,13 +104,19 @@ TORCH_LIBRARY_IMPL(sqloss, FuncTorchVmapMode, m) {
 #ifdef SQLOSS_WITH_CUDA
 TORCH_LIBRARY_IMPL(sqloss, CUDA, m) {
   m.impl("superquantile", core::On<superquantile::forward, superquantile::cuda_kernels>::call);
-  m.impl("superquantile_backward", core::On<superquantile::backward, superquantile::cuda_kernels>::call);
-  m.impl("pointwise_losses", core::On<pointwise_losses::forward, pointwise_losses::cuda_kernels>::call);
-  m.impl("pointwise_losses_backward", core::On<pointwise_losses::backward, pointwise_losses::cuda_kernels>::call);
-  m.impl("cross_entropy_losses", core::On<cross_entropy_losses::forward, cross_entropy_losses::cuda_kernels>::call);
-  m.impl("cross_entropy_losses_backward", core::On<cross_entropy_losses::backward, cross_entropy_losses::cuda_kernels>::call);
+  m.impl("superquantile_backward",
+         core::On<superquantile::backward, superquantile::cuda_kernels>::call);
+  m.impl("pointwise_losses",
+         core::On<pointwise_losses::forward, pointwise_losses::cuda_kernels>::call);
+  m.impl("pointwise_losses_backward",
+         core::On<pointwise_losses::backward, pointwise_losses::cuda_kernels>::call);
+  m.impl("cross_entropy_losses",
+         core::On<cross_entropy_losses::forward, cross_entropy_losses::cuda_kernels>::call);
+  m.impl("cross_entropy_losses_backward",
+         core::On<cross_entropy_losses::backward, cross_entropy_losses::cuda_kernels>::call);
   m.impl("student_t_rsample_kl", core::On<student_t::forward, student_t::cuda_kernels>::call);
-  m.impl("student_t_rsample_kl_backward", core::On<student_t::backward, student_t::cuda_kernels>::call);
+  m.impl("student_t_rsample_kl_backward",
+         core::On<student_t::backward, student_t::cuda_kernels>::call);
   m.impl("student_t_noise", core::On<student_t::noise, student_t::cuda_kernels>::call);
 }
 #endif
