@@ -140,8 +140,8 @@ struct Minimum {
 
 // Of the values of a warp's lanes, the same bits in every lane: the operation is commutative, and
 // each lane applies it in the same tree.
-template <typename Operation, typename T>
-__device__ __forceinline__ T warp_reduce(T value, const Operation& operation) {
+template <typename T, typename Operation>
+__device__ __forceinline__ T warp_reduce(T value, Operation operation) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     value = operation(value, __shfl_xor_sync(kAllLanes, value, distance));
@@ -149,31 +149,35 @@ __device__ __forceinline__ T warp_reduce(T value, const Operation& operation) {
   return value;
 }
 
+// In one instruction where there is one.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+__device__ __forceinline__ unsigned warp_reduce(unsigned value, Sum) {
+  return __reduce_add_sync(kAllLanes, value);
+}
+__device__ __forceinline__ unsigned warp_reduce(unsigned value, Maximum) {
+  return __reduce_max_sync(kAllLanes, value);
+}
+__device__ __forceinline__ unsigned warp_reduce(unsigned value, Minimum) {
+  return __reduce_min_sync(kAllLanes, value);
+}
+#endif
+
 template <typename T>
 __device__ __forceinline__ T warp_sum(T value) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-  if constexpr (std::is_same_v<T, unsigned>) return __reduce_add_sync(kAllLanes, value);
-#endif
   return warp_reduce(value, Sum());
 }
 template <typename T>
 __device__ __forceinline__ T warp_max(T value) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-  if constexpr (std::is_same_v<T, unsigned>) return __reduce_max_sync(kAllLanes, value);
-#endif
   return warp_reduce(value, Maximum());
 }
 template <typename T>
 __device__ __forceinline__ T warp_min(T value) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-  if constexpr (std::is_same_v<T, unsigned>) return __reduce_min_sync(kAllLanes, value);
-#endif
   return warp_reduce(value, Minimum());
 }
 
 // Of all threads of a block of whole warps, in every thread. All threads have to call it.
-template <typename Operation, typename T>
-__device__ __forceinline__ T block_reduce(T value, T neutral, const Operation& operation) {
+template <typename T, typename Operation>
+__device__ __forceinline__ T block_reduce(T value, T neutral, Operation operation) {
   __shared__ T of_warps[kMaxThreads / kWarp];
   value = warp_reduce(value, operation);
   __syncthreads();  // of_warps may still be read from the call before
@@ -200,14 +204,16 @@ __device__ __forceinline__ bool last_block(unsigned* ticket, unsigned blocks) {
 
 // --- tensors -------------------------------------------------------------------------------------
 
-// f(zero of the C++ type) for a floating dtype, which is the same for all threads.
-template <typename F>
+// f(zero of the C++ type) for a floating dtype, which is the same for all threads, and not wider
+// than Widest.
+template <typename Widest = double, typename F>
 __device__ __forceinline__ void for_dtype(at::ScalarType dtype, const F& f) {
+  if constexpr (std::is_same_v<Widest, double>) {
+    if (dtype == at::kDouble) return f(double());
+  }
   switch (dtype) {
     case at::kFloat:
       return f(float());
-    case at::kDouble:
-      return f(double());
     case at::kHalf:
       return f(at::Half());
     default:

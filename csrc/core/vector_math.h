@@ -99,25 +99,12 @@ SQLOSS_INLINE T atanh_series(T z) {
   }
 }
 
-#ifdef __CUDA_ARCH__
-// 2^(x log2(e)) by a GPU's own exp2, corrected for the rounding of the exponent.
-__device__ __forceinline__ float exp_by_hardware(float x) {
-  constexpr float kLog2e = 1.44269504f, kLog2eLow = 1.92596303e-8f, kLn2 = 0.693147181f;
-  const float exponent = __fmul_rn(x, kLog2e);
-  const float rest = multiply_add(x, kLog2eLow, multiply_add(x, kLog2e, -exponent));
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(exponent));
-  result = multiply_add(result, rest * kLn2, result);
-  return x < Float<float>::kExpOfLessIsZero ? 0.0f : result;
-}
-#endif
-
 // exp(x), not of numbers near kExpOfMoreIsInfinite, as 2^n * exp(x - n ln 2), |x - n ln 2| <= ln 2
 // / 2; 0 below kExpOfLessIsZero.
 template <typename T>
 SQLOSS_INLINE T exp_small(T x) {
 #ifdef __CUDA_ARCH__
-  if constexpr (std::is_same_v<T, float>) return exp_by_hardware(x);
+  if constexpr (sizeof(T) == 4) return expf(x);  // by the hardware's power of 2
 #endif
   using Type = Float<T>;
   using Bits = typename Type::Bits;
@@ -136,6 +123,9 @@ SQLOSS_INLINE T exp_small(T x) {
 // exp(x) of any x
 template <typename T>
 SQLOSS_INLINE T exp(T x) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(T) == 4) return expf(x);
+#endif
   constexpr T kMost = Float<T>::kExpOfMoreIsInfinite;
   const T half = exp_small(T(0.5) * (x > kMost ? kMost : x));
   return half * half;
