@@ -56,6 +56,8 @@ struct Column {
   __device__ __forceinline__ int64_t offset(int64_t index) const {
     return contiguous ? index : sequence.offset(index);
   }
+  // Of elements that follow one another.
+  __device__ __forceinline__ int64_t stride() const { return sequence.strides[sequence.dims - 1]; }
 };
 
 // Inputs as kernels take them. Samples of one element are taken as the elements of one.
@@ -89,6 +91,7 @@ struct Groups {
 template <int kCount>
 struct Place {
   static constexpr unsigned kAll = (1u << kCount) - 1;
+  bool vector;  // all, and `first` is a multiple of kCount
   int64_t first;
   int step;
   unsigned inside;
@@ -127,33 +130,37 @@ struct Group {
           if (i + k * step >= count) inside &= ~(1u << k);
         }
       }
-      f(Place<kCount>{begin + i, step, inside});
+      f(Place<kCount>{vector, begin + i, step, inside});
     }
   }
 };
 
 // --- elements in registers -----------------------------------------------------------------------
 
-// Loads the elements that are wanted: of a vector of a dtype narrower than T only the bits, so that
-// no load waits for another's conversion; convert() finishes it. What is not wanted is undefined.
+// Loads the elements that are wanted, stride * step apart; of a vector of a dtype narrower than T
+// only the bits, so that no load waits for another's conversion. What is not wanted is undefined.
+template <typename scalar_t, typename T, int kCount>
+__device__ __forceinline__ void load(const scalar_t* from, bool vector, int64_t stride, int step,
+                                     unsigned wanted, T (&values)[kCount]) {
+  if (kCount > 1 && vector && wanted == Place<kCount>::kAll) {
+    const auto bits = *reinterpret_cast<const Vector<scalar_t, kCount>*>(from);
+    std::memcpy(values, &bits, sizeof(bits));
+    return;
+  }
+  stride *= step;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    if (wanted >> k & 1) values[k] = static_cast<T>(from[k * stride]);
+  }
+}
+
 template <typename T, int kCount>
 __device__ __forceinline__ void load(const Column& from, const Place<kCount>& place,
                                      unsigned wanted, T (&values)[kCount]) {
-  const Sequence& sequence = from.sequence;
   const int64_t offset = from.offset(place.first);
-  for_dtype<T>(sequence.dtype, [&](auto zero) {
-    using scalar_t = decltype(zero);
-    const scalar_t* const data = sequence.as<const scalar_t>() + offset;
-    if (kCount > 1 && from.vectors && wanted == Place<kCount>::kAll) {
-      const auto vector = *reinterpret_cast<const Vector<scalar_t, kCount>*>(data);
-      std::memcpy(values, &vector, sizeof(vector));
-      return;
-    }
-    const int64_t stride = sequence.strides[sequence.dims - 1] * place.step;
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      if (wanted >> k & 1) values[k] = static_cast<T>(data[k * stride]);
-    }
+  for_dtype<T>(from.sequence.dtype, [&](auto zero) {
+    load(from.sequence.as<const decltype(zero)>() + offset, from.vectors, from.stride(), place.step,
+         wanted, values);
   });
 }
 
@@ -165,40 +172,45 @@ __device__ __forceinline__ void load_or_ones(const Column& from, const Place<kCo
   for (int k = 0; k < kCount; ++k) values[k] = T(1);
 }
 
+// Makes numbers of the bits that load() has left.
 template <typename T, int kCount>
 __device__ __forceinline__ void convert(const Column& from, unsigned wanted, T (&values)[kCount]) {
   if (kCount == 1 || !from.vectors || wanted != Place<kCount>::kAll) return;
   for_dtype<T>(from.sequence.dtype, [&](auto zero) {
     if constexpr (sizeof(zero) < sizeof(T)) {
-      Vector<decltype(zero), kCount> vector;
-      std::memcpy(&vector, values, sizeof(vector));
+      Vector<decltype(zero), kCount> bits;
+      std::memcpy(&bits, values, sizeof(bits));
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) values[k] = static_cast<T>(vector.values[k]);
+      for (int k = 0; k < kCount; ++k) values[k] = static_cast<T>(bits.values[k]);
     }
   });
+}
+
+template <typename scalar_t, typename T, int kCount>
+__device__ __forceinline__ void store(scalar_t* to, bool vector, int64_t stride, int step,
+                                      unsigned wanted, const T (&values)[kCount]) {
+  if (kCount > 1 && vector && wanted == Place<kCount>::kAll) {
+    Vector<scalar_t, kCount> whole;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) whole.values[k] = static_cast<scalar_t>(values[k]);
+    *reinterpret_cast<Vector<scalar_t, kCount>*>(to) = whole;
+    return;
+  }
+  stride *= step;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    if (wanted >> k & 1) to[k * stride] = static_cast<scalar_t>(values[k]);
+  }
 }
 
 template <typename T, int kCount>
 __device__ __forceinline__ void store(const Column& to, const Place<kCount>& place,
                                       const T (&values)[kCount]) {
-  const Sequence& sequence = to.sequence;
-  if (sequence.data == nullptr) return;
+  if (to.sequence.data == nullptr) return;
   const int64_t offset = to.offset(place.first);
-  for_dtype<T>(sequence.dtype, [&](auto zero) {
-    using scalar_t = decltype(zero);
-    scalar_t* const data = sequence.as<scalar_t>() + offset;
-    if (kCount > 1 && to.vectors && place.inside == Place<kCount>::kAll) {
-      Vector<scalar_t, kCount> vector;
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) vector.values[k] = static_cast<scalar_t>(values[k]);
-      *reinterpret_cast<Vector<scalar_t, kCount>*>(data) = vector;
-      return;
-    }
-    const int64_t stride = sequence.strides[sequence.dims - 1] * place.step;
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      if (place.inside >> k & 1) data[k * stride] = static_cast<scalar_t>(values[k]);
-    }
+  for_dtype<T>(to.sequence.dtype, [&](auto zero) {
+    store(to.sequence.as<decltype(zero)>() + offset, to.vectors, to.stride(), place.step,
+          place.inside, values);
   });
 }
 
@@ -245,10 +257,7 @@ __global__ void __launch_bounds__(kThreads, kWeighted ? 3 : 4)
         values[k] = loss.loss(e.input[k], e.target[k], e.other_of(k)) * e.weight_of(k);
       }
       if (groups.one_element) {
-#pragma unroll
-        for (int k = 0; k < kCount; ++k) {
-          if (place.inside >> k & 1) losses[place.first + k * place.step] = values[k];
-        }
+        store(losses + place.first, place.vector, 1, place.step, place.inside, values);
       } else if (place.inside == Place<kCount>::kAll) {
 #pragma unroll
         for (int k = 0; k < kCount; ++k) sum += static_cast<double>(values[k]);
