@@ -155,8 +155,10 @@ def assert_cross_entropy_matches_torch(tensors, alpha, **options):
 SHAPES = [
     *((rows, size) for rows in (1, 2, 1000) for size in (1, 2, 15, 16, 17, 31)),
     *((rows, size) for rows in (1, 3) for size in (1023, 1024, 1025, 3000)),
+    *((2, size) for size in (784, 8192, 8193, 70_001)),
     (50, 1025),
-    (2, 70_001),
+    (20_001, 1),
+    (9000, 40),
 ]
 
 
@@ -166,6 +168,11 @@ def test_torch_by_size(device, case, dtype):
     for shape in SHAPES:
         tensors = case.draw(*shape, dtype=dtype, device=device)
         assert_matches_torch(case, tensors, alpha=0.7)
+
+
+def test_samples_of_millions_of_elements(device):
+    tensors = CASES["mse"].draw(2, 5_000_001, dtype=torch.float32, device=device)
+    assert_matches_torch(CASES["mse"], tensors, 0.5)
 
 
 @every_case
@@ -258,9 +265,9 @@ def test_torch_by_strides(device, case, view):
 
 
 @every_case
-def test_gradient_reaches_the_base_of_a_view(case):
-    tensors = case.draw(6, 8)
-    base = torch.zeros(8, 12, dtype=torch.float64, requires_grad=True)
+def test_gradient_reaches_the_base_of_a_view(device, case):
+    tensors = case.draw(6, 8, device=device)
+    base = torch.zeros(8, 12, dtype=torch.float64, device=device, requires_grad=True)
     case.cvar({**tensors, "input": base.t()[::2] + 0}, 0.5).backward()
     through_a_copy = base.grad.clone()
     base.grad = None
@@ -301,9 +308,9 @@ def test_var_may_be_a_number(device, var):
         assert torch.equal(got, expected) and got.dtype == expected.dtype
 
 
-def test_a_negative_variance_counts_as_eps():
-    mean, seen = torch.zeros(3, 1), torch.ones(3, 1)
-    var = torch.tensor([[-1.0], [0.5], [0.1]])
+def test_a_negative_variance_counts_as_eps(device):
+    mean, seen = torch.zeros(3, 1, device=device), torch.ones(3, 1, device=device)
+    var = torch.tensor([[-1.0], [0.5], [0.1]], device=device)
     losses = sqloss.losses.gaussian_nll_loss(mean, seen, var, eps=0.5)
     expected = F.gaussian_nll_loss(mean, seen, var.clamp(min=0.5), reduction="none").squeeze(1)
     torch.testing.assert_close(losses, expected)
@@ -536,6 +543,12 @@ def test_a_loss_is_finite_where_only_the_square_is_not(device):
     torch.testing.assert_close(smooth, torch.tensor([0.5e20], device=device))
     likely = sqloss.losses.gaussian_nll_loss(x, zero, var=1e30)
     torch.testing.assert_close(likely, torch.tensor([0.5e20], device=device))
+
+
+def test_a_loss_is_finite_where_only_the_sum_is_not(device):
+    x = torch.full((3, 40), 1.5e19, device=device)
+    losses = sqloss.losses.mse_loss(x, torch.zeros_like(x))
+    torch.testing.assert_close(losses, torch.full((3,), 2.25e38, device=device))
 
 
 @pytest.mark.parametrize("x, y", [(INF, 0.0), (INF, 0.5), (-INF, 0.5), (-INF, 1.0)])
@@ -820,11 +833,17 @@ def test_same_bits_of_the_cross_entropy(shape, options):
 
 def test_same_bits_on_every_repetition(device):
     tensors = CASES["bce"].draw(300, 301, dtype=torch.float32, device=device)
+    long = CASES["bce"].draw(3, 70_001, dtype=torch.float32, device=device)
     classes = draw_classes(300, 301, dtype=torch.float32, device=device)
-    first = CASES["bce"].losses(tensors), sqloss.losses.cross_entropy(**classes)
+    functions = (
+        lambda: CASES["bce"].losses(tensors),
+        lambda: CASES["bce"].losses(long),
+        lambda: sqloss.losses.cross_entropy(**classes),
+    )
+    first = [function() for function in functions]
     for _ in range(20):
-        assert torch.equal(CASES["bce"].losses(tensors), first[0])
-        assert torch.equal(sqloss.losses.cross_entropy(**classes), first[1])
+        for function, expected in zip(functions, first, strict=True):
+            assert torch.equal(function(), expected)
 
 
 CAPABILITY_PROGRAM = """
@@ -869,10 +888,10 @@ def test_same_bits_for_every_cpu_capability(results_by_capability):
 
 
 @every_case
-def test_gradcheck_and_gradgradcheck(case):
-    tensors = case.draw(4, 2, 3)
+def test_gradcheck_and_gradgradcheck(device, case):
+    tensors = case.draw(4, 2, 3, device=device)
     names = case.differentiable(tensors)
-    extra = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    extra = torch.randn(4, dtype=torch.float64, device=device, requires_grad=True)
     leaves = with_gradients(tensors, names)
     rest = {name: tensor for name, tensor in tensors.items() if name not in names}
 
@@ -911,11 +930,11 @@ def test_gradcheck_and_gradgradcheck_of_the_cross_entropy(probabilities, options
         assert torch.autograd.gradgradcheck(f, x, check_fwd_over_rev=True)
 
 
-def test_a_gradient_penalty():
+def test_a_gradient_penalty(device):
     """Double backward through the fused loss into the parameters of a model."""
-    layer = torch.nn.Linear(5, 4).double()
-    x = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
-    y = torch.rand(9, 4, dtype=torch.float64)
+    layer = torch.nn.Linear(5, 4, dtype=torch.float64, device=device)
+    x = torch.randn(9, 5, dtype=torch.float64, device=device, requires_grad=True)
+    y = torch.rand(9, 4, dtype=torch.float64, device=device)
 
     def penalised(loss):
         (slope,) = torch.autograd.grad(loss, x, create_graph=True)
@@ -930,8 +949,8 @@ def test_a_gradient_penalty():
 
 
 @every_case
-def test_only_wanted_gradients_are_computed(case):
-    tensors = case.draw(5, 7)
+def test_only_wanted_gradients_are_computed(device, case):
+    tensors = case.draw(5, 7, device=device)
     names = case.differentiable(tensors)
     everything = torch.autograd.grad(
         case.cvar(leaves := with_gradients(tensors, names), 0.5), [leaves[n] for n in names]
@@ -1324,10 +1343,10 @@ def test_fake_tensors_and_tracing():
 
 
 @every_case
-def test_func_grad_vmap_and_their_compositions(case):
+def test_func_grad_vmap_and_their_compositions(device, case):
     from torch.func import grad, hessian, jacrev, jvp, vjp, vmap
 
-    batch = case.draw(6, 5, 4)
+    batch = case.draw(6, 5, 4, device=device)
     names = list(batch)
     x, *rest = batch.values()
 
@@ -1357,7 +1376,7 @@ def test_func_grad_vmap_and_their_compositions(case):
         return f(x, *first)
 
     pull_back = vjp(at_first, x[0])[1]
-    torch.testing.assert_close(pull_back(torch.tensor(2.0).double())[0], 2 * gradients[0])
+    torch.testing.assert_close(pull_back(x.new_tensor(2.0))[0], 2 * gradients[0])
     along = jvp(at_first, (x[0],), (x[1],))[1]
     torch.testing.assert_close(along, (gradients[0] * x[1]).sum())
     torch.testing.assert_close(jacrev(at_first)(x[0]), gradients[0])
@@ -1403,11 +1422,11 @@ def test_func_of_the_cross_entropy():
     torch.testing.assert_close(per_row, F.cross_entropy(rows, labels, reduction="none"))
 
 
-def test_per_sample_gradients_of_a_model():
+def test_per_sample_gradients_of_a_model(device):
     from torch.func import functional_call, grad, vmap
 
-    model = torch.nn.Linear(5, 3)
-    x, y = torch.randn(8, 5), torch.rand(8, 3)
+    model = torch.nn.Linear(5, 3, device=device)
+    x, y = torch.randn(8, 5, device=device), torch.rand(8, 3, device=device)
 
     def loss(parameters, x, y):
         logits = functional_call(model, parameters, (x.unsqueeze(0),))
