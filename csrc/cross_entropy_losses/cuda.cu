@@ -578,25 +578,43 @@ class Team {
 constexpr int kRuns = 4;
 
 template <int kRun>
-struct Runs {
+class Runs {
+ public:
+  static constexpr int kCount = kRuns * kRun;
   int64_t begin;  // the first run's first class, below 0 where it goes over the sample's beginning
-  int64_t step;   // from these to the next
-  int distance;   // between runs
-  int64_t classes;
+  int64_t step;   // from these runs to the next
 
-  __device__ Runs(const Team& team, const Arguments& in, const char* row)
-      : step(int64_t(team.size()) * kRun * kRuns),
-        distance(team.size() * kRun),
-        classes(in.classes) {
-    const auto over = reinterpret_cast<uintptr_t>(row) / in.input.size % kRun;
-    begin = team.rank() * kRun - static_cast<int>(over);
+  __device__ Runs(const Team& team, const Arguments& in, const char* sample)
+      : step(int64_t(team.size()) * kCount), classes_(in.classes), distance_(team.size() * kRun) {
+    const auto element = reinterpret_cast<uintptr_t>(sample) >> (__ffs(in.input.size) - 1);
+    begin = team.rank() * kRun - static_cast<int>(element % kRun);
   }
 
-  // Of element i of the runs from c on.
-  __device__ int64_t class_of(int64_t c, int i) const { return c + i / kRun * distance + i % kRun; }
+  // The class of element i of the runs, counted from their first one's.
+  __device__ int place(int i) const { return i / kRun * distance_ + i % kRun; }
+
+  // Whether element i of the runs from c on is a class.
   __device__ bool counts(int64_t c, int i) const {
-    return (kRun == 1 || class_of(c, i) >= 0) && class_of(c, i) < classes;
+    return place(i) < at_most(classes_ - c) && (i % kRun == i ? c + i >= 0 : true);
   }
+  // Whether all elements of `count` runs from number r on are.
+  __device__ bool whole(int64_t c, int r, int count) const {
+    return counts(c, r * kRun) && counts(c, (r + count) * kRun - 1);
+  }
+
+  // Where a class is, as place() counts; below 0 where it is not.
+  __device__ int place_of(int64_t target, int64_t c) const {
+    return target < c ? -1 : at_most(target - c);
+  }
+
+ private:
+  static __device__ int at_most(int64_t number) {
+    constexpr int64_t kMost = std::numeric_limits<int>::max();
+    return static_cast<int>(number < kMost ? number : kMost);
+  }
+
+  int64_t classes_;
+  int distance_;
 };
 
 // A tensor's elements of one sample.
@@ -610,54 +628,62 @@ class Row {
 
   __device__ __forceinline__ char* at(int64_t c) const { return sample_ + c * stride_; }
 
-  template <int kRun, typename T>
+  template <typename T, int kRun>
   __device__ __forceinline__ void read(const Runs<kRun>& runs, int64_t c, T otherwise,
                                        T (&values)[kRuns * kRun]) const {
     for_dtype<T>(dtype_, [&](auto zero) {
       using scalar_t = decltype(zero);
       using Run = Vector<scalar_t, kRun>;
+      const bool aligned = is_aligned<Run>(c);
+      const auto run = [&](int r) { return at(c) + runs.place(r * kRun) * stride_; };
+      Run numbers[kRuns];
+      if (aligned && runs.whole(c, 0, kRuns)) {  // all loads before the first use
 #pragma unroll
-      for (int first = 0; first < kRuns * kRun; first += kRun) {
-        const char* const run = at(runs.class_of(c, first));
-        if (kRun > 1 && at_once<Run>(runs, c, first, run)) {
-          const Run numbers = *reinterpret_cast<const Run*>(run);
+        for (int r = 0; r < kRuns; ++r) numbers[r] = *reinterpret_cast<const Run*>(run(r));
+      } else {
 #pragma unroll
-          for (int i = 0; i < kRun; ++i) values[first + i] = static_cast<T>(numbers.values[i]);
-        } else {
+        for (int r = 0; r < kRuns; ++r) {
+          if (aligned && runs.whole(c, r, 1)) {
+            numbers[r] = *reinterpret_cast<const Run*>(run(r));
+            continue;
+          }
 #pragma unroll
           for (int i = 0; i < kRun; ++i) {
-            values[first + i] =
-                runs.counts(c, first + i)
-                    ? static_cast<T>(*reinterpret_cast<const scalar_t*>(run + i * stride_))
-                    : otherwise;
+            numbers[r].values[i] = runs.counts(c, r * kRun + i)
+                                       ? *reinterpret_cast<const scalar_t*>(run(r) + i * stride_)
+                                       : static_cast<scalar_t>(otherwise);
           }
         }
+      }
+#pragma unroll
+      for (int i = 0; i < kRuns * kRun; ++i) {
+        values[i] = static_cast<T>(numbers[i / kRun].values[i % kRun]);
       }
     });
   }
 
-  template <int kRun, typename T>
+  template <typename T, int kRun>
   __device__ __forceinline__ void write(const Runs<kRun>& runs, int64_t c,
                                         const T (&values)[kRuns * kRun]) const {
     for_dtype<T>(dtype_, [&](auto zero) {
       using scalar_t = decltype(zero);
       using Run = Vector<scalar_t, kRun>;
+      const bool aligned = is_aligned<Run>(c);
 #pragma unroll
-      for (int first = 0; first < kRuns * kRun; first += kRun) {
-        char* const run = at(runs.class_of(c, first));
-        if (kRun > 1 && at_once<Run>(runs, c, first, run)) {
-          Run numbers;
+      for (int r = 0; r < kRuns; ++r) {
+        Run numbers;
 #pragma unroll
-          for (int i = 0; i < kRun; ++i) {
-            numbers.values[i] = static_cast<scalar_t>(values[first + i]);
-          }
+        for (int i = 0; i < kRun; ++i) {
+          numbers.values[i] = static_cast<scalar_t>(values[r * kRun + i]);
+        }
+        char* const run = at(c) + runs.place(r * kRun) * stride_;
+        if (aligned && runs.whole(c, r, 1)) {
           *reinterpret_cast<Run*>(run) = numbers;
         } else {
 #pragma unroll
           for (int i = 0; i < kRun; ++i) {
-            if (!runs.counts(c, first + i)) continue;
-            *reinterpret_cast<scalar_t*>(run + i * stride_) =
-                static_cast<scalar_t>(values[first + i]);
+            if (!runs.counts(c, r * kRun + i)) continue;
+            *reinterpret_cast<scalar_t*>(run + i * stride_) = numbers.values[i];
           }
         }
       }
@@ -665,10 +691,9 @@ class Row {
   }
 
  private:
-  template <typename Run, int kRun>
-  __device__ bool at_once(const Runs<kRun>& runs, int64_t c, int first, const char* run) const {
-    return adjacent_ && runs.counts(c, first) && runs.counts(c, first + kRun - 1) &&
-           reinterpret_cast<uintptr_t>(run) % alignof(Run) == 0;
+  template <typename Run>
+  __device__ bool is_aligned(int64_t c) const {
+    return adjacent_ && reinterpret_cast<uintptr_t>(at(c)) % alignof(Run) == 0;
   }
 
   at::ScalarType dtype_;
@@ -690,7 +715,7 @@ __device__ __forceinline__ void read_coefficients(const Arguments& in, const Row
   }
 #pragma unroll
   for (int i = 0; i < kRuns * kRun; ++i) {
-    const T weight = runs.counts(c, i) ? in.weight_of<T>(runs.class_of(c, i)) : T(0);
+    const T weight = runs.counts(c, i) ? in.weight_of<T>(c + runs.place(i)) : T(0);
     t[i] = in.coefficient_of(t[i], weight);
   }
 }
@@ -784,9 +809,10 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<T>(3))
       T x[kRuns * kRun], t[kRuns * kRun] = {};
       input.read(runs, c, T(0), x);
       if (in.any()) read_coefficients(in, probabilities, runs, c, t);
+      const int place = runs.place_of(target, c);
 #pragma unroll
       for (int i = 0; i < kRuns * kRun; ++i) {
-        const bool is_target = has_target && runs.class_of(c, i) == target;
+        const bool is_target = runs.place(i) == place;
         grad[i] = scale.gradient(exp_of(scale.exponent(x[i])), is_target ? t_of_target : t[i]);
       }
     }
