@@ -78,15 +78,18 @@ TORCH_LIBRARY_IMPL(sqloss, CPU, m) {
   m.impl("superquantile", core::On<superquantile::forward, superquantile::cpu_kernels>::call);
   m.impl("superquantile_backward",
          core::On<superquantile::backward, superquantile::cpu_kernels>::call);
-  m.impl("pointwise_losses", pointwise_losses::forward_cpu);
-  m.impl("pointwise_losses_backward", pointwise_losses::backward_cpu);
+  m.impl("pointwise_losses",
+         core::On<pointwise_losses::forward, pointwise_losses::cpu_kernels>::call);
+  m.impl("pointwise_losses_backward",
+         core::On<pointwise_losses::backward, pointwise_losses::cpu_kernels>::call);
   m.impl("cross_entropy_losses",
          core::On<cross_entropy_losses::forward, cross_entropy_losses::cpu_kernels>::call);
   m.impl("cross_entropy_losses_backward",
          core::On<cross_entropy_losses::backward, cross_entropy_losses::cpu_kernels>::call);
-  m.impl("student_t_rsample_kl", student_t::forward_cpu);
-  m.impl("student_t_rsample_kl_backward", student_t::backward_cpu);
-  m.impl("student_t_noise", student_t::noise_cpu);
+  m.impl("student_t_rsample_kl", core::On<student_t::forward, student_t::cpu_kernels>::call);
+  m.impl("student_t_rsample_kl_backward",
+         core::On<student_t::backward, student_t::cpu_kernels>::call);
+  m.impl("student_t_noise", core::On<student_t::noise, student_t::cpu_kernels>::call);
 }
 
 TORCH_LIBRARY_IMPL(sqloss, CompositeExplicitAutograd, m) {
@@ -103,10 +106,18 @@ TORCH_LIBRARY_IMPL(sqloss, CUDA, m) {
   m.impl("superquantile", core::On<superquantile::forward, superquantile::cuda_kernels>::call);
   m.impl("superquantile_backward",
          core::On<superquantile::backward, superquantile::cuda_kernels>::call);
+  m.impl("pointwise_losses",
+         core::On<pointwise_losses::forward, pointwise_losses::cuda_kernels>::call);
+  m.impl("pointwise_losses_backward",
+         core::On<pointwise_losses::backward, pointwise_losses::cuda_kernels>::call);
   m.impl("cross_entropy_losses",
          core::On<cross_entropy_losses::forward, cross_entropy_losses::cuda_kernels>::call);
   m.impl("cross_entropy_losses_backward",
          core::On<cross_entropy_losses::backward, cross_entropy_losses::cuda_kernels>::call);
+  m.impl("student_t_rsample_kl", core::On<student_t::forward, student_t::cuda_kernels>::call);
+  m.impl("student_t_rsample_kl_backward",
+         core::On<student_t::backward, student_t::cuda_kernels>::call);
+  m.impl("student_t_noise", core::On<student_t::noise, student_t::cuda_kernels>::call);
 }
 #endif
 
@@ -133,8 +144,8 @@ at::Tensor pointwise_losses_eager(std::string_view loss, const at::Tensor& input
                                   const at::Tensor& target, const std::optional<at::Tensor>& weight,
                                   const std::optional<at::Tensor>& other, double parameter,
                                   bool full, int64_t sample_dims, bool mean) {
-  static const auto op =
-      core::find_operator<decltype(pointwise_losses::forward_cpu)>("sqloss::pointwise_losses");
+  static const auto op = core::find_operator<core::Operator<decltype(pointwise_losses::forward)>>(
+      "sqloss::pointwise_losses");
   return op.call(loss, input, target, weight, other, parameter, full, sample_dims, mean);
 }
 
@@ -192,8 +203,8 @@ ZAndKl student_t_rsample_kl_eager(const std::optional<at::Tensor>& df, const at:
                                   std::optional<int64_t> num_samples,
                                   std::string_view parameterization, std::string_view kl,
                                   bool kl_mean, bool return_z) {
-  static const auto op =
-      core::find_operator<decltype(student_t::forward_cpu)>("sqloss::student_t_rsample_kl");
+  static const auto op = core::find_operator<core::Operator<decltype(student_t::forward)>>(
+      "sqloss::student_t_rsample_kl");
   auto [z, of_kl] = op.call(df, loc, scale, prior_df, seed, rows, num_samples, parameterization, kl,
                             kl_mean, return_z);
   ZAndKl wanted;

@@ -86,12 +86,12 @@ def test_moments(device, df, dtype):
     assert z.sign().mean().item() == pytest.approx(0, abs=STANDARD_ERRORS / n**0.5)
 
 
-def assert_tails(df, chunks, levels, dtype):
+def assert_tails(device, df, chunks, levels, dtype):
     """The numbers of samples beyond the quantiles of the law, both tails together."""
     bounds = {level: law(df).isf(level / 2) for level in levels}
     counts = dict.fromkeys(levels, 0)
     for seed in range(chunks):
-        z = draw(df, 1024, 4096, seed=seed, dtype=dtype).abs_()
+        z = draw(df, 1024, 4096, seed=seed, dtype=dtype, device=device).abs_()
         z = z[z > min(bounds.values())]
         for level, bound in bounds.items():
             counts[level] += (z > bound).sum().item()
@@ -103,13 +103,13 @@ def assert_tails(df, chunks, levels, dtype):
 
 
 @pytest.mark.parametrize("df", [0.5, 3.0, INF])
-def test_tails_to_one_in_a_million(df):
-    assert_tails(df, 16, [1e-3, 1e-4, 1e-5, 1e-6], torch.float32)
+def test_tails_to_one_in_a_million(device, df):
+    assert_tails(device, df, 16, [1e-3, 1e-4, 1e-5, 1e-6], torch.float32)
 
 
 @pytest.mark.parametrize("df", [1.0, 5.0])
-def test_tails_in_double(df):
-    assert_tails(df, 2, [1e-3, 1e-4, 1e-5], torch.float64)
+def test_tails_in_double(device, df):
+    assert_tails(device, df, 2, [1e-3, 1e-4, 1e-5], torch.float64)
 
 
 def dependence(a, b, df):
@@ -236,26 +236,28 @@ def test_divergence_and_gradients_are_unbiased(device, pair, estimator, form):
 
 @pytest.mark.parametrize("column", [(5.0, 0.7, 0.4), (3.0, -1.0, 1.5), (0.5, 0.3, 0.2)])
 @pytest.mark.parametrize("estimator", ["mc", "analytic_entropy"])
-def test_a_shared_df_has_both_gradients(column, estimator):
-    df, loc, scale = (torch.full((2**16, 1), x, dtype=torch.float64) for x in column)
-    df.requires_grad_()
+def test_a_shared_df_has_both_gradients(device, column, estimator):
+    columns = torch.tensor(column, dtype=torch.float64, device=device).expand(2**16, 1, 3)
+    df, loc, scale = columns.unbind(-1)
+    df = df.clone().requires_grad_()
     kl = sqloss.student_t_rsample_kl(
-        df, loc, scale, estimator=estimator, return_z=False, seed=seed_of(8)
+        df, loc, scale, estimator=estimator, return_z=False, seed=seed_of(8, device)
     )
     in_df, _, _, in_prior_df = slopes(*column, column[0])
-    assert_mean(torch.autograd.grad(kl.sum(), df)[0], in_df + in_prior_df)
+    assert_mean(torch.autograd.grad(kl.sum(), df)[0].cpu(), in_df + in_prior_df)
 
 
-def test_gradient_of_a_function_of_the_samples_is_unbiased():
+def test_gradient_of_a_function_of_the_samples_is_unbiased(device):
     """d/d df of E[log(1 + z^2)], whose samples pass through z alone."""
-    df = torch.full((2**16, 1), 3.0, dtype=torch.float64, requires_grad=True)
-    z = sqloss.student_t_rsample(df, torch.tensor(0.5), torch.tensor(0.8), seed=seed_of(9))
+    df = torch.full((2**16, 1), 3.0, dtype=torch.float64, device=device, requires_grad=True)
+    loc = torch.tensor(0.5, device=device)
+    z = sqloss.student_t_rsample(df, loc, 0.8, seed=seed_of(9, device))
     (gradient,) = torch.autograd.grad((z**2).log1p().sum(), df)
 
     def expected(df):
         return expectation(lambda t: math.log1p((0.5 + 0.8 * t) ** 2), df)
 
-    assert_mean(gradient, (expected(3 + 1e-4) - expected(3 - 1e-4)) / 2e-4)
+    assert_mean(gradient.cpu(), (expected(3 + 1e-4) - expected(3 - 1e-4)) / 2e-4)
 
 
 @every_form
@@ -277,13 +279,13 @@ def test_the_normal_divergence_is_closed(device, form):
     torch.testing.assert_close(kl, expected.expand(3, 5))
 
 
-def test_the_normal_divergence_by_samples_is_unbiased():
-    loc, scale = torch.tensor([0.5, -1.0]), torch.tensor([0.4, 1.3])
-    closed = sqloss.normal_rsample_kl(loc.double(), scale.double(), return_z=False)
+def test_the_normal_divergence_by_samples_is_unbiased(device):
+    loc, scale = torch.tensor([[0.5, -1.0], [0.4, 1.3]], dtype=torch.float64, device=device)
+    closed = sqloss.normal_rsample_kl(loc, scale, return_z=False)
     kl = sqloss.normal_rsample_kl(
-        loc.double().expand(2**16, 2), scale, estimator="mc", return_z=False, seed=seed_of(3)
+        loc.expand(2**16, 2), scale, estimator="mc", return_z=False, seed=seed_of(3, device)
     )
-    assert_mean(kl, closed.item())
+    assert_mean(kl.cpu(), closed.item())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -638,6 +640,15 @@ def test_what_is_huge_but_finite_stays_so(device):
     assert wide.isfinite().all() and wide.abs().max() > 1e8
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("of_df", [(), (125,)])
+def test_gradient_of_a_df_of_many_rows(device, dtype, of_df):
+    tensors = parameters(9001, 125, dtype=dtype, device=device)
+    for name in ("df", "prior_df"):
+        tensors[name] = tensors[name][0, : math.prod(of_df)].reshape(of_df)
+    assert_matches_twin(tensors, seed_of(6, device))
+
+
 # --- which draw is which --------------------------------------------------------------------------
 
 
@@ -670,8 +681,8 @@ def test_manual_seed_and_generators_reproduce(device):
     assert torch.equal(sqloss.student_t_rsample_kl(5.0, loc, 1.0, seed=seed)[0], a[0])
 
 
-def test_seeds_have_64_bits():
-    seeds = torch.stack([sqloss.draw_seed() for _ in range(256)])
+def test_seeds_have_64_bits(device):
+    seeds = torch.stack([sqloss.draw_seed(device=device) for _ in range(256)])
     assert len(seeds.unique()) == 256
     for bit in range(64):
         assert 64 < (seeds >> bit & 1).sum() < 192
@@ -687,6 +698,20 @@ def test_all_bits_of_seed_and_row_and_sample_count(device):
     drawn = [z(seed, row) for seed in (0, 1, 2**31, 2**32, 2**62, -1) for row in (0, 1)]
     drawn += [z(0, row) for row in (2**29, 2**30, 2**32, 2**40, 2**59)]
     assert len(torch.stack(drawn).unique()) == 8 * len(drawn)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(5, 1), (9001, 7), (7, 128), (6, 130), (3, 2501)])
+def test_noise_is_the_twins(device, dtype, shape):
+    """So the random words are the same on every device."""
+    loc = torch.zeros(shape, dtype=dtype, device=device)
+    numbers = torch.arange(shape[0], device=device)
+    for rows in (None, numbers.flip(0) * 2**40 + 3, -1 - numbers):
+        for seed in (seed_of(2**62 + 1, device), numbers - 2):
+            got = torch.ops.sqloss.student_t_noise(loc, seed, rows, 2)
+            expected = reference.student_t_noise(loc, seed, rows, 2)
+            for a, b in zip(got, expected, strict=True):
+                assert_near(a, b, 8 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -743,8 +768,8 @@ def test_samples_do_not_depend_on_their_number(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(3, 70_001), (999, 31), (40, 3000), (20_001, 3)])
 @pytest.mark.parametrize("of_df", ["element", "column", "scalar"])
-def test_same_bits_for_any_number_of_threads_and_repetition(dtype, shape, of_df):
-    tensors = parameters(*shape, dtype=dtype)
+def test_same_bits_for_any_number_of_threads_and_repetition(device, dtype, shape, of_df):
+    tensors = parameters(*shape, dtype=dtype, device=device)
     for name in ("df", "prior_df"):
         index = {"element": ..., "column": 0, "scalar": (0, 0)}[of_df]
         tensors[name] = tensors[name][index]
@@ -753,7 +778,7 @@ def test_same_bits_for_any_number_of_threads_and_repetition(dtype, shape, of_df)
         for threads in (1, 2, 2, 3):
             torch.set_num_threads(threads)
             leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
-            z, kl = public(leaves, num_samples=2, seed=seed_of(1))
+            z, kl = public(leaves, num_samples=2, seed=seed_of(1, device))
             # torch's own sum to a scalar depends on threads
             wanted = [t for t in leaves.values() if t.dim() > 0]
             results.append((z, kl, *torch.autograd.grad(z.sum() + kl.sum(), wanted)))
@@ -807,8 +832,8 @@ ESTIMATORS = [("mc", True), ("analytic_entropy", True), ("mc", False), ("closed_
 @every_form
 @pytest.mark.parametrize("estimator, student", ESTIMATORS)
 @pytest.mark.parametrize("num_samples, reduction", [(1, "mean"), (3, "mean"), (3, "none")])
-def test_gradcheck_and_gradgradcheck(form, estimator, student, num_samples, reduction):
-    tensors = parameters(2, 3, form=form, df=(1.5, 6.0))
+def test_gradcheck_and_gradgradcheck(device, form, estimator, student, num_samples, reduction):
+    tensors = parameters(2, 3, form=form, df=(1.5, 6.0), device=device)
     tensors = tensors if student else normal(tensors)
     names = list(tensors)
 
@@ -818,7 +843,7 @@ def test_gradcheck_and_gradgradcheck(form, estimator, student, num_samples, redu
             estimator,
             num_samples=num_samples,
             reduction=reduction,
-            seed=seed_of(11),
+            seed=seed_of(11, device),
         )
 
     leaves = [t.requires_grad_() for t in tensors.values()]
@@ -834,12 +859,12 @@ def test_gradcheck_and_gradgradcheck(form, estimator, student, num_samples, redu
 
 
 @pytest.mark.parametrize("num_samples", [None, 3])
-def test_gradcheck_of_samples(num_samples):
-    tensors = parameters(2, 3, df=(1.5, 6.0), prior=False)
+def test_gradcheck_of_samples(device, num_samples):
+    tensors = parameters(2, 3, df=(1.5, 6.0), prior=False, device=device)
 
     def samples(*leaves):
         named = dict(zip(tensors, leaves, strict=True))
-        return sqloss.student_t_rsample(**named, num_samples=num_samples, seed=seed_of(11))
+        return sqloss.student_t_rsample(**named, num_samples=num_samples, seed=seed_of(11, device))
 
     leaves = [t.requires_grad_() for t in tensors.values()]
     assert torch.autograd.gradcheck(samples, leaves, check_forward_ad=True)
@@ -851,14 +876,15 @@ def test_gradcheck_of_samples(num_samples):
 @pytest.mark.parametrize("estimator", ["mc", "analytic_entropy"])
 @pytest.mark.parametrize("prior", [False, True])
 def test_differentiable_gradients_and_tangents_have_the_digits_of_the_kernels(
-    dtype, df, estimator, prior
+    device, dtype, df, estimator, prior
 ):
     """Formulas, not kernels; in a large df their terms cancel."""
-    tensors = parameters(40, 1, dtype=dtype, prior=prior)
+    tensors = parameters(40, 1, dtype=dtype, device=device, prior=prior)
+    seed = seed_of(2, device)
     tensors["df"] = torch.full_like(tensors["loc"], df)
 
     def kl(*values):
-        return public(dict(zip(tensors, values, strict=True)), estimator, seed=seed_of(2))[1]
+        return public(dict(zip(tensors, values, strict=True)), estimator, seed=seed)[1]
 
     leaves = [t.detach().requires_grad_() for t in tensors.values()]
     expected = torch.autograd.grad(kl(*leaves).sum(), leaves)
@@ -873,27 +899,27 @@ def test_differentiable_gradients_and_tangents_have_the_digits_of_the_kernels(
 
 @pytest.mark.parametrize("estimator", ["mc", "analytic_entropy"])
 @pytest.mark.parametrize("df", [3.0, 30.0, 50.0, 300.0])
-def test_second_derivative_in_df(df, estimator):
-    tensors = parameters(40, 1)
+def test_second_derivative_in_df(device, df, estimator):
+    tensors, seed = parameters(40, 1, device=device), seed_of(2, device)
 
     def kl(df):
-        return public({**tensors, "df": df}, estimator, seed=seed_of(2))[1].sum()
+        return public({**tensors, "df": df}, estimator, seed=seed)[1].sum()
 
     def gradient(df):
-        leaf = torch.tensor(df, dtype=torch.float64, requires_grad=True)
+        leaf = torch.tensor(df, dtype=torch.float64, device=device, requires_grad=True)
         return torch.autograd.grad(kl(leaf), leaf)[0]
 
     step = 1e-4 * df
     expected = (gradient(df + step) - gradient(df - step)) / (2 * step)
-    leaf = torch.tensor(df, dtype=torch.float64, requires_grad=True)
+    leaf = torch.tensor(df, dtype=torch.float64, device=device, requires_grad=True)
     first = torch.autograd.grad(kl(leaf), leaf, create_graph=True)[0]
     for second in (torch.autograd.grad(first, leaf)[0], torch.func.hessian(kl)(leaf.detach())):
         torch.testing.assert_close(second, expected, rtol=1e-5, atol=1e-9 / df)
 
 
-def test_df_that_is_not_positive_gives_nan_in_formulas_too():
-    df = torch.tensor([[-1.0], [0.0], [3.0]], requires_grad=True)
-    kl = sqloss.student_t_rsample_kl(df, torch.zeros(3, 1), 1.5, return_z=False)
+def test_df_that_is_not_positive_gives_nan_in_formulas_too(device):
+    df = torch.tensor([[-1.0], [0.0], [3.0]], device=device, requires_grad=True)
+    kl = sqloss.student_t_rsample_kl(df, torch.zeros_like(df), 1.5, return_z=False)
     gradient = torch.autograd.grad(kl.sum(), df, create_graph=True)[0]
     assert gradient.isnan().flatten().tolist() == [True, True, False]
 
@@ -936,9 +962,9 @@ def test_changing_an_input_after_forward_is_noticed():
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing(use_reentrant):
-    layer = torch.nn.Linear(5, 8)
-    x = torch.randn(30, 5)
+def test_activation_checkpointing(device, use_reentrant):
+    layer = torch.nn.Linear(5, 8, device=device)
+    x = torch.randn(30, 5, device=device)
 
     def step(x):
         loc, logvar = layer(x).chunk(2, 1)
@@ -971,8 +997,8 @@ def test_memory_of_the_divergence_alone_does_not_grow_with_samples(peak_memory, 
         assert peak_memory(lambda n=num_samples: step(n)) <= gradients + 32 * 256 + 4096
 
 
-def test_nothing_but_the_arguments_is_saved_for_backward():
-    tensors = {name: t.requires_grad_() for name, t in parameters(6, 40).items()}
+def test_nothing_but_the_arguments_is_saved_for_backward(device):
+    tensors = {name: t.requires_grad_() for name, t in parameters(6, 40, device=device).items()}
     packed = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: packed.append(t.data_ptr() if t.numel() > 1 else None) or t, lambda t: t
@@ -1090,7 +1116,7 @@ def test_compiled_draws_are_the_same_bits(device):
     assert not torch.equal(first[0], second[0])
 
 
-def test_compiled_checkpointing_draws_the_same_again():
+def test_compiled_checkpointing_draws_the_same_again(device):
     def block(loc, logvar):
         z, kl = sqloss.student_t_rsample_kl(5.0, loc, logvar=logvar)
         return z.square().sum(1) + kl
@@ -1099,7 +1125,7 @@ def test_compiled_checkpointing_draws_the_same_again():
     def step(loc, logvar):
         return checkpoint(block, loc, logvar, use_reentrant=False).mean()
 
-    leaves = [t.requires_grad_() for t in torch.randn(2, 9, 4)]
+    leaves = [t.requires_grad_() for t in torch.randn(2, 9, 4, device=device)]
     torch.manual_seed(1)
     got = torch.autograd.grad(step(*leaves), leaves)
     torch.manual_seed(1)
@@ -1107,7 +1133,7 @@ def test_compiled_checkpointing_draws_the_same_again():
     torch.testing.assert_close(got, expected)
 
 
-def test_compiled_backward_uses_the_kernels():
+def test_compiled_backward_uses_the_kernels(device):
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
 
@@ -1122,13 +1148,13 @@ def test_compiled_backward_uses_the_kernels():
         z, kl = sqloss.student_t_rsample_kl(5.0, loc, 1.0)
         return z.sum() + kl.sum()
 
-    step(torch.randn(9, 4, requires_grad=True)).backward()
+    step(torch.randn(9, 4, device=device, requires_grad=True)).backward()
     assert "sqloss.draw_seed.default" in graphs[0]
     assert "sqloss.student_t_rsample_kl.default" in graphs[0]
     assert "sqloss.student_t_rsample_kl_backward.default" in graphs[1]
 
 
-def test_export_with_dynamic_shapes():
+def test_export_with_dynamic_shapes(device):
     class Posterior(torch.nn.Module):
         def forward(self, loc, logvar, seed):
             return sqloss.student_t_rsample_kl(5.0, loc, logvar=logvar, seed=seed)
@@ -1136,10 +1162,10 @@ def test_export_with_dynamic_shapes():
     batch = torch.export.Dim("batch")
     program = torch.export.export(
         Posterior(),
-        (*torch.randn(2, 4, 6), seed_of(1)),
+        (*torch.randn(2, 4, 6, device=device), seed_of(1, device)),
         dynamic_shapes={"loc": {0: batch}, "logvar": {0: batch}, "seed": None},
     )
-    given_ = (*torch.randn(2, 9, 6), seed_of(2))
+    given_ = (*torch.randn(2, 9, 6, device=device), seed_of(2, device))
     for a, b in zip(program.module()(*given_), Posterior()(*given_), strict=True):
         assert torch.equal(a, b)
 
@@ -1167,12 +1193,12 @@ def test_fake_tensors_and_tracing():
     assert torch.equal(make_fx(f)(loc)(loc), f(loc))
 
 
-def test_compiled_autograd():
-    leaves = [t.requires_grad_() for t in parameters(4, 3).values()]
+def test_compiled_autograd(device):
+    leaves = [t.requires_grad_() for t in parameters(4, 3, device=device).values()]
 
     def step():
         named = dict(zip(("loc", "scale", "df", "prior_df"), leaves, strict=True))
-        z, kl = public(named, num_samples=2, seed=seed_of(1))
+        z, kl = public(named, num_samples=2, seed=seed_of(1, device))
         return z.sum() + kl.sum()
 
     expected = torch.autograd.grad(step(), leaves)
@@ -1185,12 +1211,12 @@ def test_compiled_autograd():
 @pytest.mark.parametrize(
     "options", [{}, {"num_samples": 3}, {"num_samples": 3, "reduction": "none"}]
 )
-def test_func_grad_vmap_jvp_and_their_compositions(student, options):
+def test_func_grad_vmap_jvp_and_their_compositions(device, student, options):
     func = torch.func
-    tensors = parameters(4, 3, 5)
+    tensors = parameters(4, 3, 5, device=device)
     tensors = tensors if student else normal(tensors)
     names, leaves = list(tensors), list(tensors.values())
-    estimator, seed = "mc" if student else "closed_form", seed_of(3)
+    estimator, seed = "mc" if student else "closed_form", seed_of(3, device)
 
     def outputs(*leaves, seed=seed):
         return public(dict(zip(names, leaves, strict=True)), estimator, seed=seed, **options)
@@ -1222,13 +1248,13 @@ def test_func_grad_vmap_jvp_and_their_compositions(student, options):
     first = [leaves[0].movedim(0, 2), *(leaf[0] for leaf in leaves[1:])]
     got = func.vmap(outputs, (2, *[None] * len(leaves[1:])))(*first)
     assert_stacked(got, [outputs(leaves[0][i], *first[1:]) for i in range(4)])
-    seeds = torch.arange(4)
+    seeds = torch.arange(4, device=device)
     got = func.vmap(lambda seed: outputs(*(leaf[0] for leaf in leaves), seed=seed))(seeds)
     assert_stacked(got, [outputs(*(leaf[0] for leaf in leaves), seed=seed) for seed in seeds])
 
 
-def test_vmap_and_its_randomness():
-    loc = torch.zeros(3, 4, 5)
+def test_vmap_and_its_randomness(device):
+    loc = torch.zeros(3, 4, 5, device=device)
 
     def z(loc):
         return sqloss.student_t_rsample(5.0, loc, 1.0)
@@ -1477,3 +1503,73 @@ def test_law_the_forms_of_the_scale_are_one_function(loc, scale, forms):
             for form, s in ((form, FORMS[form](scale)) for form in forms)
         )
         torch.testing.assert_close(a, b)
+
+
+# --- draws on a GPU -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 31), (2, 1025), (70_001, 3), (3, 70_001)])
+def test_a_gpu_draws_what_a_cpu_draws(gpu, dtype, shape):
+    tensors = parameters(*shape, dtype=dtype)
+    on_gpu = {name: t.to(gpu) for name, t in tensors.items()}
+    for num_samples in (1, 3):
+        z, kl = public(tensors, num_samples=num_samples, seed=seed_of(2**40 + 1))
+        got = public(on_gpu, num_samples=num_samples, seed=seed_of(2**40 + 1, gpu))
+        assert_near(got[0].cpu(), z, ROUNDING[dtype])
+        assert_near(got[1].cpu(), kl, ROUNDING[dtype])
+    noise = torch.ops.sqloss.student_t_noise
+    # energy = -2 log u and the cosine: what the random bits themselves give
+    for a, b in zip(
+        noise(on_gpu["loc"], seed_of(5, gpu), None, 2),
+        noise(tensors["loc"], seed_of(5), None, 2),
+        strict=True,
+    ):
+        assert_near(a.cpu(), b, ROUNDING[dtype])
+
+
+def test_replays_of_a_cuda_graph_draw_anew(gpu, capture):
+    loc, logvar = torch.randn(2, 33, 20, device=gpu, requires_grad=True)
+
+    def step():
+        z, kl = sqloss.student_t_rsample_kl(5.0, loc, logvar=logvar)
+        normal, _ = sqloss.normal_rsample_kl(loc, logvar=logvar)
+        gradient = torch.autograd.grad(kl.sum() + z.sum() + normal.sum(), logvar)[0]
+        return z.detach(), kl.detach(), normal.detach(), gradient
+
+    replay, outputs = capture(step)
+
+    def replayed():
+        replay()
+        return [t.clone() for t in outputs]
+
+    torch.manual_seed(1)
+    first, second = replayed(), replayed()
+    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    torch.manual_seed(1)
+    assert all(torch.equal(a, b) for a, b in zip(replayed(), first, strict=True))
+    torch.manual_seed(1)
+    assert all(torch.equal(a, b) for a, b in zip(step(), first, strict=True)), "as eager mode does"
+
+
+def test_replays_of_a_cuda_graph_take_the_seed_of_the_moment(gpu, capture):
+    loc, seed = torch.randn(33, 20, device=gpu), seed_of(0, gpu)
+    replay, z = capture(lambda: sqloss.student_t_rsample(5.0, loc, 1.0, seed=seed))
+    for number in (3, 2**40, -1):
+        seed.fill_(number)
+        replay()
+        assert torch.equal(z, sqloss.student_t_rsample(5.0, loc, 1.0, seed=seed_of(number, gpu)))
+
+
+def test_more_elements_than_32_bits_can_count(gpu):
+    rows, columns = 2**16 + 1, 2**15
+    if torch.cuda.mem_get_info()[0] < 32 * 2**30:
+        pytest.skip("expected 32 GiB of free memory on the GPU")
+    loc = torch.zeros(rows, columns, dtype=torch.bfloat16, device=gpu).requires_grad_()
+    seed, worst = seed_of(3, gpu), torch.tensor([rows - 1, 2**15, 0], device=gpu)
+    z, kl = sqloss.normal_rsample_kl(loc, 1.0, estimator="mc", seed=seed)
+    (gradient,) = torch.autograd.grad(kl.sum(), loc)
+    few = torch.zeros(3, columns, dtype=torch.bfloat16, device=gpu).requires_grad_()
+    again = sqloss.normal_rsample_kl(few, 1.0, estimator="mc", seed=seed, rows=worst)
+    assert torch.equal(z[worst], again[0]) and torch.equal(kl[worst], again[1])
+    assert torch.equal(gradient[worst], torch.autograd.grad(again[1].sum(), few)[0])

@@ -15,6 +15,7 @@
 #include <string>
 #include <utility>
 
+#include "core/on.h"
 #include "student_t/student_t.h"
 
 namespace sqloss::student_t {
@@ -48,16 +49,16 @@ struct Call {
   bool kl_mean;
 
   Outs outputs(bool return_z) const {
-    static const auto op =
-        core::find_operator<decltype(forward_cpu)>("sqloss::student_t_rsample_kl");
+    static const auto op = core::find_operator<core::Operator<decltype(student_t::forward)>>(
+        "sqloss::student_t_rsample_kl");
     return op.call(df, loc, scale, prior_df, seed, rows, num_samples, parameterization, kl, kl_mean,
                    return_z);
   }
 
   InputGradients gradients(const OptionalTensor& grad_z, const OptionalTensor& grad_kl,
                            std::array<bool, 4> output_mask) const {
-    static const auto op =
-        core::find_operator<decltype(backward_cpu)>("sqloss::student_t_rsample_kl_backward");
+    static const auto op = core::find_operator<core::Operator<decltype(student_t::backward)>>(
+        "sqloss::student_t_rsample_kl_backward");
     return op.call(grad_z, grad_kl, df, loc, scale, prior_df, seed, rows, num_samples,
                    parameterization, kl, kl_mean, output_mask);
   }
@@ -132,7 +133,7 @@ class Derivatives {
       scale = at::exp(log_factor * scale);
     }
     static const auto noise_op =
-        core::find_operator<decltype(noise_cpu)>("sqloss::student_t_noise");
+        core::find_operator<core::Operator<decltype(student_t::noise)>>("sqloss::student_t_noise");
     auto [energy, cosine] =
         noise_op.call(call.loc.to(dtype), call.seed, call.rows, call.num_samples);
     // The root's derivative at 0 is not finite.

@@ -75,16 +75,19 @@ struct Tiling {
 template <typename T>
 using Array = T[kElements];
 
-// What depends on the degrees of freedom alone.
 template <typename T>
-struct Density {
-  Array<T> df, inverse, root, half_power;  // df, 1 / df, sqrt(1 / df), (df + 1) / 2
+struct Densities {
+  Array<T> df, inverse, root, half_power;
+
+  SQLOSS_INLINE Density<T> at(int64_t i) const {
+    return {df[i], inverse[i], root[i], half_power[i]};
+  }
 };
 
 template <typename T>
 struct alignas(64) Tile {
   Array<T> loc, scale, log_scale;  // scale itself, whatever the parameterization
-  Density<T> posterior, prior;
+  Densities<T> posterior, prior;
   Array<T> constant;  // of the KL of an element, and its derivatives:
   Array<T> constant_in_df, constant_in_prior_df;
   Array<T> energy, cosine, t, root_of_g;  // of a sample
@@ -227,36 +230,25 @@ void draw_samples(const Inputs& in, const Extent& extent, int64_t sample, Tile<T
 
 // --- the parameters of a tile --------------------------------------------------------------------
 
-// NaN where the degrees of freedom are not positive.
 template <typename T>
-__attribute__((noinline)) void complete(int64_t count, Density<T>& density) {
+__attribute__((noinline)) void complete(int64_t count, Densities<T>& densities) {
   for (int64_t i = 0; i < count; ++i) {
-    const T given = density.df[i], most = kInfiniteDf<T>, finite = given > most ? most : given;
-    const T df = given > T(0) ? finite : std::numeric_limits<T>::quiet_NaN();
-    density.df[i] = df;
-    density.inverse[i] = T(1) / df;
-    density.root[i] = std::sqrt(T(1) / df);
-    density.half_power[i] = T(0.5) * df + T(0.5);
+    const Density<T> of = density(densities.df[i]);
+    densities.df[i] = of.df;
+    densities.inverse[i] = of.inverse;
+    densities.root[i] = of.root;
+    densities.half_power[i] = of.half_power;
   }
 }
 
-// The part of the KL that depends on the degrees of freedom alone, and its derivatives. sign: 1 for
-// the prior, -1 for the posterior of the same kind of term.
+// sign: 1 for the prior, -1 for the posterior.
 template <bool kEntropy, bool kDerivative, typename T>
-__attribute__((noinline)) void add_constant(const Density<T>& density, int64_t count, T sign,
+__attribute__((noinline)) void add_constant(const Densities<T>& densities, int64_t count, T sign,
                                             Array<T>& constant, Array<T>& derivative) {
-  constexpr bool kSecond = kEntropy && kDerivative;
   for (int64_t i = 0; i < count; ++i) {
-    const T df = density.df[i], inverse = density.inverse[i];
-    const auto r = rho<kSecond>(T(0.5) * df);
-    T value = r.value, in_df = T(0.5) * r.first;
-    if constexpr (kEntropy) {
-      // The entropy: (df + 1) / 2 * (digamma((df + 1) / 2) - digamma(df / 2)) + log Z
-      value += T(0.5) * (T(1) + inverse) * (T(1) - df * r.first);
-      in_df = T(-0.5) * inverse * inverse - T(0.25) * (df + T(1)) * r.second;
-    }
-    constant[i] += sign * value;
-    if constexpr (kDerivative) derivative[i] = sign * in_df;
+    const Constant<T> of = constant_of<kEntropy, kDerivative>(densities.at(i));
+    constant[i] += sign * of.value;
+    if constexpr (kDerivative) derivative[i] = sign * of.in_df;
   }
 }
 
@@ -266,7 +258,7 @@ void load_df(const Inputs& in, const Extent& extent, Tile<T>& tile) {
   const int64_t count = extent.count(), whole = padded(count);
   std::fill_n(tile.constant, whole, T(0));
   if (!in.df.data) return;
-  Density<T>&posterior = tile.posterior, &prior = tile.prior;
+  Densities<T>&posterior = tile.posterior, &prior = tile.prior;
   load(in.df, extent.begin(in), count, tile, posterior.df);
   complete(whole, posterior);
   if (in.kl == Kl::kNone) return;
@@ -323,29 +315,24 @@ bool same_in_all_tiles(const Inputs& in, const Tiling& tiling) {
 
 // --- forward -------------------------------------------------------------------------------------
 
-// -log of the density of t(0, 1, df) at x, without its constant
-template <typename T>
-SQLOSS_INLINE T minus_log_kernel(const Density<T>& density, int64_t i, T x) {
-  return density.half_power[i] * log1p_of_square(square_over_df(x, density.root[i]));
-}
-
 template <typename T>
 __attribute__((noinline)) void student_t_cross_term(int64_t count, Tile<T>& tile) {
   for (int64_t i = 0; i < count; ++i) {
-    tile.kl[i] = minus_log_kernel(tile.prior, i, tile.z[i]) - tile.log_scale[i] + tile.constant[i];
+    const T cross_term = minus_log_kernel(tile.prior.at(i), tile.z[i]);
+    tile.kl[i] = cross_term - tile.log_scale[i] + tile.constant[i];
   }
 }
 
 template <typename T>
 __attribute__((noinline)) void subtract_own_term(int64_t count, Tile<T>& tile) {
-  for (int64_t i = 0; i < count; ++i) tile.kl[i] -= minus_log_kernel(tile.posterior, i, tile.t[i]);
+  for (int64_t i = 0; i < count; ++i)
+    tile.kl[i] -= minus_log_kernel(tile.posterior.at(i), tile.t[i]);
 }
 
 template <typename T>
 __attribute__((noinline)) void closed_form(int64_t count, Tile<T>& tile) {
   for (int64_t i = 0; i < count; ++i) {
-    const T loc = tile.loc[i], scale = tile.scale[i];
-    tile.kl[i] = T(0.5) * (loc * loc + scale * scale - T(1)) - tile.log_scale[i];
+    tile.kl[i] = normal_kl_in_closed_form(tile.loc[i], tile.scale[i], tile.log_scale[i]);
   }
 }
 
@@ -358,8 +345,7 @@ __attribute__((noinline)) void forward_sample(const Inputs& in, int64_t count, T
     if (in.kl == Kl::kMc) subtract_own_term(count, tile);
   } else {
     for (int64_t i = 0; i < count; ++i) {
-      const T z = tile.z[i], t = tile.t[i];
-      tile.kl[i] = T(0.5) * (z * z - t * t) - tile.log_scale[i];
+      tile.kl[i] = normal_kl(tile.z[i], tile.t[i], tile.log_scale[i]);
     }
   }
 }
@@ -518,10 +504,8 @@ __attribute__((noinline)) void student_t_backward(int64_t count, Tile<T>& tile) 
     const T t = tile.t[i];
     T in_z = tile.z[i];
     if constexpr (kKl) {
-      const T z = tile.loc[i] + tile.scale[i] * t, root = tile.prior.root[i];
-      const T slope = over_1_plus_square(square_over_df(z, root));
-      const T power = T(2) * tile.prior.half_power[i] * root;
-      in_z += tile.kl[i] * (power * std::copysign(slope, z));
+      const T z = tile.loc[i] + tile.scale[i] * t;
+      in_z += tile.kl[i] * cross_term_in_z(tile.prior.at(i), z);
     }
     tile.z[i] = in_z;
     tile.in_loc[i] += in_z;
@@ -529,21 +513,13 @@ __attribute__((noinline)) void student_t_backward(int64_t count, Tile<T>& tile) 
   }
 }
 
-// With tile.z the whole gradient of z. At large df, terms of the order 1 / df cancel to one of the
-// order 1 / df^2; so that its digits stay, log1p_less_ratio takes their difference as a series.
+// With tile.z the whole gradient of z.
 template <bool kOwnTerm, typename T>
 __attribute__((noinline)) void posterior_in_df(int64_t count, Tile<T>& tile) {
   for (int64_t i = 0; i < count; ++i) {
-    const T inverse = tile.posterior.inverse[i], t = tile.t[i];
-    const T psi_term = one_less_inverse_psi(tile.energy[i] * inverse, tile.root_of_g[i]);
-    T in_df = tile.z[i] * tile.scale[i] * t * inverse * psi_term;
-    if constexpr (kOwnTerm) {
-      const auto square = square_over_df(t, tile.posterior.root[i]);
-      const T ratio = square_over_1_plus_square(square);
-      in_df -= tile.kl[i] *
-               (log1p_less_ratio(square, ratio) + ratio * ((T(1) + inverse) * psi_term - inverse));
-    }
-    tile.in_df[i] += T(0.5) * in_df;
+    const Sample<T> sample{tile.t[i], tile.root_of_g[i]};
+    tile.in_df[i] += gradient_of_df<kOwnTerm>(tile.posterior.at(i), sample, tile.energy[i],
+                                              tile.scale[i], tile.z[i], tile.kl[i]);
   }
 }
 
@@ -551,10 +527,7 @@ template <typename T>
 __attribute__((noinline)) void cross_term_in_prior_df(int64_t count, Tile<T>& tile) {
   for (int64_t i = 0; i < count; ++i) {
     const T z = tile.loc[i] + tile.scale[i] * tile.t[i];
-    const auto square = square_over_df(z, tile.prior.root[i]);
-    const T ratio = square_over_1_plus_square(square);
-    const T in_df = log1p_less_ratio(square, ratio) - ratio * tile.prior.inverse[i];
-    tile.in_prior_df[i] += T(0.5) * tile.kl[i] * in_df;
+    tile.in_prior_df[i] += gradient_of_prior_df(tile.prior.at(i), z, tile.kl[i]);
   }
 }
 
@@ -590,9 +563,7 @@ __attribute__((noinline)) void finish_gradients(const Inputs& in, int64_t count,
     const T scale = tile.scale[i], grad = tile.kl[i];
     tile.in_loc[i] += closed ? grad * tile.loc[i] : T(0);
     const T through_z = tile.in_scale[i] + (closed ? grad * scale : T(0));
-    const T in_log = factor * (scale * through_z - grad);
-    const T in_scale = has_kl ? through_z - grad / scale : through_z;
-    tile.in_scale[i] = as_logarithm ? in_log : in_scale;
+    tile.in_scale[i] = gradient_of_scale(as_logarithm, factor, has_kl, scale, through_z, grad);
   }
   if (!in_df || !has_kl) return;
   for (int64_t i = 0; i < count; ++i) {
@@ -696,6 +667,6 @@ void backward_of(const Inputs& in, at::ScalarType dtype, const Gradients& gradie
 
 }  // namespace
 
-const CpuKernels kernels{forward_of, backward_of, noise_of};
+const Kernels kernels{forward_of, backward_of, noise_of};
 
 }  // namespace sqloss::student_t::CPU_CAPABILITY

@@ -4,25 +4,19 @@
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/EmptyTensor.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <limits>
 #include <mutex>
 #include <numeric>
 #include <utility>
 
-#include "core/cpu_capability.h"
+#include "core/allocate.h"
 
 namespace sqloss::student_t {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-const CpuKernels& cpu_kernels() {
-  static const CpuKernels& chosen =
-      core::for_this_cpu(DEFAULT::kernels, AVX2::kernels, AVX512::kernels);
-  return chosen;
-}
 
 template <typename Named, size_t count>
 Named named(const char* argument, std::string_view name,
@@ -96,9 +90,10 @@ struct Call {
     TORCH_CHECK_VALUE(!rows || rows->sizes() == leading,
                       "student_t_rsample_kl: rows: expected the ", "leading shape of loc ", leading,
                       ", got ", rows ? rows->sizes() : at::IntArrayRef());
-    TORCH_CHECK_VALUE(seed.is_cpu() && (!rows || rows->is_cpu()),
-                      "student_t_rsample_kl: seed, rows: expected the device of loc ",
-                      loc.device());
+    TORCH_CHECK_VALUE(seed.device() == loc.device() && (!rows || rows->device() == loc.device()),
+                      "student_t_rsample_kl: seed, rows: expected the device of loc ", loc.device(),
+                      ", got ", seed.device(), rows ? " and " : "",
+                      rows ? rows->device().str() : "");
 
     inputs.columns = loc.size(-1);
     inputs.rows = c10::multiply_integers(leading);
@@ -123,10 +118,6 @@ struct Call {
   }
 };
 
-at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
-  return at::detail::empty_cpu(sizes, dtype);
-}
-
 }  // namespace
 
 Parameterization parameterization_named(std::string_view name) {
@@ -144,50 +135,54 @@ Kl kl_named(std::string_view name) {
                     {"closed_form", Kl::kClosedForm}});
 }
 
-Outs forward_cpu(const OptionalTensor& df, const at::Tensor& loc, const at::Tensor& scale,
-                 const OptionalTensor& prior_df, const at::Tensor& seed, const OptionalTensor& rows,
-                 std::optional<int64_t> num_samples, std::string_view parameterization,
-                 std::string_view kl, bool kl_mean, bool return_z) {
+Outs forward(const Kernels& kernels, const OptionalTensor& df, const at::Tensor& loc,
+             const at::Tensor& scale, const OptionalTensor& prior_df, const at::Tensor& seed,
+             const OptionalTensor& rows, std::optional<int64_t> num_samples,
+             std::string_view parameterization, std::string_view kl, bool kl_mean, bool return_z) {
+  const c10::OptionalDeviceGuard guard(loc.device());
   const Call call(df, loc, scale, prior_df, seed, rows, num_samples, parameterization, kl, kl_mean);
   at::DimVector z_shape(loc.sizes());
   if (num_samples) z_shape.insert(z_shape.begin(), *num_samples);
   if (!return_z) z_shape = {0};
-  Outs outputs{empty(z_shape, loc.scalar_type()),
-               empty(call.inputs.kl == Kl::kNone ? at::DimVector{0} : call.kl_shape, call.dtype)};
+  const at::DimVector kl_shape = call.inputs.kl == Kl::kNone ? at::DimVector{0} : call.kl_shape;
+  Outs outputs{core::empty(z_shape, loc.scalar_type(), loc),
+               core::empty(kl_shape, call.dtype, loc)};
   Outputs out;
   if (return_z) out.z = sequence(std::get<0>(outputs));
   if (call.inputs.kl != Kl::kNone) out.kl = std::get<1>(outputs).data_ptr();
   if (loc.numel() > 0) {
-    cpu_kernels().forward(call.inputs, call.dtype, out);
+    kernels.forward(call.inputs, call.dtype, out);
   } else {
     std::get<1>(outputs).zero_();  // of rows without columns
   }
   return outputs;
 }
 
-InputGradients backward_cpu(const OptionalTensor& grad_z, const OptionalTensor& grad_kl,
-                            const OptionalTensor& df, const at::Tensor& loc,
-                            const at::Tensor& scale, const OptionalTensor& prior_df,
-                            const at::Tensor& seed, const OptionalTensor& rows,
-                            std::optional<int64_t> num_samples, std::string_view parameterization,
-                            std::string_view kl, bool kl_mean, std::array<bool, 4> output_mask) {
+InputGradients backward(const Kernels& kernels, const OptionalTensor& grad_z,
+                        const OptionalTensor& grad_kl, const OptionalTensor& df,
+                        const at::Tensor& loc, const at::Tensor& scale,
+                        const OptionalTensor& prior_df, const at::Tensor& seed,
+                        const OptionalTensor& rows, std::optional<int64_t> num_samples,
+                        std::string_view parameterization, std::string_view kl, bool kl_mean,
+                        std::array<bool, 4> output_mask) {
+  const c10::OptionalDeviceGuard guard(loc.device());
   const Call call(df, loc, scale, prior_df, seed, rows, num_samples, parameterization, kl, kl_mean);
   at::DimVector z_shape(loc.sizes());
   if (num_samples) z_shape.insert(z_shape.begin(), *num_samples);
-  TORCH_CHECK_VALUE(!grad_z || (grad_z->is_cpu() && grad_z->sizes() == z_shape),
+  TORCH_CHECK_VALUE(!grad_z || (grad_z->device() == loc.device() && grad_z->sizes() == z_shape),
                     "student_t_rsample_kl_backward: grad_z: expected shape ",
                     at::IntArrayRef(z_shape), ", got ", grad_z ? grad_z->sizes() : z_shape);
-  TORCH_CHECK_VALUE(
-      !grad_kl ||
-          (grad_kl->is_cpu() && grad_kl->sizes() == call.kl_shape && call.inputs.kl != Kl::kNone),
-      "student_t_rsample_kl_backward: grad_kl: expected shape ", at::IntArrayRef(call.kl_shape),
-      " of a KL that is wanted, got ", grad_kl ? grad_kl->sizes() : at::IntArrayRef());
+  TORCH_CHECK_VALUE(!grad_kl || (grad_kl->device() == loc.device() &&
+                                 grad_kl->sizes() == call.kl_shape && call.inputs.kl != Kl::kNone),
+                    "student_t_rsample_kl_backward: grad_kl: expected shape ",
+                    at::IntArrayRef(call.kl_shape), " of a KL that is wanted, got ",
+                    grad_kl ? grad_kl->sizes() : at::IntArrayRef());
   Gradients gradients;
   if (grad_z) gradients.z = sequence(*grad_z);
   if (grad_kl) gradients.kl = sequence(*grad_kl);
   const auto gradient = [&](const OptionalTensor& of, bool wanted, core::Strided& written) {
-    if (!wanted || !of) return empty({0}, loc.scalar_type());
-    at::Tensor grad = empty(of->sizes(), of->scalar_type());
+    if (!wanted || !of) return core::empty({0}, loc.scalar_type(), loc);
+    at::Tensor grad = core::empty(of->sizes(), of->scalar_type(), loc);
     if (call.inputs.rows == 0) grad.zero_();  // of scalar degrees of freedom, say
     written = sequence(grad);
     return grad;
@@ -197,7 +192,7 @@ InputGradients backward_cpu(const OptionalTensor& grad_z, const OptionalTensor& 
                          gradient(scale, output_mask[2], gradients.scale),
                          gradient(prior_df, output_mask[3], gradients.prior_df)};
   if (loc.numel() > 0) {
-    cpu_kernels().backward(call.inputs, call.dtype, gradients);
+    kernels.backward(call.inputs, call.dtype, gradients);
   } else {
     std::get<0>(outputs).zero_();  // of degrees of freedom for no element
     std::get<3>(outputs).zero_();
@@ -205,15 +200,17 @@ InputGradients backward_cpu(const OptionalTensor& grad_z, const OptionalTensor& 
   return outputs;
 }
 
-NoiseTensors noise_cpu(const at::Tensor& loc, const at::Tensor& seed, const OptionalTensor& rows,
-                       std::optional<int64_t> num_samples) {
+NoiseTensors noise(const Kernels& kernels, const at::Tensor& loc, const at::Tensor& seed,
+                   const OptionalTensor& rows, std::optional<int64_t> num_samples) {
+  const c10::OptionalDeviceGuard guard(loc.device());
   const Call call(std::nullopt, loc, loc, std::nullopt, seed, rows, num_samples, "scale", "none",
                   false);
   at::DimVector shape(loc.sizes());
   if (num_samples) shape.insert(shape.begin(), *num_samples);
-  NoiseTensors outputs{empty(shape, loc.scalar_type()), empty(shape, loc.scalar_type())};
+  NoiseTensors outputs{core::empty(shape, loc.scalar_type(), loc),
+                       core::empty(shape, loc.scalar_type(), loc)};
   const NoiseOutputs out{sequence(std::get<0>(outputs)), sequence(std::get<1>(outputs))};
-  if (loc.numel() > 0) cpu_kernels().noise(call.inputs, call.dtype, out);
+  if (loc.numel() > 0) kernels.noise(call.inputs, call.dtype, out);
   return outputs;
 }
 
@@ -221,7 +218,7 @@ at::Tensor draw_seed(const std::optional<at::Generator>& generator, at::Device d
   if (!device.is_cpu()) return draw_seed_by_torch(generator, device);
   auto* const cpu = at::get_generator_or_default<at::CPUGeneratorImpl>(
       generator, at::detail::getDefaultCPUGenerator());
-  at::Tensor seed = empty({}, at::kLong);
+  at::Tensor seed = at::detail::empty_cpu({}, at::kLong);
   const std::lock_guard<std::mutex> lock(cpu->mutex_);
   *seed.mutable_data_ptr<int64_t>() = static_cast<int64_t>(cpu->random64());
   return seed;

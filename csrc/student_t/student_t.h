@@ -73,8 +73,9 @@ struct NoiseOutputs {
   core::Strided energy, cosine;
 };
 
-// The kernels of one CPU capability. `dtype` is that of the computation and of the KL divergence.
-struct CpuKernels {
+// The kernels of one CPU capability, or of CUDA on the current stream of the current device.
+// `dtype` is that of the computation and of the KL divergence. There is an element or more.
+struct Kernels {
   void (*forward)(const Inputs&, at::ScalarType dtype, const Outputs&);
   void (*backward)(const Inputs&, at::ScalarType dtype, const Gradients&);
   // The random numbers alone; of the inputs, only the sizes, seeds and row_ids are read.
@@ -82,47 +83,53 @@ struct CpuKernels {
 };
 
 namespace DEFAULT {
-extern const CpuKernels kernels;
+extern const Kernels kernels;
 }
 #if defined(__x86_64__)
 namespace AVX2 {
-extern const CpuKernels kernels;
+extern const Kernels kernels;
 }
 namespace AVX512 {
-extern const CpuKernels kernels;
+extern const Kernels kernels;
 }
 #else
 namespace AVX2 = DEFAULT;
 namespace AVX512 = DEFAULT;
 #endif
+namespace CUDA {
+extern const Kernels kernels;
+}
+
+const Kernels& cpu_kernels();   // for this machine
+const Kernels& cuda_kernels();  // of a build with CUDA
 
 // From tensors to kernels. loc and scale have one shape [..., columns]; df and prior_df that too,
 // or [columns], or none; seed broadcasts to the shape [...], which rows has. Strides are any. No
 // num_samples is one sample, without a dimension of its own in z and kl. Outputs that are not
 // wanted are empty.
 using Outs = std::tuple<at::Tensor, at::Tensor>;  // z, kl
-Outs forward_cpu(const std::optional<at::Tensor>& df, const at::Tensor& loc,
-                 const at::Tensor& scale, const std::optional<at::Tensor>& prior_df,
-                 const at::Tensor& seed, const std::optional<at::Tensor>& rows,
-                 std::optional<int64_t> num_samples, std::string_view parameterization,
-                 std::string_view kl, bool kl_mean, bool return_z);
+Outs forward(const Kernels&, const std::optional<at::Tensor>& df, const at::Tensor& loc,
+             const at::Tensor& scale, const std::optional<at::Tensor>& prior_df,
+             const at::Tensor& seed, const std::optional<at::Tensor>& rows,
+             std::optional<int64_t> num_samples, std::string_view parameterization,
+             std::string_view kl, bool kl_mean, bool return_z);
 
 // The gradients of df, loc, scale and prior_df that output_mask wants; without a prior_df, that of
 // df holds both.
 using InputGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-InputGradients backward_cpu(const std::optional<at::Tensor>& grad_z,
-                            const std::optional<at::Tensor>& grad_kl,
-                            const std::optional<at::Tensor>& df, const at::Tensor& loc,
-                            const at::Tensor& scale, const std::optional<at::Tensor>& prior_df,
-                            const at::Tensor& seed, const std::optional<at::Tensor>& rows,
-                            std::optional<int64_t> num_samples, std::string_view parameterization,
-                            std::string_view kl, bool kl_mean, std::array<bool, 4> output_mask);
+InputGradients backward(const Kernels&, const std::optional<at::Tensor>& grad_z,
+                        const std::optional<at::Tensor>& grad_kl,
+                        const std::optional<at::Tensor>& df, const at::Tensor& loc,
+                        const at::Tensor& scale, const std::optional<at::Tensor>& prior_df,
+                        const at::Tensor& seed, const std::optional<at::Tensor>& rows,
+                        std::optional<int64_t> num_samples, std::string_view parameterization,
+                        std::string_view kl, bool kl_mean, std::array<bool, 4> output_mask);
 
 // The random numbers of the samples, -2 log(u) and cos(2 pi v), of the dtype and with the shape of
 // loc, after num_samples: for derivatives beyond those of backward.
 using NoiseTensors = std::tuple<at::Tensor, at::Tensor>;  // energy, cosine
-NoiseTensors noise_cpu(const at::Tensor& loc, const at::Tensor& seed,
-                       const std::optional<at::Tensor>& rows, std::optional<int64_t> num_samples);
+NoiseTensors noise(const Kernels&, const at::Tensor& loc, const at::Tensor& seed,
+                   const std::optional<at::Tensor>& rows, std::optional<int64_t> num_samples);
 
 // A seed, int64 of no dimension on the device: 64 random bits of the generator, or of the device's
 // own.

@@ -28,6 +28,32 @@ namespace sqloss::student_t::CPU_CAPABILITY {
 
 using core::CPU_CAPABILITY::Float;
 
+// --- divisions and roots
+// --------------------------------------------------------------------------
+//
+// Of float on a GPU within two units in the last place, and without the branches that exact ones
+// take there; a / b is 0 for b beyond 2^126.
+
+SQLOSS_INLINE float near_quotient(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fdividef(a, b);
+#else
+  return a / b;
+#endif
+}
+SQLOSS_INLINE double near_quotient(double a, double b) { return a / b; }
+
+SQLOSS_INLINE float near_root(float x) {
+#ifdef __CUDA_ARCH__
+  float root;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+#else
+  return std::sqrt(x);
+#endif
+}
+SQLOSS_INLINE double near_root(double x) { return std::sqrt(x); }
+
 // --- random numbers ------------------------------------------------------------------------------
 
 // The two that make a sample.
@@ -49,7 +75,8 @@ SQLOSS_INLINE T cosine_of_turn(T quarter) {
 // From a word each: u = (word + 1/2) / 2^32, v = word / 2^32 as a signed number. Both end in
 // rounding to float alone, which keeps u's digits where it is small, in the tail.
 SQLOSS_INLINE Noise<float> noise(uint32_t u, uint32_t v) {
-  const float uniform = (static_cast<float>(u) + 0.5f) * static_cast<float>(kTwoToMinus32);
+  constexpr auto step = static_cast<float>(kTwoToMinus32);
+  const float uniform = core::CPU_CAPABILITY::multiply_add(static_cast<float>(u), step, step / 2);
   const uint32_t magnitude = v >> 31 ? 0u - v : v;
   const auto quarter = static_cast<float>(static_cast<int32_t>((1u << 30) - magnitude)) *
                        static_cast<float>(kTwoToMinus30);
@@ -70,7 +97,7 @@ SQLOSS_INLINE Noise<double> noise(uint32_t u, uint32_t v, uint32_t u_more, uint3
 
 template <typename T>
 SQLOSS_INLINE T normal_sample(const Noise<T>& noise) {
-  return std::sqrt(noise.energy) * noise.cosine;
+  return near_root(noise.energy) * noise.cosine;
 }
 
 template <typename T>
@@ -95,7 +122,8 @@ SQLOSS_INLINE Sample<T> student_t_sample(const Noise<T>& noise, T df, T inverse_
   // -2 log(u) * psi
   const T of_small = core::CPU_CAPABILITY::multiply_add(noise.energy, psi_less_1(e), noise.energy);
   const T of_large = df * (T(1) - root * root);
-  return {std::sqrt(e < kSmall<T> ? of_small : of_large) / root * noise.cosine, root};
+  const T size = near_root(e < kSmall<T> ? of_small : of_large);
+  return {near_quotient(size, root) * noise.cosine, root};
 }
 
 // 1 - 1 / psi, from which d t / d df = t * (1 - 1 / psi) / (2 df)
@@ -104,7 +132,7 @@ SQLOSS_INLINE T one_less_inverse_psi(T e, T root_of_g) {
   const bool small = e < kSmall<T>;
   const T series = psi_less_1(e), psi = T(1) + series;
   const T rest = T(1) - root_of_g * root_of_g, rest_less_e = rest - e;
-  return (small ? series : rest_less_e) / (small ? psi : rest);
+  return near_quotient(small ? series : rest_less_e, small ? psi : rest);
 }
 
 // --- densities -----------------------------------------------------------------------------------
@@ -115,6 +143,20 @@ SQLOSS_INLINE T one_less_inverse_psi(T e, T root_of_g) {
 // all digits of an |x| up to 1e11, in double 1e112.
 template <typename T>
 constexpr T kInfiniteDf = static_cast<T>(sizeof(T) == 4 ? 0x1p100 : 0x1p800);
+
+// What depends on the degrees of freedom alone.
+template <typename T>
+struct Density {
+  T df, inverse, root, half_power;  // df, 1 / df, sqrt(1 / df), (df + 1) / 2
+};
+
+// NaN where the degrees of freedom are not positive.
+template <typename T>
+SQLOSS_INLINE Density<T> density(T given) {
+  const T most = kInfiniteDf<T>, finite = given > most ? most : given;
+  const T df = given > T(0) ? finite : std::numeric_limits<T>::quiet_NaN();
+  return {df, T(1) / df, std::sqrt(T(1) / df), T(0.5) * df + T(0.5)};
+}
 
 // y = x / sqrt(df) without its sign, and its square, which may overflow.
 template <typename T>
@@ -142,10 +184,16 @@ SQLOSS_INLINE T log1p_of_square(Square<T> y) {
   return y.size <= std::numeric_limits<T>::max() ? finite : y.size;  // also NaN
 }
 
+// -log of the density of t(0, 1, df) at x, without its constant
+template <typename T>
+SQLOSS_INLINE T minus_log_kernel(const Density<T>& density, T x) {
+  return density.half_power * log1p_of_square(square_over_df(x, density.root));
+}
+
 // y^2 / (1 + y^2)
 template <typename T>
 SQLOSS_INLINE T square_over_1_plus_square(Square<T> y) {
-  const T ratio = y.value / (T(1) + y.value);
+  const T ratio = near_quotient(y.value, T(1) + y.value);
   return y.size > kLarge<T> ? T(1) : ratio;
 }
 
@@ -154,7 +202,7 @@ SQLOSS_INLINE T square_over_1_plus_square(Square<T> y) {
 template <typename T>
 SQLOSS_INLINE T log1p_less_ratio(Square<T> y, T ratio) {
   constexpr T kSmallSquare = T(0.25);
-  const T s = y.value / (T(2) + y.value), s2 = s * s;
+  const T s = near_quotient(y.value, T(2) + y.value), s2 = s * s;
   const T series = core::CPU_CAPABILITY::atanh_series<Float<T>::kLogTerms + 1, 1>(s2);
   const T of_small = s * ratio + T(2) * s * s2 * series;
   const T of_large = log1p_of_square(y) - ratio;
@@ -166,7 +214,7 @@ template <typename T>
 SQLOSS_INLINE T over_1_plus_square(Square<T> y) {
   const bool large = y.size > kLarge<T>;
   const T plus_1 = T(1) + y.value;
-  return (large ? T(1) : y.size) / (large ? y.size : plus_1);
+  return near_quotient(large ? T(1) : y.size, large ? y.size : plus_1);
 }
 
 // --- normalising constants -----------------------------------------------------------------------
@@ -227,6 +275,86 @@ SQLOSS_INLINE Rho<T> rho(T x) {
     result.second += shifted ? T(0.5) * (squares + second) : T(0);
   }
   return result;
+}
+
+// --- the KL divergence ---------------------------------------------------------------------------
+
+// The part of an element's KL that depends on the degrees of freedom of one density alone, and its
+// derivative: log Z, or with kEntropy the entropy.
+template <typename T>
+struct Constant {
+  T value, in_df;
+};
+
+template <bool kEntropy, bool kDerivative, typename T>
+SQLOSS_INLINE Constant<T> constant_of(const Density<T>& density) {
+  const T df = density.df, inverse = density.inverse;
+  const auto r = rho < kEntropy && kDerivative > (T(0.5) * df);
+  if constexpr (kEntropy) {
+    // (df + 1) / 2 * (digamma((df + 1) / 2) - digamma(df / 2)) + log Z
+    return {r.value + T(0.5) * (T(1) + inverse) * (T(1) - df * r.first),
+            T(-0.5) * inverse * inverse - T(0.25) * (df + T(1)) * r.second};
+  } else {
+    return {r.value, T(0.5) * r.first};
+  }
+}
+
+// Of two normal distributions, z and t being a sample and its standard one.
+template <typename T>
+SQLOSS_INLINE T normal_kl(T z, T t, T log_scale) {
+  return T(0.5) * (z * z - t * t) - log_scale;
+}
+
+template <typename T>
+SQLOSS_INLINE T normal_kl_in_closed_form(T loc, T scale, T log_scale) {
+  return T(0.5) * (loc * loc + scale * scale - T(1)) - log_scale;
+}
+
+// --- gradients -----------------------------------------------------------------------------------
+//
+// Of a sample's z and of its KL: in_z and in_kl.
+
+// The derivative of the KL's cross term, -log p(z), in z.
+template <typename T>
+SQLOSS_INLINE T cross_term_in_z(const Density<T>& prior, T z) {
+  const T slope = over_1_plus_square(square_over_df(z, prior.root));
+  const T power = T(2) * prior.half_power * prior.root;
+  return power * std::copysign(slope, z);
+}
+
+// What a sample gives to the gradient of df, but for the constants of the KL; with in_z the whole
+// gradient of z. At large df, terms of the order 1 / df cancel to one of the order 1 / df^2; so
+// that its digits stay, log1p_less_ratio takes their difference as a series.
+template <bool kOwnTerm, typename T>
+SQLOSS_INLINE T gradient_of_df(const Density<T>& posterior, const Sample<T>& sample, T energy,
+                               T scale, T in_z, T in_kl) {
+  const T inverse = posterior.inverse, t = sample.t;
+  const T psi_term = one_less_inverse_psi(energy * inverse, sample.root_of_g);
+  T in_df = in_z * scale * t * inverse * psi_term;
+  if constexpr (kOwnTerm) {
+    const auto square = square_over_df(t, posterior.root);
+    const T ratio = square_over_1_plus_square(square);
+    in_df -=
+        in_kl * (log1p_less_ratio(square, ratio) + ratio * ((T(1) + inverse) * psi_term - inverse));
+  }
+  return T(0.5) * in_df;
+}
+
+template <typename T>
+SQLOSS_INLINE T gradient_of_prior_df(const Density<T>& prior, T z, T in_kl) {
+  const auto square = square_over_df(z, prior.root);
+  const T ratio = square_over_1_plus_square(square);
+  return T(0.5) * in_kl * (log1p_less_ratio(square, ratio) - ratio * prior.inverse);
+}
+
+// The gradient in what `scale` holds, given that in the scale through z; of a KL its -log(scale)
+// too, with in_kl the gradient of all samples.
+template <typename T>
+SQLOSS_INLINE T gradient_of_scale(bool as_logarithm, T factor, bool has_kl, T scale, T through_z,
+                                  T in_kl) {
+  const T in_log = factor * (scale * through_z - in_kl);
+  const T in_scale = has_kl ? through_z - near_quotient(in_kl, scale) : through_z;
+  return as_logarithm ? in_log : in_scale;
 }
 
 }  // namespace sqloss::student_t::CPU_CAPABILITY
