@@ -360,6 +360,12 @@ def test_cross_entropy_by_number_of_classes(device, dtype, probabilities):
     assert_cross_entropy_matches_torch(tensors, 0.3)
 
 
+def test_cross_entropy_of_many_samples(device):
+    for options in ({}, {"label_smoothing": 0.1}):
+        tensors = draw_classes(40_003, 21, dtype=torch.float32, device=device)
+        assert_cross_entropy_matches_torch(tensors, 0.9, **options)
+
+
 @pytest.mark.parametrize(
     "shape",
     [(40, 5), (6, 5, 7), (3, 5, 4, 6), (2, 5, 3, 2, 4), (2, 19, 9, 13), (2, 70, 4, 5), (3, 150, 2)],

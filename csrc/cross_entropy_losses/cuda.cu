@@ -15,7 +15,9 @@
 //            are one load. Where samples are too few to fill the device, the classes are divided
 //            among some of the block's warps.
 // by sample  where the classes of a sample lie together. A team of threads has a sample: the lanes
-//            that one pass over few classes needs, a warp, or the block for thousands.
+//            that one pass over few classes needs, a warp, or the block for thousands. In
+//            forward, a team of lanes has several samples one after the other where there are
+//            many, so that what is done once for a sample is done by all lanes at once.
 //
 // Who adds what depends on the sizes alone, and so do the bits of the results.
 #define CPU_CAPABILITY CUDA
@@ -550,7 +552,7 @@ class Team {
 
   __device__ int size() const { return size_; }
   __device__ int rank() const { return static_cast<int>(threadIdx.x) % size_; }
-  __device__ int64_t sample() const {
+  __device__ int64_t number() const {
     return blockIdx.x * int64_t(kThreads / size_) + threadIdx.x / size_;
   }
 
@@ -725,45 +727,54 @@ __device__ __forceinline__ int64_t read_target(const Arguments& in, int64_t samp
   return in.class_of(in.target.as<const int64_t>()[in.target.offset(sample)]);
 }
 
+// `rounds` samples to a team, of which each lane finishes one.
 template <typename T, bool kAny, int kRun>
 __global__ void __launch_bounds__(kThreads, blocks_at_once<T>(kAny ? 2 : 3))
-    forward_by_sample(const Arguments in, int team_size, T* losses,  // [samples]
-                      double* log_sum_exp) {                         // [samples]
+    forward_by_sample(const Arguments in, int team_size, int rounds, T* losses,  // [samples]
+                      double* log_sum_exp) {                                     // [samples]
   const Team team(team_size);
-  const bool exists = team.sample() < in.samples;
-  const int64_t sample = exists ? team.sample() : in.samples - 1;
-  const Row input(in.input, sample);
-  const Row probabilities(in.probabilities, sample);
-  const int64_t target = read_target(in, sample);
+  const int64_t begin = team.number() * rounds;
+  const int64_t own = begin + team.rank(), last = in.samples - 1;
+  const bool exists = team.rank() < rounds && own <= last;
+  const int64_t target = exists ? read_target(in, own) : Arguments::kNoClass;
   T logit = T(0);
   if (target != Arguments::kNoClass) {
+    const char* const at = in.input.at(own) + target * in.input.stride;
     for_dtype<T>(in.input.first.dtype, [&](auto zero) {
-      logit = static_cast<T>(*reinterpret_cast<const decltype(zero)*>(input.at(target)));
+      logit = static_cast<T>(*reinterpret_cast<const decltype(zero)*>(at));
     });
   }
 
-  Sums<T, kAny> sums;
-  const Runs<kRun> runs(team, in, input.at(0));
+  Sums<T, kAny> own_sums;
 #pragma unroll 1
-  for (int64_t c = runs.begin; c < in.classes; c += runs.step) {
-    T x[kRuns * kRun], t[kRuns * kRun];
-    bool counts[kRuns * kRun];
-    input.read(runs, c, -std::numeric_limits<T>::infinity(), x);
-    if (kAny) read_coefficients(in, probabilities, runs, c, t);
+  for (int round = 0; round < rounds; ++round) {
+    const int64_t sample = begin + round < last ? begin + round : last;
+    const Row input(in.input, sample);
+    const Row probabilities(in.probabilities, sample);
+    const Runs<kRun> runs(team, in, input.at(0));
+    Sums<T, kAny> sums;
+#pragma unroll 1
+    for (int64_t c = runs.begin; c < in.classes; c += runs.step) {
+      T x[kRuns * kRun], t[kRuns * kRun];
+      bool counts[kRuns * kRun];
+      input.read(runs, c, -std::numeric_limits<T>::infinity(), x);
+      if (kAny) read_coefficients(in, probabilities, runs, c, t);
 #pragma unroll
-    for (int i = 0; i < kRuns * kRun; ++i) counts[i] = runs.counts(c, i);
-    sums.add(x, t, counts);
+      for (int i = 0; i < kRuns * kRun; ++i) counts[i] = runs.counts(c, i);
+      sums.add(x, t, counts);
+    }
+    sums.raise(team.reduce(sums.m, kLowest<T>, Maximum()));
+    sums.sum = team.sum(sums.sum);
+    if (kAny) {
+      sums.t = team.sum(sums.t);
+      sums.loss = team.sum(sums.loss);
+    }
+    if (round == team.rank()) own_sums = sums;
   }
-  sums.raise(team.reduce(sums.m, kLowest<T>, Maximum()));
-  sums.sum = team.sum(sums.sum);
-  if (kAny) {
-    sums.t = team.sum(sums.t);
-    sums.loss = team.sum(sums.loss);
-  }
-  if (!exists || team.rank() > 0) return;
-  const Outcome<T> of_sample = outcome(in, sums, target, logit);
-  losses[sample] = of_sample.loss;
-  log_sum_exp[sample] = of_sample.log_sum_exp;
+  if (!exists) return;
+  const Outcome<T> of_sample = outcome(in, own_sums, target, logit);
+  losses[own] = of_sample.loss;
+  log_sum_exp[own] = of_sample.log_sum_exp;
 }
 
 template <typename T, int kRun>
@@ -772,8 +783,8 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<T>(3))
                        const double* log_sum_exp,                                // [samples]
                        const Numbers grad_input) {
   const Team team(team_size);
-  const bool exists = team.sample() < in.samples;
-  const int64_t sample = exists ? team.sample() : in.samples - 1;
+  const bool exists = team.number() < in.samples;
+  const int64_t sample = exists ? team.number() : in.samples - 1;
   const Row input(in.input, sample);
   const Row probabilities(in.probabilities, sample);
   const Row gradient(grad_input, sample);
@@ -843,11 +854,12 @@ bool in_vectors(const Classes& classes) {
 }
 bool in_vectors(const void* numbers) { return reinterpret_cast<uintptr_t>(numbers) % 16 == 0; }
 
+// So many fill a device of more than a hundred multiprocessors.
+constexpr int64_t kEnoughThreads = int64_t(1) << 17;
+
 Columns columns_of(const Inputs& in) {
-  // Enough samples for two blocks on each of more than a hundred multiprocessors
-  constexpr int64_t kEnough = int64_t(1) << 18;
   Columns columns{1};
-  while (columns.slices < kWarps && in.samples * columns.slices < kEnough &&
+  while (columns.slices < kWarps && in.samples * columns.slices / kSamples < kEnoughThreads &&
          columns.slices * 2 * kForwardClasses * 2 <= in.classes) {
     columns.slices *= 2;
   }
@@ -869,6 +881,12 @@ int team_size_of(const Inputs& in) {
   return size;
 }
 
+int rounds_of(const Inputs& in, int team_size) {
+  if (team_size > kWarp) return 1;
+  const int64_t threads = in.samples * team_size;
+  return static_cast<int>(std::clamp<int64_t>(threads / kEnoughThreads, 1, team_size));
+}
+
 int64_t blocks_for(int64_t samples, int64_t of_block) {
   return (samples + of_block - 1) / of_block;
 }
@@ -881,8 +899,10 @@ void forward_typed(const Inputs& in, T* losses, double* log_sum_exp) {
     const int team = team_size_of(in);
     const auto in_runs = any ? forward_by_sample<T, true, 4> : forward_by_sample<T, false, 4>;
     const auto one_by_one = any ? forward_by_sample<T, true, 1> : forward_by_sample<T, false, 1>;
-    launch(walk_in_runs(in) ? in_runs : one_by_one, grid(blocks_for(in.samples, kThreads / team)),
-           kThreads, 0, arguments, team, losses, log_sum_exp);
+    const int rounds = rounds_of(in, team);
+    launch(walk_in_runs(in) ? in_runs : one_by_one,
+           grid(blocks_for(in.samples, int64_t(kThreads / team) * rounds)), kThreads, 0, arguments,
+           team, rounds, losses, log_sum_exp);
   } else {
     const bool adjacent = in_vectors(in.input) && in_vectors(in.probabilities);
     const auto in_fours = any ? forward_by_class<T, true, true> : forward_by_class<T, false, true>;
