@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import BOTH, Case, Contender, Operation
+from measure import BOTH, FLOOR, Case, Contender, Operation, in_graph
 from superquantile import tail_size
 from torch import Tensor
 
@@ -29,13 +29,19 @@ def case(
     fused: Callable[..., Tensor],
     twin: Callable[..., Sequence[Tensor]],
     make: Callable[[], Sequence[Tensor]],
+    shape: Sequence[int],
     samples: int,
     price: str = "mean",
     alpha: float = ALPHA,
     bars: dict[str, float] | None = None,
+    gpu_bars: dict[str, float] | None = None,
     leaves: Sequence[int] = (0,),
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Case:
     """``loss(*inputs, reduction=)`` of F; ``price`` also reduces the elements of a sample."""
+    gpu = device.type == "cuda"
 
     def losses(*inputs: Tensor) -> Tensor:
         elements = loss(*inputs, reduction="none").reshape(samples, -1)
@@ -43,7 +49,7 @@ def case(
 
     k = tail_size(samples, alpha)
     return Case(
-        shape=make()[0].shape,
+        shape=shape,
         inputs=make,
         contenders=[
             # in halves torch rounds every step, and overflows: shown, not judged
@@ -52,15 +58,16 @@ def case(
                 FUSED,
                 fused,
                 twin,
-                bars={BOTH: bars or {}},
+                bars={in_graph(BOTH): gpu_bars or {}} if gpu else {BOTH: bars or {}},
                 extra_bytes=EXTRA_BYTES + EXTRA_BYTES_PER_SAMPLE * samples,
             ),
             Contender(UNFUSED, lambda *x: losses(*x).topk(k).values.mean(), twin, exact=False),
             Contender(HALF_FUSED, lambda *x: sqloss.cvar(losses(*x), alpha), twin, exact=False),
         ],
         leaves=leaves,
-        modes=[BOTH],
+        modes=[BOTH, in_graph(BOTH)] if gpu else [BOTH],
         tolerance=TOLERANCE,
+        reads=2 - alpha if gpu else 1,  # forward, and in the tail again
     )
 
 
@@ -70,9 +77,12 @@ def binary_cross_entropy_with_logits(n: int, **like: Any) -> Case:
         partial(sqloss.cvar_binary_cross_entropy_with_logits, alpha=ALPHA, reduction="sum"),
         partial(pointwise_twin, "binary_cross_entropy_with_logits", mean=False),
         lambda: [torch.randn(n, PIXELS, **like), torch.rand(n, PIXELS, **like)],
+        [n, PIXELS],
         n,
         price="sum",
         bars={MEAN: 0.55, UNFUSED: 0.4},
+        gpu_bars={FLOOR: 1.3, UNFUSED: 0.5},
+        **like,
     )
 
 
@@ -82,7 +92,9 @@ def mse_loss(n: int, **like: Any) -> Case:
         partial(sqloss.cvar_mse_loss, alpha=ALPHA),
         partial(pointwise_twin, "mse"),
         lambda: [torch.randn(n, PIXELS, **like) for _ in range(2)],
+        [n, PIXELS],
         n,
+        **like,
     )
 
 
@@ -92,7 +104,9 @@ def smooth_l1_loss(n: int, **like: Any) -> Case:
         partial(sqloss.cvar_smooth_l1_loss, alpha=ALPHA),
         partial(pointwise_twin, "smooth_l1", parameter=1.0),
         lambda: [torch.randn(n, PIXELS, **like) for _ in range(2)],
+        [n, PIXELS],
         n,
+        **like,
     )
 
 
@@ -108,8 +122,10 @@ def gaussian_nll_loss(n: int, **like: Any) -> Case:
         partial(sqloss.cvar_gaussian_nll_loss, alpha=ALPHA),
         partial(pointwise_twin, "gaussian_nll", parameter=1e-6),
         make,
+        [n, PIXELS],
         n,
         leaves=[0, 2],
+        **like,
     )
 
 
@@ -118,10 +134,18 @@ def cross_entropy(n: int, **like: Any) -> Case:
 
 
 def segmentation(n: int, **like: Any) -> Case:
-    return classification([n, 21, 256, 256], 0.9, {UNFUSED: 0.6}, **like)
+    side = 512 if like["device"].type == "cuda" else 256
+    bars, gpu_bars = {UNFUSED: 0.6}, {UNFUSED: 0.4}
+    return classification([n, 21, side, side], 0.9, bars, gpu_bars, **like)
 
 
-def classification(shape: list[int], alpha: float, bars: dict[str, float], **like: Any) -> Case:
+def classification(
+    shape: list[int],
+    alpha: float,
+    bars: dict[str, float],
+    gpu_bars: dict[str, float] | None = None,
+    **like: Any,
+) -> Case:
     n, classes, *pixels = shape
 
     def make() -> list[Tensor]:
@@ -133,9 +157,12 @@ def classification(shape: list[int], alpha: float, bars: dict[str, float], **lik
         partial(sqloss.cvar_cross_entropy, alpha=alpha),
         partial(cross_entropy_twin, alpha),
         make,
+        shape,
         n * torch.Size(pixels).numel(),
         alpha=alpha,
         bars=bars,
+        gpu_bars=gpu_bars,
+        **like,
     )
 
 
@@ -144,18 +171,24 @@ OPERATIONS = {
         "binary_cross_entropy_with_logits, summed over pixels",
         binary_cross_entropy_with_logits,
         [512],
+        gpu_sizes=[4096, 65536],
         plot="bars",
     ),
-    "cross_entropy": Operation("cross_entropy", cross_entropy, [1024], plot="bars"),
-    "segmentation": Operation(
-        "cross_entropy of pixels, alpha = 0.9", segmentation, [2], plot="bars"
+    "cross_entropy": Operation(
+        "cross_entropy", cross_entropy, [1024], gpu_sizes=[16384], plot="bars"
     ),
-    "mse_loss": Operation("mse_loss", mse_loss, [512], plot="bars"),
-    "smooth_l1_loss": Operation("smooth_l1_loss", smooth_l1_loss, [512], plot="bars"),
+    "segmentation": Operation(
+        "cross_entropy of pixels, alpha = 0.9", segmentation, [2], gpu_sizes=[8], plot="bars"
+    ),
+    "mse_loss": Operation("mse_loss", mse_loss, [512], gpu_sizes=[65536], plot="bars"),
+    "smooth_l1_loss": Operation(
+        "smooth_l1_loss", smooth_l1_loss, [512], gpu_sizes=[65536], plot="bars"
+    ),
     "gaussian_nll_loss": Operation(
         "gaussian_nll_loss, gradients of input and var",
         gaussian_nll_loss,
         [512],
+        gpu_sizes=[65536],
         plot="bars",
     ),
 }

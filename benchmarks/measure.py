@@ -1,5 +1,7 @@
 """How a case is measured: each contender checked against its float64 twin, then all of them timed
-in one process, interleaved, on inputs that rotate.
+in one process, interleaved, on inputs that rotate. On a GPU, CUDA events take the time: around a
+loop of calls, where the slower one of host and device counts, or around the replay of a CUDA graph
+that holds these calls, where the device alone does.
 """
 
 import contextlib
@@ -20,7 +22,17 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-FORWARD, BOTH = "forward", "forward + backward"
+FORWARD, BOTH, STEP = "forward", "forward + backward", "training step"
+
+
+def in_graph(mode: str) -> str:
+    return f"{mode}, in a CUDA graph"
+
+
+GRAPHS = {in_graph(mode): mode for mode in (FORWARD, BOTH, STEP)}
+# What may stand in a contender's bars beside the names of its peers: the floor of report.py, and
+# microseconds.
+FLOOR, MICROSECONDS = "the floor", "us"
 
 BLOCK_SECONDS = 0.02  # of one function at a time: long against the clock, short against the noise
 ROUNDS = 31
@@ -44,6 +56,8 @@ class Contender:
     """False for a peer that is off by design: its error is printed, not judged."""
     repeatable: bool = True
     """False for a peer that draws other random numbers on every call: it has no errors."""
+    capturable: bool = True
+    """False for a peer that waits for the device, which a CUDA graph can't."""
     bars: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """What it may cost: ``{BOTH: {"mean": 1.2}}`` is 1.2 times forward + backward of the mean."""
     extra_bytes: int | None = None
@@ -64,6 +78,7 @@ class Case:
     leaves: Sequence[int] = (0,)  # the inputs that get a gradient
     modes: Sequence[str] = (FORWARD, BOTH)
     tolerance: float = 1e-6  # what is wrong by more is not timed
+    reads: float = 1.0  # of all inputs, in forward + backward: what the floor counts
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,7 @@ class Operation:
     case: Callable[..., Case]
     sizes: Sequence[int]
     quick: Sequence[int] | None = None  # else the same
+    gpu_sizes: Sequence[int] | None = None  # else the same
     plot: str | None = None
     """"lines": the cost over the size; "bars": beside the other operations of its file."""
 
@@ -91,15 +107,23 @@ def measure(
     leaves = [s[i] for pool in pools.values() for s in pool for i in case.leaves]
 
     progress("checks")
-    _require_grad(leaves, BOTH in case.modes)
+    gradients_wanted = {mode: GRAPHS.get(mode, mode) == BOTH for mode in case.modes}
+    _require_grad(leaves, any(gradients_wanted.values()))
     checks = _checks(case, {name: pool[0] for name, pool in inputs.items()})
     rows = []
     for mode in case.modes:
         progress(mode)
-        _require_grad(leaves, mode == BOTH)
-        sound = [c for c in case.contenders if checks[c.name]["status"] == "ok"]
-        calls = {c.name: _call(c, inputs[c.name][0], mode) for c in sound}
-        times = interleaved(calls, inputs, device, seconds)
+        both = gradients_wanted[mode]
+        _require_grad(leaves, both)
+        status = {name: check["status"] for name, check in checks.items()}
+        if mode in GRAPHS:
+            status |= {c.name: "not in a graph" for c in case.contenders if not c.capturable}
+        sound = [c for c in case.contenders if status[c.name] == "ok"]
+        calls = {c.name: _call(c, inputs[c.name][0], both) for c in sound}
+        if mode in GRAPHS:
+            times = in_graphs(calls, inputs, device, seconds, status)
+        else:
+            times = interleaved(calls, inputs, device, seconds)
         for c in case.contenders:
             first = inputs[c.name][0]
             gradients = sum(x.nbytes for x in first if x.requires_grad)
@@ -108,8 +132,9 @@ def measure(
                 "mode": mode,
                 "exact": c.exact,
                 **checks[c.name],
+                "status": status[c.name],
                 "seconds": times.get(c.name, []),
-                "bytes_read": sum(x.nbytes for x in first),
+                "bytes_read": round((case.reads if both else 1) * sum(x.nbytes for x in first)),
                 "bytes_written": gradients,
                 "bars": dict(c.bars.get(mode, {})),
             }
@@ -145,6 +170,40 @@ def interleaved(
     return times
 
 
+def in_graphs(
+    calls: Mapping[str, Callable[..., Any]],
+    inputs: Mapping[str, Sequence[Sequence[Tensor]]],
+    device: torch.device,
+    seconds: float,
+    status: dict[str, str],
+) -> dict[str, list[float]]:
+    """The same, of calls on all the inputs in a row that are captured once and replayed; the status
+    of what can't be captured becomes why.
+    """
+    replays = {}
+    for name, call in calls.items():
+        try:
+            replays[name] = captured(call, inputs[name])
+        except RuntimeError as error:
+            status[name] = str(error).partition("\n")[0]
+    times = interleaved(replays, {name: [()] for name in replays}, device, seconds)
+    return {name: [t / len(inputs[name]) for t in of_name] for name, of_name in times.items()}
+
+
+def captured(call: Callable[..., Any], inputs: Sequence[Sequence[Tensor]]) -> Callable[[], None]:
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):  # what a first call prepares can't be captured
+        for _ in range(3):
+            call(*inputs[0])
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for given in inputs:
+            call(*given)
+    return graph.replay
+
+
 def seconds_per_call(
     call: Callable[..., Any],
     inputs: Iterator[Sequence[Tensor]],
@@ -167,13 +226,19 @@ def seconds_per_call(
 
 
 def bandwidth(device: torch.device) -> dict[str, float]:
-    """Bytes per second, read and copied (a byte copied is one read and one written)."""
-    source = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+    """Bytes per second, read and copied (a byte copied is one read and one written); of a GPU,
+    which reads as fast as it copies, copied alone.
+    """
+    size = BANDWIDTH_BYTES
+    if device.type == "cuda":
+        size = max(size, 16 * torch.cuda.get_device_properties(device).L2_cache_size)
+    source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     kinds: dict[str, tuple[Callable[[], Any], int]] = {
-        "read": (source.sum, source.nbytes),
         "copy": (lambda: target.copy_(source), 2 * source.nbytes),
     }
+    if device.type != "cuda":
+        kinds = {"read": (source.sum, source.nbytes), **kinds}
     nothing: Iterator[Sequence[Tensor]] = itertools.repeat(())
     return {
         name: moved / min(seconds_per_call(call, nothing, 4, device) for _ in range(4))
@@ -231,9 +296,9 @@ def _require_grad(leaves: Sequence[Tensor], flag: bool) -> None:
         leaf.requires_grad_(flag)
 
 
-def _call(contender: Contender, inputs: Sequence[Tensor], mode: str) -> Callable[..., Any]:
+def _call(contender: Contender, inputs: Sequence[Tensor], both: bool) -> Callable[..., Any]:
     function = contender.function
-    if mode == FORWARD:
+    if not both:
         return function
     values = _values(function(*inputs))
     gradients = [None if v.dim() == 0 else torch.ones_like(v) for v in values]

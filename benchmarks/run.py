@@ -14,7 +14,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -44,18 +44,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "config": config(),
         "dtype": args.dtype,
         "device": args.device,
+        "complete": True,
         "bandwidth": {},
         "rows": [],
     }
-    for threads in args.threads:
-        torch.set_num_threads(threads)
-        say(f"threads {threads}: bandwidth")
-        report["bandwidth"][str(threads)] = bandwidth(device)
-        for file, of_file in files.items():
-            for name in [name for name in of_file if name in args.op]:
-                report["rows"] += rows_of(file, name, of_file[name], threads, device, args)
+    for option, suffix in (("output", ".md"), ("json", ".json")):
+        path = getattr(args, option)
+        if path and path.is_dir():
+            setattr(args, option, path / f"{report['machine']['name']}{suffix}")
+    try:
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            say(f"threads {threads}: bandwidth")
+            report["bandwidth"][str(threads)] = bandwidth(device)
+            for file, of_file in files.items():
+                for name in [name for name in of_file if name in args.op]:
+                    rows = rows_of(file, name, of_file[name], threads, device, args)
+                    report["rows"].extend(rows)
+    except KeyboardInterrupt:
+        report["complete"] = False
     write(report, args)
-    return int(any(is_wrong(row) for row in report["rows"]))
+    return int(any(is_wrong(row) for row in report["rows"]) or not report["complete"])
 
 
 def rows_of(
@@ -65,9 +74,8 @@ def rows_of(
     threads: int,
     device: torch.device,
     args: argparse.Namespace,
-) -> list[dict[str, Any]]:
-    rows = []
-    for size in args.sizes or (args.quick and operation.quick) or operation.sizes:
+) -> Iterator[dict[str, Any]]:
+    for size in args.sizes or sizes_of(operation, device, args.quick):
         where = f"threads {threads}: {name} {size:,}"
         say(where)
         case = operation.case(size, dtype=getattr(torch, args.dtype), device=device)
@@ -82,8 +90,15 @@ def rows_of(
             "shape": list(case.shape),
         }
         measured = measure(case, device, seconds, lambda what, where=where: say(f"{where}: {what}"))
-        rows += [{**common, **row} for row in measured]
-    return rows
+        yield from ({**common, **row} for row in measured)
+
+
+def sizes_of(operation: Operation, device: torch.device, quick: bool) -> Sequence[int]:
+    if quick and operation.quick is not None:
+        return operation.quick
+    if device.type == "cuda" and operation.gpu_sizes is not None:
+        return operation.gpu_sizes
+    return operation.sizes
 
 
 def write(report: Report, args: argparse.Namespace) -> None:
@@ -127,7 +142,12 @@ def parse(arguments: Sequence[str] | None, names: Sequence[str]) -> argparse.Nam
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every number, of every round")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="PNGs; needs matplotlib")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="the Markdown, as a file too")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the Markdown, as a file too; a folder: named after the machine, as with --json",
+    )
     args = parser.parse_args(arguments)
     if args.sizes and not args.op:
         parser.error(

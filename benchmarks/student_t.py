@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from measure import BOTH, Case, Contender, Operation
+from measure import BOTH, Case, Contender, Operation, in_graph
 from torch import Tensor
 from torch.distributions import StudentT
 
@@ -16,7 +16,7 @@ from sqloss import reference
 
 DF = 5.0
 SAMPLES = 64
-COLUMNS = {128: 20}  # by the number of rows; else
+COLUMNS = {128: 20, 65536: 128}  # by the number of rows; else
 MANY_COLUMNS = 64
 EXTRA_BYTES = 2**12
 EXTRA_BYTES_PER_ROW = 32
@@ -106,10 +106,13 @@ def draw(rows: int, **like: Any) -> list[Tensor]:
 
 
 def rsample_kl(rows: int, **like: Any) -> Case:
-    small = rows in COLUMNS
+    gpu = like["device"].type == "cuda"
     of_twin = partial(twin, dtype=like["dtype"])
-    fixed = {GAUSSIAN: 0.5} if small else {GAUSSIAN: 0.9, PEER: 1 / 8}
-    learned = {BOTH: {FIXED: 1.3, LEARNED_PEER: 1 / 12}}
+    if gpu:
+        fixed = {GAUSSIAN: 0.5, PEER: 1 / 10} if rows == 65536 else {}
+    else:
+        fixed = {GAUSSIAN: 0.5} if rows == 128 else {GAUSSIAN: 0.9, PEER: 1 / 8}
+    learned = {} if gpu else {BOTH: {FIXED: 1.3, LEARNED_PEER: 1 / 12}}
     random, seeded = [LOC, LOGVAR], [LOC, LOGVAR, SEED]
     return Case(
         shape=(rows, COLUMNS.get(rows, MANY_COLUMNS)),
@@ -132,12 +135,14 @@ def rsample_kl(rows: int, **like: Any) -> Case:
             ),
         ],
         leaves=[LOC, LOGVAR, DF_SCALAR, DF_BY_COLUMN],
-        modes=[BOTH],
+        modes=[BOTH, in_graph(BOTH)] if gpu else [BOTH],
+        reads=2 if gpu else 1,  # by each pass once
         tolerance=TOLERANCE,
     )
 
 
 def kl_of_many_samples(rows: int, **like: Any) -> Case:
+    gpu = like["device"].type == "cuda"
     return Case(
         shape=(rows, COLUMNS.get(rows, MANY_COLUMNS)),
         inputs=partial(draw, rows, **like),
@@ -152,16 +157,25 @@ def kl_of_many_samples(rows: int, **like: Any) -> Case:
             ),
         ],
         leaves=[LOC, LOGVAR],
-        modes=[BOTH],
+        modes=[BOTH, in_graph(BOTH)] if gpu else [BOTH],
+        reads=2 if gpu else 1,
         tolerance=TOLERANCE,
     )
 
 
 OPERATIONS = {
     "rsample_kl": Operation(
-        "z and its KL from the prior, df = 5", rsample_kl, [128, 1024, 16384], quick=[128, 1024]
+        "z and its KL from the prior, df = 5",
+        rsample_kl,
+        [128, 1024, 16384],
+        quick=[128, 1024],
+        gpu_sizes=[128, 16384, 65536],
     ),
     "kl_of_many_samples": Operation(
-        f"the KL alone, of {SAMPLES} samples, df = 5", kl_of_many_samples, [1024], quick=[128]
+        f"the KL alone, of {SAMPLES} samples, df = 5",
+        kl_of_many_samples,
+        [1024],
+        quick=[128],
+        gpu_sizes=[16384],
     ),
 }

@@ -7,7 +7,16 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from measure import BOTH, FORWARD, Case, Contender, Operation
+from measure import (
+    BOTH,
+    FLOOR,
+    FORWARD,
+    MICROSECONDS,
+    Case,
+    Contender,
+    Operation,
+    in_graph,
+)
 from torch import Tensor
 
 import sqloss
@@ -18,8 +27,9 @@ SORTABLE = 2**24  # torch.quantile takes fewer; beyond it the peers that sort ta
 
 
 def cvar(n: int, **like: Any) -> Case:
-    forward = {"sum": 1.6} if n >= 2**24 else {}
-    both = {"mean": 1.0} if n <= 2**16 else {"mean": 1.2, "topk().mean()": 1 / 20}
+    gpu = like["device"].type == "cuda"
+    sorts = gpu or n <= SORTABLE
+    modes = [FORWARD, BOTH] if sorts else [FORWARD]
     return Case(
         shape=[n],
         inputs=lambda: [normal(n, **like)],
@@ -28,19 +38,38 @@ def cvar(n: int, **like: Any) -> Case:
             Contender(
                 "sqloss.cvar",
                 lambda x: sqloss.cvar(x, ALPHA),
-                twin if n <= SORTABLE else twin_of_many,
-                bars={FORWARD: forward, BOTH: both},
+                twin if sorts else twin_of_many,
+                bars=cvar_gpu_bars(n) if gpu else cvar_bars(n),
             ),
             Contender("sum", torch.sum),
-            *(peers(n) if n <= SORTABLE else []),
+            *(peers(n) if sorts else []),
         ],
-        modes=[FORWARD, BOTH] if n <= SORTABLE else [FORWARD],
+        modes=[*modes, *map(in_graph, modes)] if gpu else modes,
     )
+
+
+def cvar_bars(n: int) -> dict[str, dict[str, float]]:
+    forward = {"sum": 1.6} if n >= 2**24 else {}
+    both = {"mean": 1.0} if n <= 2**16 else {"mean": 1.2, "topk().mean()": 1 / 20}
+    return {FORWARD: forward, BOTH: both} if n <= SORTABLE else {FORWARD: forward}
+
+
+def cvar_gpu_bars(n: int) -> dict[str, dict[str, float]]:
+    if n <= 2**20:
+        most = {MICROSECONDS: 6.0 if n <= 2**12 else 20.0} if n <= 2**19 else {}
+        return {in_graph(FORWARD): most, BOTH: {"mean": 1.0}}
+    return {
+        FORWARD: {"sum": 1.25, FLOOR: 1 / 0.8} if n >= 2**28 else {},
+        BOTH: {"mean": 1.15, "topk().mean()": 1 / 5} if n >= 2**28 else {},
+    }
 
 
 def batched(rows: int, n: int = 1024, **like: Any) -> Case:
     k = tail_size(n)
     row_twin = partial(twin, dim=[1])
+    gpu = like["device"].type == "cuda"
+    modes = [FORWARD, BOTH]
+    gpu_bars = {mode: {FLOOR: 1.3} for mode in map(in_graph, modes)}
     return Case(
         shape=[rows, n],
         inputs=lambda: [normal(rows, n, **like)],
@@ -50,12 +79,14 @@ def batched(rows: int, n: int = 1024, **like: Any) -> Case:
                 "sqloss.cvar",
                 lambda x: sqloss.cvar(x, ALPHA, dim=-1),
                 row_twin,
-                bars={BOTH: {"topk().mean()": 1 / 8}},
+                bars=gpu_bars if gpu else {BOTH: {"topk().mean()": 1 / 8}},
             ),
             Contender("sum", lambda x: x.sum(-1)),
             Contender("topk().mean()", lambda x: x.topk(k).values.mean(-1), row_twin, exact=False),
             Contender("kthvalue + relu", partial(kthvalue_and_relu, n), row_twin, exact=False),
         ],
+        modes=[*modes, *map(in_graph, modes)] if gpu else modes,
+        reads=2 if gpu else 1,  # by each pass once
     )
 
 
@@ -156,9 +187,10 @@ OPERATIONS = {
         cvar,
         [2**6, 2**8, 2**10, 2**12, 2**14, 2**16, 2**20, 2**24, 2**27],
         quick=[2**6, 2**12, 2**20],
+        gpu_sizes=[2**7, 2**10, 2**12, 2**14, 2**16, 2**19, 2**20, 2**24, 2**28],
         plot="lines",
     ),
-    "batched": Operation("sqloss.cvar(dim=-1)", batched, [4096]),
+    "batched": Operation("sqloss.cvar(dim=-1)", batched, [4096], gpu_sizes=[65536]),
     "weighted": Operation("sqloss.cvar(weight=, mask=)", weighted, [2**20]),
     "value_at_risk": Operation("sqloss.value_at_risk", value_at_risk, [2**20]),
     "inputs": Operation(
@@ -183,16 +215,21 @@ def threshold_rank(n: int) -> int:
 def peers(n: int) -> list[Contender]:
     """What is written today. Most round k or interpolate the quantile; halves round in all."""
     k = tail_size(n)
-    reduce: dict[str, Callable[[Tensor], Tensor]] = {
-        "topk().mean()": lambda x: x.topk(k).values.mean(),
-        "kthvalue + relu": partial(kthvalue_and_relu, n),
+    topk = Contender("topk().mean()", lambda x: x.topk(k).values.mean(), twin, exact=False)
+    if n > SORTABLE:
+        return [topk]
+    waits: dict[str, Callable[[Tensor], Tensor]] = {
         "quantile mask": lambda x: x[x >= x.detach().quantile(ALPHA)].mean(),
     }
     if find_spec("sqwash"):
         import sqwash
 
-        reduce["sqwash"] = lambda x: sqwash.reduce_superquantile(x, 1 - ALPHA)
-    return [Contender(name, function, twin, exact=False) for name, function in reduce.items()]
+        waits["sqwash"] = lambda x: sqwash.reduce_superquantile(x, 1 - ALPHA)
+    return [
+        topk,
+        Contender("kthvalue + relu", partial(kthvalue_and_relu, n), twin, exact=False),
+        *(Contender(name, f, twin, exact=False, capturable=False) for name, f in waits.items()),
+    ]
 
 
 def kthvalue_and_relu(n: int, x: Tensor) -> Tensor:

@@ -78,10 +78,14 @@ TORCH_LIBRARY_IMPL(sqloss, CPU, m) {
   m.impl("superquantile", core::On<superquantile::forward, superquantile::cpu_kernels>::call);
   m.impl("superquantile_backward",
          core::On<superquantile::backward, superquantile::cpu_kernels>::call);
-  m.impl("pointwise_losses", pointwise_losses::forward_cpu);
-  m.impl("pointwise_losses_backward", pointwise_losses::backward_cpu);
-  m.impl("cross_entropy_losses", cross_entropy_losses::forward_cpu);
-  m.impl("cross_entropy_losses_backward", cross_entropy_losses::backward_cpu);
+  m.impl("pointwise_losses",
+         core::On<pointwise_losses::forward, pointwise_losses::cpu_kernels>::call);
+  m.impl("pointwise_losses_backward",
+         core::On<pointwise_losses::backward, pointwise_losses::cpu_kernels>::call);
+  m.impl("cross_entropy_losses",
+         core::On<cross_entropy_losses::forward, cross_entropy_losses::cpu_kernels>::call);
+  m.impl("cross_entropy_losses_backward",
+         core::On<cross_entropy_losses::backward, cross_entropy_losses::cpu_kernels>::call);
   m.impl("student_t_rsample_kl", core::On<student_t::forward, student_t::cpu_kernels>::call);
   m.impl("student_t_rsample_kl_backward",
          core::On<student_t::backward, student_t::cpu_kernels>::call);
@@ -102,6 +106,14 @@ TORCH_LIBRARY_IMPL(sqloss, CUDA, m) {
   m.impl("superquantile", core::On<superquantile::forward, superquantile::cuda_kernels>::call);
   m.impl("superquantile_backward",
          core::On<superquantile::backward, superquantile::cuda_kernels>::call);
+  m.impl("pointwise_losses",
+         core::On<pointwise_losses::forward, pointwise_losses::cuda_kernels>::call);
+  m.impl("pointwise_losses_backward",
+         core::On<pointwise_losses::backward, pointwise_losses::cuda_kernels>::call);
+  m.impl("cross_entropy_losses",
+         core::On<cross_entropy_losses::forward, cross_entropy_losses::cuda_kernels>::call);
+  m.impl("cross_entropy_losses_backward",
+         core::On<cross_entropy_losses::backward, cross_entropy_losses::cuda_kernels>::call);
   m.impl("student_t_rsample_kl", core::On<student_t::forward, student_t::cuda_kernels>::call);
   m.impl("student_t_rsample_kl_backward",
          core::On<student_t::backward, student_t::cuda_kernels>::call);
@@ -132,16 +144,17 @@ at::Tensor pointwise_losses_eager(std::string_view loss, const at::Tensor& input
                                   const at::Tensor& target, const std::optional<at::Tensor>& weight,
                                   const std::optional<at::Tensor>& other, double parameter,
                                   bool full, int64_t sample_dims, bool mean) {
-  static const auto op =
-      core::find_operator<decltype(pointwise_losses::forward_cpu)>("sqloss::pointwise_losses");
+  static const auto op = core::find_operator<core::Operator<decltype(pointwise_losses::forward)>>(
+      "sqloss::pointwise_losses");
   return op.call(loss, input, target, weight, other, parameter, full, sample_dims, mean);
 }
 
 at::Tensor cross_entropy_losses_eager(const at::Tensor& input, const at::Tensor& target,
                                       const std::optional<at::Tensor>& weight, int64_t ignore_index,
                                       double label_smoothing) {
-  static const auto op = core::find_operator<decltype(cross_entropy_losses::forward_cpu)>(
-      "sqloss::cross_entropy_losses");
+  static const auto op =
+      core::find_operator<core::Operator<decltype(cross_entropy_losses::forward)>>(
+          "sqloss::cross_entropy_losses");
   return std::get<0>(op.call(input, target, weight, ignore_index, label_smoothing));
 }
 

@@ -3,6 +3,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,16 +31,48 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--emulate-cuda"):
-        from emulated_cuda import build
+        sys.path.insert(0, str(Path(__file__).parent))
+        from emulated_cuda.build import load
 
-        build.load()
+        load()
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def device(request):
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda)  # what `.ci/gpu test` runs
+
+
+def device_of(request):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU on this machine")
     return torch.device(request.param)
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def device(request):
+    return device_of(request)
+
+
+@pytest.fixture(params=[CUDA])
+def gpu(request):
+    """For what a CPU does not have: streams, graphs, a memory of its own."""
+    return device_of(request)
+
+
+@pytest.fixture
+def capture(gpu):
+    def captured(step):
+        """(replay, outputs): the step in a CUDA graph, and what each replay writes anew."""
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):  # what a first call prepares can't be captured
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = step()
+        return graph.replay, outputs
+
+    return captured
 
 
 @pytest.fixture(autouse=True)

@@ -111,6 +111,48 @@ def test_dtypes(run, dtype):
     assert run("--dtype", dtype, "--sizes", 8, "--op", "rsample_kl", "kl_of_many_samples") == 0
 
 
+def test_what_was_measured_before_an_interrupt_is_written(benchmark, run, tmp_path, monkeypatch):
+    module, measured = benchmark("run"), []
+
+    def measure(case, *rest):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(case)
+        return benchmark("measure").measure(case, *rest)
+
+    monkeypatch.setattr(module, "measure", measure)
+    assert run("--op", "cvar", "--sizes", 64, 100, "--output", tmp_path, "--json", tmp_path) == 1
+    (markdown,), (numbers,) = tmp_path.glob("*.md"), tmp_path.glob("*.json")
+    assert markdown.stem == numbers.stem and "**Interrupted**" in markdown.read_text()
+    assert {row["size"] for row in json.loads(numbers.read_text())["rows"]} == {64}
+
+
+def test_a_training_step(run, tmp_path):
+    assert run("--op", "vae", "--sizes", 8, "--json", tmp_path / "it.json") == 0
+    rows = json.loads((tmp_path / "it.json").read_text())["rows"]
+    assert [(r["function"], r["mode"]) for r in rows] == [
+        ("mean in torch", "training step"),
+        ("sqloss", "training step"),
+    ]
+    assert all(len(r["seconds"]) == 5 for r in rows)
+
+
+def test_a_gpu(gpu, run, tmp_path):
+    """Loops and CUDA graphs are timed, and what can't be captured is left out of these."""
+    operations, file = ("cvar", "mse_loss", "rsample_kl", "vae"), tmp_path / "it.json"
+    assert run("--device", gpu, "--sizes", 64, "--op", *operations, "--json", file) == 0
+    said = json.loads(file.read_text())
+    assert all(speeds.keys() == {"copy"} for speeds in said["bandwidth"].values())
+    modes = {op: set() for op in operations}
+    for row in said["rows"]:
+        in_a_graph = row["mode"].endswith("graph")
+        waits = in_a_graph and row["function"] in ("quantile mask", "sqwash")
+        assert row["status"] == ("not in a graph" if waits else "ok")
+        assert bool(row["seconds"]) != waits
+        modes[row["op"]].add(in_a_graph)
+    assert all(of_op == {False, True} for of_op in modes.values())
+
+
 def test_a_new_file_takes_part(benchmark, tmp_path, monkeypatch):
     (tmp_path / "student_t_of_a_test.py").write_text("OPERATIONS = {'sample': None}")
     (tmp_path / "helper_of_a_test.py").write_text("")
@@ -132,25 +174,54 @@ def test_ratios_are_those_of_each_round(benchmark):
 
 
 def test_bars(benchmark):
-    report = benchmark("report")
+    report, speed = benchmark("report"), {"read": 4.0, "copy": 2.0}
+    bytes_moved = {"bytes_read": 4, "bytes_written": 0}
     mean, slow = row("mean", [1.0] * 5), row("topk", [])
-    mine = row("mine", [1.1] * 5, bars={"mean": 1.2, "topk": 0.05})
+    mine = row("mine", [1.1] * 5, bars={"mean": 1.2, "topk": 0.05}, **bytes_moved)
     table = [mean, mine, slow]
-    assert report.verdicts(mean, table) == []
-    assert report.verdicts(mine, table) == [
+    assert report.verdicts({**mean, **bytes_moved}, table, speed) == []
+    assert report.verdicts(mine, table, speed) == [
         ("<= 1.2 x mean: 1.1", True),
         ("<= 0.05 x topk: not measured", False),
     ]
     mine["seconds"] = [1.3] * 5
-    assert report.verdicts(mine, table)[0] == ("<= 1.2 x mean: 1.3", False)
+    assert report.verdicts(mine, table, speed)[0] == ("<= 1.2 x mean: 1.3", False)
+    mine["bars"] = {"the floor": 1.25, "us": 1.4e6}
+    assert report.verdicts(mine, table, speed) == [
+        ("<= 1.25 x the floor: 1.3", False),
+        ("<= 1.4e+06 us: 1.3e+06", True),
+    ]
     mine.update(bars={}, peak_bytes=2000, peak_bytes_allowed=1999)
-    assert report.verdicts(mine, table) == [("memory <= 1,999 bytes: 2,000", False)]
+    assert report.verdicts(mine, table, speed) == [("memory <= 1,999 bytes: 2,000", False)]
 
 
 def test_floors(benchmark):
     floor_seconds, bandwidth = benchmark("report").floor_seconds, {"read": 4.0, "copy": 2.0}
     assert floor_seconds({"bytes_read": 8, "bytes_written": 0}, bandwidth) == 2
     assert floor_seconds({"bytes_read": 8, "bytes_written": 4}, bandwidth) == 6
+    assert floor_seconds({"bytes_read": 8, "bytes_written": 0}, {"copy": 2.0}) == 4
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_bar_has_its_peer_and_its_mode(benchmark, device):
+    """Cases make nothing before they are measured: those of a GPU are looked at on any machine."""
+    run, measure = benchmark("run"), benchmark("measure")
+    like = {"device": torch.device(device), "dtype": torch.float32}
+    bars = []
+    for of_file in run.operations(BENCHMARKS).values():
+        for name, operation in of_file.items():
+            for size in run.sizes_of(operation, like["device"], quick=False):
+                case = operation.case(size, **like)
+                known = {c.name for c in case.contenders} | {measure.FLOOR, measure.MICROSECONDS}
+                for contender in case.contenders:
+                    assert contender.bars.keys() <= set(case.modes)
+                    for mode, of_mode in contender.bars.items():
+                        assert of_mode.keys() <= known
+                        bars += [(name, size, mode, peer) for peer in of_mode]
+    if device == "cuda":
+        assert ("cvar", 2**28, measure.FORWARD, measure.FLOOR) in bars
+        assert ("cvar", 2**19, measure.in_graph(measure.FORWARD), measure.MICROSECONDS) in bars
+        assert ("vae", 128, measure.in_graph(measure.STEP), "mean in torch") in bars
 
 
 def test_peak_bytes_sees_what_is_freed_within(benchmark):

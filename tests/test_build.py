@@ -1,5 +1,6 @@
 """Building: which torch it builds against, whether CUDA is compiled, and what an sdist holds."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -108,6 +109,46 @@ def test_cuda_of_another_major_version_fails_with_the_reason(tmp_path):
     assert why + "an nvcc that does not run" in setup(CUDA_HOME=str(tmp_path)).stderr
     nvcc.unlink()
     assert why + "no nvcc" in setup(CUDA_HOME=str(tmp_path)).stderr
+
+
+PTXAS = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '{kernel}' for 'sm_80'
+ptxas info    : Function properties for {kernel}
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 1312 bytes smem, 416 bytes cmem[0]
+ptxas info    : Compile time = 12.3 ms
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '{kernel}' for 'sm_90'
+ptxas info    : Function properties for called
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Function properties for {kernel}
+    32 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 38 registers, used 0 barriers, 32 bytes cumulative stack size
+"""
+
+
+def test_the_report_of_the_kernels_says_what_ptxas_says(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    report = importlib.import_module("kernel_resources")
+    kernel = "_ZN6sqloss9operation12_GLOBAL__N_111some_kernelIfLi4EEEvl"
+    kernels = report.parse(PTXAS.format(kernel=kernel))
+    assert kernels == [
+        report.Kernel(kernel, "sm_80", registers=40, shared=1312, stack=0, spilled=0),
+        report.Kernel(kernel, "sm_90", registers=38, shared=0, stack=48, spilled=12),
+    ]
+    name = (
+        "void sqloss::operation::(anonymous namespace)::some_kernel<c10::Half, (int)4, "
+        "sqloss::core::Less<float> >(sqloss::operation::Losses, long)"
+    )
+    said = ("operation", "some_kernel<Half, (int)4, Less<float> >")
+    assert report.short(name) == said
+    assert report.demangled({kernel}) == {kernel: ("operation", "some_kernel<float, 4>")}
+    text = report.markdown(kernels, {kernel: said}, ["-O3"], "13.0")
+    assert f"| `{said[1]}` | 40 / 38 | 1,312 / 0 | 0 / 48 | 0 / 12 |" in text
+    assert f"1 kernels. Spilling registers: {said[1]}." in text
+    with pytest.raises(ValueError, match="expected registers"):
+        report.parse(PTXAS.format(kernel=kernel).replace("Used 38", "Took 38"))
 
 
 def test_an_sdist_holds_what_building_and_testing_need(tmp_path):

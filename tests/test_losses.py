@@ -1707,3 +1707,58 @@ def test_no_derivative_in_the_weights_is_taken_for_zero():
             grad(f)(Y)
         with pytest.raises(ValueError, match="expected a tensor without gradient"):
             jvp(f, (Y,), (Y,))
+
+
+# --- where the kernels change -------------------------------------------------------------------
+
+# Around a warp, a block, and what a block's shared memory holds
+LIMITS = [1, 2, 31, 32, 33, 127, 129, 255, 257, 1023, 1024, 1025, 4097, 2**14 + 1, 49_153]
+
+
+@every_case
+@pytest.mark.parametrize("n", LIMITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_where_the_kernels_change(device, case, n, dtype):
+    assert_matches_torch(case, case.draw(3, n, dtype=dtype, device=device), 0.5)
+    assert_matches_torch(case, case.draw(n, 3, dtype=dtype, device=device), 0.5)
+    assert_matches_torch(case, case.draw(n + 2, dtype=dtype, device=device), 0.5)
+
+
+@pytest.mark.parametrize("n", LIMITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_cross_entropy_where_the_kernels_change(device, n, dtype, probabilities):
+    options = {"dtype": dtype, "device": device, "probabilities": probabilities, "weight": True}
+    for shape in ((3, n), (n, 3), (2, 5, n), (1, min(n, 4097), 3)):
+        tensors = draw_classes(*shape, **options)
+        if probabilities:
+            tensors["target"] = tensors["target"] / tensors["target"].sum(1, keepdim=True)
+        assert_cross_entropy_matches_torch(tensors, 0.5, label_smoothing=0.1)
+
+
+def test_more_elements_than_32_bits_can_count(gpu):
+    n, elements = 2**16 + 1, 2**15
+    if torch.cuda.mem_get_info()[0] < 32 * 2**30:
+        pytest.skip("expected 32 GiB of free memory on the GPU")
+    x = torch.zeros(n, elements, dtype=torch.bfloat16, device=gpu)
+    x[-1] = 2
+    x.requires_grad_()
+    value, losses = sqloss.cvar_mse_loss(
+        x, torch.zeros_like(x), tail_fraction=1 / n, return_losses=True
+    )
+    assert value.item() == 4 and losses.unique().tolist() == [0, 4] and losses[-1] == 4
+    (gradient,) = torch.autograd.grad(value, x)
+    assert gradient[-1].unique().tolist() == [4 / elements]
+    assert gradient[:-1].count_nonzero() == 0
+    del gradient, losses, value
+
+    target = torch.zeros(n, dtype=torch.int64, device=gpu)
+    target[-1] = elements - 1
+    with torch.no_grad():
+        x[-1, -1] = -20  # the least likely of its classes
+    value, losses = sqloss.cvar_cross_entropy(x, target, tail_fraction=1 / n, return_losses=True)
+    assert losses[:-1].unique().tolist() == pytest.approx([math.log(elements)], rel=1e-5)
+    expected = 20 + math.log(math.exp(2) * (elements - 1) + math.exp(-20))
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    (gradient,) = torch.autograd.grad(value, x)
+    assert gradient[-1, -1].item() == -1 and gradient[:-1].count_nonzero() == 0

@@ -1,6 +1,9 @@
-"""Loading: what an import checks, and what show_config says."""
+"""Loading: what an import checks, and what show_config says. And what holds of every operator on a
+GPU, whatever it computes.
+"""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -8,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sqloss
 from sqloss import _build_info, _ops
@@ -138,3 +143,217 @@ def test_the_rebuild_command_names_where_the_install_came_from(monkeypatch):
         assert command == f"{pip} {ending}"
     monkeypatch.setattr(_ops, "find_spec", lambda name: None)
     assert _ops._rebuild_command().startswith("uv pip install --no-build-isolation --reinstall")
+
+
+# --- every operator on a GPU ----------------------------------------------------------------------
+
+
+def cvar_case(*shape, dtype=torch.float32, **options):
+    def make(device):
+        given = {
+            name: torch.rand(shape, device=device) < 0.7 if name == "mask" else value
+            for name, value in options.items()
+        }
+        return [shape], lambda x: sqloss.cvar(x.to(dtype), 0.8, **given)
+
+    return make
+
+
+def weighted_case(*shape):
+    def make(device):
+        weight = torch.rand(shape, device=device)
+        return [shape], lambda x: sqloss.cvar(x, 0.8, weight=weight)
+
+    return make
+
+
+def loss_case(function, *shape, leaves=1, **options):
+    def make(device):
+        target = torch.rand(shape, device=device)
+        if leaves == 2:  # a variance
+            return [shape, shape], lambda x, v: function(x, target, v.exp(), alpha=0.8, **options)
+        return [shape], lambda x: function(x, target, alpha=0.8, **options)
+
+    return make
+
+
+def cross_entropy_case(*shape, **options):
+    def make(device):
+        target = torch.randint(shape[1], (shape[0], *shape[2:]), device=device)
+        return [shape], lambda x: sqloss.cvar_cross_entropy(x, target, alpha=0.8, **options)
+
+    return make
+
+
+def rsample_case(rows, columns, of_df=None, **options):
+    """Of Student-t latents with a df of that shape, else of normal ones."""
+
+    def make(device):
+        shape, seed = (rows, columns), torch.tensor(7, device=device)
+        if of_df is None:
+            return [shape, shape], lambda x, v: sqloss.normal_rsample_kl(
+                x, logvar=v, seed=seed, **options
+            )
+        return [shape, shape, of_df], lambda x, v, d: sqloss.student_t_rsample_kl(
+            d.exp() + 1, x, logvar=v, seed=seed, **options
+        )
+
+    return make
+
+
+CASES = {
+    "cvar, 100": cvar_case(100),
+    "cvar, 5,000": cvar_case(5000),
+    "cvar, 2^16 + 1": cvar_case(2**16 + 1),
+    "cvar, 2^20 + 1": cvar_case(2**20 + 1),
+    "cvar, halves": cvar_case(5000, dtype=torch.bfloat16),
+    "cvar, rows": cvar_case(64, 1000, dim=1),
+    "cvar, columns": cvar_case(1000, 64, dim=0),
+    "cvar, long rows": cvar_case(3, 70_001, dim=1),
+    "cvar, weight": weighted_case(70_001),
+    "cvar, mask": cvar_case(70_001, mask=True),
+    "bce": loss_case(sqloss.cvar_binary_cross_entropy_with_logits, 64, 784, reduction="sum"),
+    "mse, long rows": loss_case(sqloss.cvar_mse_loss, 3, 70_001),
+    "smooth l1, elements": loss_case(sqloss.cvar_smooth_l1_loss, 64, 65, sample_dims=2),
+    "gaussian nll": loss_case(sqloss.cvar_gaussian_nll_loss, 64, 784, leaves=2),
+    "cross-entropy": cross_entropy_case(64, 1000, label_smoothing=0.1),
+    "cross-entropy, pixels": cross_entropy_case(2, 21, 32, 33),
+    "cross-entropy, many classes": cross_entropy_case(3, 50_257),
+    "normal": rsample_case(128, 20),
+    "Student-t": rsample_case(128, 20, of_df=()),
+    "Student-t, df by column": rsample_case(1024, 64, of_df=(64,), num_samples=2),
+    "Student-t, the divergence alone": rsample_case(
+        33, 700, (33, 1), num_samples=9, return_z=False
+    ),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+A_LONG_WAIT = 200_000_000  # cycles of a GPU: a tenth of a second
+
+
+def leaves_of(shapes, device):
+    return [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+
+
+def outcomes(function, leaves):
+    """Outputs and gradients."""
+    outputs = function(*leaves)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    gradients = torch.autograd.grad(outputs, leaves, [torch.ones_like(t) for t in outputs])
+    return [*(t.detach() for t in outputs), *gradients]
+
+
+def assert_same_bits(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_case
+def test_same_bits_over_100_runs(device, case):
+    shapes, function = case(device)
+    leaves = leaves_of(shapes, device)
+    expected = outcomes(function, leaves)
+    for _ in range(100 if device.type == "cuda" else 3):
+        assert_same_bits(outcomes(function, leaves), expected)
+
+
+@every_case
+def test_a_cuda_graph_computes_with_the_inputs_of_its_replay(gpu, capture, case):
+    """And while it is captured, CUDA itself forbids to wait, and to take memory by cudaMalloc."""
+    shapes, function = case(gpu)
+    leaves = leaves_of(shapes, gpu)
+    replay, got = capture(lambda: outcomes(function, leaves))
+    for _ in range(3):
+        with torch.no_grad():
+            for leaf in leaves:
+                leaf.normal_()
+        replay()
+        assert_same_bits(got, outcomes(function, leaves))
+
+
+@every_case
+def test_a_side_stream(gpu, case):
+    """Work of another stream would see the inputs before they are there."""
+    shapes, function = case(gpu)
+    leaves, later = leaves_of(shapes, gpu), leaves_of(shapes, gpu)
+    expected = outcomes(function, later)
+    outcomes(function, leaves)
+    torch.cuda.synchronize()
+    beside = torch.cuda.Stream()
+    with torch.cuda.stream(beside):
+        torch.cuda._sleep(A_LONG_WAIT)
+        with torch.no_grad():
+            for leaf, values in zip(leaves, later, strict=True):
+                leaf.copy_(values)
+        got = outcomes(function, leaves)
+    assert not beside.query()
+    beside.synchronize()
+    assert_same_bits(got, expected)
+
+
+@every_case
+def test_a_device_that_is_not_the_current_one(gpu, case):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU on this machine")
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    results = []
+    for device in (first, second):
+        torch.manual_seed(0)
+        shapes, function = case(device)
+        torch.manual_seed(1)
+        results.append(outcomes(function, leaves_of(shapes, device)))
+        assert torch.cuda.current_device() == 0
+    assert all(t.device == second for t in results[1])
+    if torch.cuda.get_device_name(first) == torch.cuda.get_device_name(second):
+        assert_same_bits([t.to(first) for t in results[1]], results[0])
+
+
+@every_case
+def test_the_host_does_not_wait_for_the_device(gpu, case):
+    shapes, function = case(gpu)
+    leaves = leaves_of(shapes, gpu)
+    outcomes(function, leaves)  # loads the kernels, and takes memory that the next call gets again
+    torch.cuda.synchronize()
+    torch.cuda._sleep(A_LONG_WAIT)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        outcomes(function, leaves)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not torch.cuda.current_stream().query(), "the call took as long as the device"
+
+
+@pytest.mark.parametrize("name", ["cvar, 5,000", "bce", "cross-entropy, pixels", "Student-t"])
+def test_compile_reduce_overhead(gpu, name):
+    """Inductor's CUDA graphs take the operators in."""
+    shapes, function = CASES[name](gpu)
+    compiled = torch.compile(function, mode="reduce-overhead", fullgraph=True)
+    counters.clear()
+    for _ in range(5):  # warms up, records, replays
+        leaves = leaves_of(shapes, gpu)
+        torch.compiler.cudagraph_mark_step_begin()
+        got = outcomes(compiled, leaves)
+        torch.testing.assert_close(got, outcomes(function, leaves))
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+OPERATORS = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("sqloss::")}
+
+
+class Called(TorchDispatchMode):
+    """The names of the operators of sqloss that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "sqloss":
+            self.names.add(operator._schema.name)
+        return operator(*args, **(kwargs or {}))
+
+
+def test_the_cases_of_the_sanitizers_call_every_operator(device):
+    cases = runpy.run_path(str(Path(__file__).parent / "sanitizer_cases.py"))
+    with Called() as called:
+        assert cases["run"](device) > 500
+    assert called.names == OPERATORS

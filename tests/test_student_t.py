@@ -1503,3 +1503,73 @@ def test_law_the_forms_of_the_scale_are_one_function(loc, scale, forms):
             for form, s in ((form, FORMS[form](scale)) for form in forms)
         )
         torch.testing.assert_close(a, b)
+
+
+# --- draws on a GPU -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 31), (2, 1025), (70_001, 3), (3, 70_001)])
+def test_a_gpu_draws_what_a_cpu_draws(gpu, dtype, shape):
+    tensors = parameters(*shape, dtype=dtype)
+    on_gpu = {name: t.to(gpu) for name, t in tensors.items()}
+    for num_samples in (1, 3):
+        z, kl = public(tensors, num_samples=num_samples, seed=seed_of(2**40 + 1))
+        got = public(on_gpu, num_samples=num_samples, seed=seed_of(2**40 + 1, gpu))
+        assert_near(got[0].cpu(), z, ROUNDING[dtype])
+        assert_near(got[1].cpu(), kl, ROUNDING[dtype])
+    noise = torch.ops.sqloss.student_t_noise
+    # energy = -2 log u and the cosine: what the random bits themselves give
+    for a, b in zip(
+        noise(on_gpu["loc"], seed_of(5, gpu), None, 2),
+        noise(tensors["loc"], seed_of(5), None, 2),
+        strict=True,
+    ):
+        assert_near(a.cpu(), b, ROUNDING[dtype])
+
+
+def test_replays_of_a_cuda_graph_draw_anew(gpu, capture):
+    loc, logvar = torch.randn(2, 33, 20, device=gpu, requires_grad=True)
+
+    def step():
+        z, kl = sqloss.student_t_rsample_kl(5.0, loc, logvar=logvar)
+        normal, _ = sqloss.normal_rsample_kl(loc, logvar=logvar)
+        gradient = torch.autograd.grad(kl.sum() + z.sum() + normal.sum(), logvar)[0]
+        return z.detach(), kl.detach(), normal.detach(), gradient
+
+    replay, outputs = capture(step)
+
+    def replayed():
+        replay()
+        return [t.clone() for t in outputs]
+
+    torch.manual_seed(1)
+    first, second = replayed(), replayed()
+    assert not any(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    torch.manual_seed(1)
+    assert all(torch.equal(a, b) for a, b in zip(replayed(), first, strict=True))
+    torch.manual_seed(1)
+    assert all(torch.equal(a, b) for a, b in zip(step(), first, strict=True)), "as eager mode does"
+
+
+def test_replays_of_a_cuda_graph_take_the_seed_of_the_moment(gpu, capture):
+    loc, seed = torch.randn(33, 20, device=gpu), seed_of(0, gpu)
+    replay, z = capture(lambda: sqloss.student_t_rsample(5.0, loc, 1.0, seed=seed))
+    for number in (3, 2**40, -1):
+        seed.fill_(number)
+        replay()
+        assert torch.equal(z, sqloss.student_t_rsample(5.0, loc, 1.0, seed=seed_of(number, gpu)))
+
+
+def test_more_elements_than_32_bits_can_count(gpu):
+    rows, columns = 2**16 + 1, 2**15
+    if torch.cuda.mem_get_info()[0] < 32 * 2**30:
+        pytest.skip("expected 32 GiB of free memory on the GPU")
+    loc = torch.zeros(rows, columns, dtype=torch.bfloat16, device=gpu).requires_grad_()
+    seed, worst = seed_of(3, gpu), torch.tensor([rows - 1, 2**15, 0], device=gpu)
+    z, kl = sqloss.normal_rsample_kl(loc, 1.0, estimator="mc", seed=seed)
+    (gradient,) = torch.autograd.grad(kl.sum(), loc)
+    few = torch.zeros(3, columns, dtype=torch.bfloat16, device=gpu).requires_grad_()
+    again = sqloss.normal_rsample_kl(few, 1.0, estimator="mc", seed=seed, rows=worst)
+    assert torch.equal(z[worst], again[0]) and torch.equal(kl[worst], again[1])
+    assert torch.equal(gradient[worst], torch.autograd.grad(again[1].sum(), few)[0])

@@ -1244,3 +1244,82 @@ def test_an_empty_batch_of_reductions_is_fine():
     assert value.shape == (0,)
     value.sum().backward()
     assert losses.grad.shape == (0, 5)
+
+
+# --- where the kernels change ---------------------------------------------------------------------
+
+# Around a warp, a block, and what a block's shared memory holds of a row of 4 bytes or less each
+LIMITS = [1, 31, 32, 33, 1023, 1024, 1025, 2**14, 2**14 + 1, 48_000, 2**16 + 1]
+MANY = [2**18 + 3, 2**20, 2**23 - 1, 2**23, 2**24 + 1]
+
+
+def losses_like(kind, n, device, dtype):
+    ramp = torch.arange(n, device=device).to(torch.float64)
+    made = {
+        "random": lambda: torch.randn(n, device=device),
+        "sorted": lambda: ramp / n,
+        "reversed": lambda: -ramp,
+        "constant": lambda: ramp * 0 + 0.1,
+        "mostly ties": lambda: torch.where(ramp % 10 == 0, ramp / n, 0.7),
+        "denormal": lambda: (torch.rand(n, device=device) - 0.5) * torch.finfo(dtype).tiny,
+        "narrow": lambda: 1 + ramp % 64 * torch.finfo(dtype).eps,
+        "one huge": lambda: torch.randn_like(ramp).index_fill(
+            0, torch.tensor([n // 2], device=device), torch.finfo(dtype).max / 4
+        ),
+        "not finite": lambda: torch.tensor([1.0, NAN, INF, -INF, -2.0, 3.0, 0.5], device=device)[
+            torch.randint(7, (n,), device=device)
+        ],
+    }
+    return made[kind]().to(dtype)
+
+
+KINDS = ["random", "sorted", "reversed", "constant", "mostly ties", "denormal", "narrow"]
+KINDS += ["one huge", "not finite"]
+
+
+@pytest.mark.parametrize("n", LIMITS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_twin_where_the_kernels_change(device, n, kind, dtype):
+    losses = losses_like(kind, n, device, dtype)
+    for alpha in (0.3, 0.8, 0.999):
+        assert_matches_twin(losses, alpha)
+    if n <= 2**14 + 1:
+        assert_matches_twin(torch.stack([losses, losses.flip(0)]), 0.8, dim=1)
+    weight = torch.arange(n, device=device) % 3 + 1
+    assert_matches_twin(losses, 0.8, weight=weight, mask=weight != 3)
+
+
+@pytest.mark.parametrize("n", MANY)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_twin_of_many_losses(gpu, n, kind, dtype):
+    losses = losses_like(kind, n, gpu, dtype)
+    for alpha in (0.2, 0.8, 0.9999):
+        assert_matches_twin(losses, alpha)
+    weight = torch.arange(n, device=gpu) % 3 + 1
+    assert_matches_twin(losses, 0.8, weight=weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_twin_of_many_long_rows(gpu, dtype):
+    losses = torch.randn(300, 70_001, device=gpu).to(dtype)
+    assert_matches_twin(losses, 0.8, dim=1)
+    assert_matches_twin(losses.t(), 0.8, dim=0, weight=losses.t().abs() + 1)
+
+
+def test_more_losses_than_32_bits_can_count(gpu):
+    n, ones = 2**31 + 5, 2**30
+    if torch.cuda.mem_get_info()[0] < 32 * 2**30:
+        pytest.skip("expected 32 GiB of free memory on the GPU")
+    losses = torch.zeros(n, dtype=torch.bfloat16, device=gpu)
+    losses[n - ones :] = 1
+    losses[n - 1] = 3
+    k = n / 2  # the tail: the ones, the three, and 2.5 of the zeros
+    value, threshold, counts = op.superquantile(losses, 0.5, None, None, (), False)
+    assert value.item() == torch.tensor((ones + 2) / k).bfloat16().item()
+    assert threshold.item() == 0 and counts.tolist() == [ones, n - ones, k]
+    q = sqloss.tail_weights(losses, 0.5)
+    assert q[n - ones :].unique().tolist() == [2.0**-30]
+    (share,) = q[: n - ones].unique().tolist()
+    assert share == pytest.approx(2.5 / (n - ones) / k, rel=1e-2)

@@ -140,8 +140,8 @@ struct Minimum {
 
 // Of the values of a warp's lanes, the same bits in every lane: the operation is commutative, and
 // each lane applies it in the same tree.
-template <typename Operation, typename T>
-__device__ __forceinline__ T warp_reduce(T value, const Operation& operation) {
+template <typename T, typename Operation>
+__device__ __forceinline__ T warp_reduce(T value, Operation operation) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     value = operation(value, __shfl_xor_sync(kAllLanes, value, distance));
@@ -149,31 +149,35 @@ __device__ __forceinline__ T warp_reduce(T value, const Operation& operation) {
   return value;
 }
 
+// In one instruction where there is one.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+__device__ __forceinline__ unsigned warp_reduce(unsigned value, Sum) {
+  return __reduce_add_sync(kAllLanes, value);
+}
+__device__ __forceinline__ unsigned warp_reduce(unsigned value, Maximum) {
+  return __reduce_max_sync(kAllLanes, value);
+}
+__device__ __forceinline__ unsigned warp_reduce(unsigned value, Minimum) {
+  return __reduce_min_sync(kAllLanes, value);
+}
+#endif
+
 template <typename T>
 __device__ __forceinline__ T warp_sum(T value) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-  if constexpr (std::is_same_v<T, unsigned>) return __reduce_add_sync(kAllLanes, value);
-#endif
   return warp_reduce(value, Sum());
 }
 template <typename T>
 __device__ __forceinline__ T warp_max(T value) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-  if constexpr (std::is_same_v<T, unsigned>) return __reduce_max_sync(kAllLanes, value);
-#endif
   return warp_reduce(value, Maximum());
 }
 template <typename T>
 __device__ __forceinline__ T warp_min(T value) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-  if constexpr (std::is_same_v<T, unsigned>) return __reduce_min_sync(kAllLanes, value);
-#endif
   return warp_reduce(value, Minimum());
 }
 
 // Of all threads of a block of whole warps, in every thread. All threads have to call it.
-template <typename Operation, typename T>
-__device__ __forceinline__ T block_reduce(T value, T neutral, const Operation& operation) {
+template <typename T, typename Operation>
+__device__ __forceinline__ T block_reduce(T value, T neutral, Operation operation) {
   __shared__ T of_warps[kMaxThreads / kWarp];
   value = warp_reduce(value, operation);
   __syncthreads();  // of_warps may still be read from the call before
@@ -200,19 +204,27 @@ __device__ __forceinline__ bool last_block(unsigned* ticket, unsigned blocks) {
 
 // --- tensors -------------------------------------------------------------------------------------
 
-// f(zero of the C++ type) for a floating dtype, which is the same for all threads.
-template <typename F>
+// f(zero of the C++ type) for a floating dtype, which is the same for all threads, and not wider
+// than Widest.
+template <typename Widest = double, typename F>
 __device__ __forceinline__ void for_dtype(at::ScalarType dtype, const F& f) {
+  if constexpr (std::is_same_v<Widest, double>) {
+    if (dtype == at::kDouble) return f(double());
+  }
   switch (dtype) {
     case at::kFloat:
       return f(float());
-    case at::kDouble:
-      return f(double());
     case at::kHalf:
       return f(at::Half());
     default:
       return f(at::BFloat16());
   }
+}
+
+// a / b of numbers that are not negative: division of 64 bits takes several times as long as of 32.
+__device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
+  if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  return a / b;
 }
 
 // A Strided as kernels take it.
@@ -257,13 +269,6 @@ struct Sequence {
   __device__ __forceinline__ T* as() const {
     return reinterpret_cast<T*>(data);
   }
-
- private:
-  // Division of numbers of 64 bits takes several times as long as of 32
-  static __device__ __forceinline__ int64_t divide(int64_t a, int64_t b) {
-    if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
-    return a / b;
-  }
 };
 
 // kCount numbers that one to four loads bring.
@@ -281,50 +286,12 @@ __device__ __forceinline__ T read(const Sequence& from, int64_t index) {
   return value;
 }
 
-// `values` = the elements from `index` on, a multiple of kCount.
-template <int kCount, typename T>
-__device__ __forceinline__ void read(const Sequence& from, int64_t index, T (&values)[kCount]) {
-  for_dtype(from.dtype, [&](auto zero) {
-    using scalar_t = decltype(zero);
-    if (from.adjacent) {
-      const auto vector =
-          *reinterpret_cast<const Vector<scalar_t, kCount>*>(from.as<const scalar_t>() + index);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) values[i] = static_cast<T>(vector.values[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        values[i] = static_cast<T>(from.as<const scalar_t>()[from.offset(index + i)]);
-      }
-    }
-  });
-}
-
 template <typename T>
 __device__ __forceinline__ void write(const Sequence& to, int64_t index, T value) {
   const int64_t offset = to.offset(index);
   for_dtype(to.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     to.as<scalar_t>()[offset] = static_cast<scalar_t>(value);
-  });
-}
-
-template <int kCount, typename T>
-__device__ __forceinline__ void write(const Sequence& to, int64_t index,
-                                      const T (&values)[kCount]) {
-  for_dtype(to.dtype, [&](auto zero) {
-    using scalar_t = decltype(zero);
-    if (to.adjacent) {
-      Vector<scalar_t, kCount> vector;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) vector.values[i] = static_cast<scalar_t>(values[i]);
-      *reinterpret_cast<Vector<scalar_t, kCount>*>(to.as<scalar_t>() + index) = vector;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        to.as<scalar_t>()[to.offset(index + i)] = static_cast<scalar_t>(values[i]);
-      }
-    }
   });
 }
 

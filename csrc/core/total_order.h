@@ -28,7 +28,7 @@ template <typename T>
 using ordered_key_t = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
 
 template <typename T>
-inline ordered_key_t<T> to_ordered_key(T x) {
+C10_HOST_DEVICE inline ordered_key_t<T> to_ordered_key(T x) {
   using Key = ordered_key_t<T>;
   static_assert(sizeof(Key) == sizeof(T));
   constexpr Key sign = Key(1) << (8 * sizeof(Key) - 1);
@@ -39,7 +39,7 @@ inline ordered_key_t<T> to_ordered_key(T x) {
 }
 
 template <typename T>
-inline T from_ordered_key(ordered_key_t<T> key) {
+C10_HOST_DEVICE inline T from_ordered_key(ordered_key_t<T> key) {
   using Key = ordered_key_t<T>;
   constexpr Key sign = Key(1) << (8 * sizeof(Key) - 1);
   if (key == ~Key(0)) return std::numeric_limits<T>::quiet_NaN();

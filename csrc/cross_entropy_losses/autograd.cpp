@@ -6,6 +6,7 @@
 
 #include <torch/library.h>
 
+#include "core/on.h"
 #include "cross_entropy_losses/cross_entropy_losses.h"
 
 namespace sqloss::cross_entropy_losses {
@@ -23,13 +24,13 @@ struct Call {
 
   Outputs losses() const {
     static const auto op =
-        core::find_operator<decltype(forward_cpu)>("sqloss::cross_entropy_losses");
+        core::find_operator<core::Operator<decltype(forward)>>("sqloss::cross_entropy_losses");
     return op.call(input, target, weight, ignore_index, label_smoothing);
   }
 
   at::Tensor gradient(const at::Tensor& grad_losses, const at::Tensor& log_sum_exp) const {
-    static const auto op =
-        core::find_operator<decltype(backward_cpu)>("sqloss::cross_entropy_losses_backward");
+    static const auto op = core::find_operator<core::Operator<decltype(backward)>>(
+        "sqloss::cross_entropy_losses_backward");
     return op.call(grad_losses, input, target, weight, log_sum_exp, ignore_index, label_smoothing);
   }
 

@@ -15,12 +15,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <numeric>
 
 #include "core/tile.h"
 #include "core/vector_math.h"
 #include "cross_entropy_losses/cross_entropy_losses.h"
+#include "cross_entropy_losses/cross_entropy_losses_math.h"
 
 namespace sqloss::cross_entropy_losses::CPU_CAPABILITY {
 namespace {
@@ -40,9 +40,6 @@ bool walk_by_sample(const Inputs& in) {
 
 // --- loops ---------------------------------------------------------------------------------------
 // Functions of their own: the compiler believes __restrict of parameters alone.
-
-template <typename T>
-constexpr T kLowest = std::numeric_limits<T>::lowest();
 
 // kLowest of no or only -inf logits; does not see NaN.
 template <typename T>
@@ -70,7 +67,7 @@ template <typename T>
 [[gnu::noinline]] void start(const T* __restrict x, int64_t count, T* __restrict m,
                              T* __restrict sum) {
   for (int64_t i = 0; i < count; ++i) {
-    m[i] = x[i] < kLowest<T> ? kLowest<T> : x[i];  // so that -inf - -inf is never computed
+    m[i] = x[i] < kLowest<T> ? kLowest<T> : x[i];
     sum[i] = x[i] < kLowest<T> ? T(0) : T(1);
   }
 }
@@ -95,7 +92,9 @@ template <typename T>
 template <typename T>
 [[gnu::noinline]] void coefficients(const T* __restrict probabilities, const T* __restrict weight,
                                     T kept, T smoothing, int64_t count, T* __restrict t) {
-  for (int64_t i = 0; i < count; ++i) t[i] = (kept * probabilities[i] + smoothing) * weight[i];
+  for (int64_t i = 0; i < count; ++i) {
+    t[i] = coefficient(probabilities[i], weight[i], kept, smoothing);
+  }
 }
 
 // In double, so that what large logits have in common cancels later.
@@ -133,36 +132,21 @@ template <typename T>
   for (int64_t i = 0; i < count; ++i) {
     const double m = static_cast<double>(sums.m.data[i]);
     const double log_sum = static_cast<double>(sums.log_sum.data[i]);
-    const double total = (m - m) + m + log_sum;  // NaN where m is infinite, as the softmax is
-    const double of_target = static_cast<double>(sums.weight.data[i]) *
-                             ((m - static_cast<double>(sums.logit.data[i])) + log_sum);
+    const double total = log_sum_exp_of(m, log_sum);
+    const double of_target = loss_of_target(static_cast<double>(sums.weight.data[i]),
+                                            static_cast<double>(sums.logit.data[i]), m, log_sum);
     const double loss = of_target + (total * sums.sum_t.data[i] - sums.dot_t.data[i]);
     losses[i] = sums.counts.data[i] == T(0) ? T(0) : static_cast<T>(loss);
     log_sum_exp[i] = total;
   }
 }
 
-// A sample's gradient by its factors.
-template <typename T>
-struct Scale {
-  T grad;       // of its loss
-  T sum;        // of t
-  T high, low;  // log_sum_exp in two parts
-
-  Scale(T grad_loss, double sum_t, double log_sum_exp)
-      : grad(grad_loss),
-        sum(static_cast<T>(sum_t)),
-        high(static_cast<T>(log_sum_exp)),
-        low(static_cast<T>(log_sum_exp - static_cast<double>(high))) {}
-
-  T gradient(T logit, T t) const { return grad * (sum * exp_small((logit - high) - low) - t); }
-};
-
 // Of classes of one sample.
 template <typename T>
 [[gnu::noinline]] void gradients(const T* __restrict x, const T* __restrict t, Scale<T> scale,
                                  int64_t count, T* __restrict grad) {
-  for (int64_t i = 0; i < count; ++i) grad[i] = scale.gradient(x[i], t[i]);
+  for (int64_t i = 0; i < count; ++i)
+    grad[i] = scale.gradient(exp_small(scale.exponent(x[i])), t[i]);
 }
 
 template <typename T>
@@ -175,6 +159,14 @@ struct Scales {
     high.data[i] = scale.high;
     low.data[i] = scale.low;
   }
+  SQLOSS_INLINE Scale<T> get(int64_t i) const {
+    Scale<T> scale;
+    scale.grad = grad.data[i];
+    scale.sum = sum.data[i];
+    scale.high = high.data[i];
+    scale.low = low.data[i];
+    return scale;
+  }
 };
 
 // Of samples, one class of each.
@@ -182,9 +174,9 @@ template <typename T>
 [[gnu::noinline]] void gradients(const T* __restrict x, const T* __restrict t,
                                  const Scales<T>& scales, int64_t count, T* __restrict grad) {
   for (int64_t i = 0; i < count; ++i) {
-    const T exponent = (x[i] - scales.high.data[i]) - scales.low.data[i];
-    const T value = scales.grad.data[i] * (scales.sum.data[i] * exp_small(exponent) - t[i]);
-    grad[i] = scales.grad.data[i] == T(0) ? T(0) : value;
+    const Scale<T> scale = scales.get(i);
+    const T gradient = scale.gradient(exp_small(scale.exponent(x[i])), t[i]);
+    grad[i] = scale.grad == T(0) ? T(0) : gradient;
   }
 }
 
@@ -400,7 +392,8 @@ void backward_by_sample(const Inputs& in, const Coefficients<T>& coefficients, c
         if (has_target && c <= target && target < c + count) {
           const T t = static_cast<T>((coefficients.kept + coefficients.smoothing) *
                                      coefficients.weight(target));
-          grad[target - c] = scale.gradient(tiles.input[target - c], t);
+          const T softmax = exp_small(scale.exponent(tiles.input[target - c]));
+          grad[target - c] = scale.gradient(softmax, t);
         }
         write_tile(grad, grad_at(c), grad_input.first.dtype, grad_input.stride, count);
       }
@@ -670,6 +663,6 @@ void backward(const Inputs& in, at::ScalarType dtype, const void* grad_losses,
 
 }  // namespace
 
-const CpuKernels kernels{forward, backward};
+const Kernels kernels{forward, backward};
 
 }  // namespace sqloss::cross_entropy_losses::CPU_CAPABILITY

@@ -3,21 +3,14 @@
 #include "cross_entropy_losses/cross_entropy_losses.h"
 
 #include <ATen/ATen.h>
-#include <ATen/EmptyTensor.h>
 #include <c10/util/irange.h>
 
-#include "core/cpu_capability.h"
+#include "core/allocate.h"
 
 namespace sqloss::cross_entropy_losses {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-const CpuKernels& cpu_kernels() {
-  static const CpuKernels& chosen =
-      core::for_this_cpu(DEFAULT::kernels, AVX2::kernels, AVX512::kernels);
-  return chosen;
-}
 
 at::DimVector sample_sizes(const at::Tensor& input) {
   at::DimVector sizes(input.sizes().begin(), input.sizes().end());
@@ -100,23 +93,24 @@ struct Samples {
 
 }  // namespace
 
-Outputs forward_cpu(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
-                    int64_t ignore_index, double label_smoothing) {
+Outputs forward(const Kernels& kernels, const at::Tensor& input, const at::Tensor& target,
+                const OptionalTensor& weight, int64_t ignore_index, double label_smoothing) {
+  const c10::OptionalDeviceGuard guard(input.device());
   const Samples samples(input, target, weight, ignore_index, label_smoothing);
-  Outputs outputs{at::detail::empty_cpu(samples.sizes, samples.dtype),
-                  at::detail::empty_cpu(samples.sizes, at::kDouble)};
+  Outputs outputs{core::empty(samples.sizes, samples.dtype, input),
+                  core::empty(samples.sizes, at::kDouble, input)};
   const auto& [losses, log_sum_exp] = outputs;
   if (samples.inputs.samples > 0) {
-    cpu_kernels().forward(samples.inputs, samples.dtype, losses.data_ptr(),
-                          static_cast<double*>(log_sum_exp.data_ptr()));
+    kernels.forward(samples.inputs, samples.dtype, losses.data_ptr(),
+                    static_cast<double*>(log_sum_exp.data_ptr()));
   }
   return outputs;
 }
 
-at::Tensor backward_cpu(const at::Tensor& grad_losses, const at::Tensor& input,
-                        const at::Tensor& target, const OptionalTensor& weight,
-                        const at::Tensor& log_sum_exp, int64_t ignore_index,
-                        double label_smoothing) {
+at::Tensor backward(const Kernels& kernels, const at::Tensor& grad_losses, const at::Tensor& input,
+                    const at::Tensor& target, const OptionalTensor& weight,
+                    const at::Tensor& log_sum_exp, int64_t ignore_index, double label_smoothing) {
+  const c10::OptionalDeviceGuard guard(input.device());
   const Samples samples(input, target, weight, ignore_index, label_smoothing);
   const auto check = [&](const char* name, const at::Tensor& tensor, at::ScalarType dtype) {
     TORCH_CHECK_VALUE(tensor.sizes() == at::IntArrayRef(samples.sizes) &&
@@ -127,13 +121,11 @@ at::Tensor backward_cpu(const at::Tensor& grad_losses, const at::Tensor& input,
   };
   check("grad_losses", grad_losses, samples.dtype);
   check("log_sum_exp", log_sum_exp, at::kDouble);
-  const bool usual = input.is_contiguous();  // can do without the dispatcher
-  at::Tensor grad_input =
-      usual ? at::detail::empty_cpu(input.sizes(), input.scalar_type()) : at::empty_like(input);
+  const at::Tensor grad_input = core::empty_like(input);
   if (grad_input.numel() > 0) {
     const at::Tensor grads = grad_losses.contiguous(), exponents = log_sum_exp.contiguous();
-    cpu_kernels().backward(samples.inputs, samples.dtype, grads.data_ptr(),
-                           static_cast<const double*>(exponents.data_ptr()), by_class(grad_input));
+    kernels.backward(samples.inputs, samples.dtype, grads.data_ptr(),
+                     static_cast<const double*>(exponents.data_ptr()), by_class(grad_input));
   }
   return grad_input;
 }

@@ -38,43 +38,50 @@ struct Inputs {
   double label_smoothing;
 };
 
-// The kernels of one CPU capability. `dtype` is that of the computation, the losses and their
-// gradient [samples]. Both raise IndexError for a target that is no class.
-struct CpuKernels {
+// The kernels of one CPU capability, or of CUDA: on the current stream of the current device.
+// `dtype` is that of the computation, the losses and their gradient [samples]. A target that is no
+// class is an IndexError, on CUDA a device-side assertion.
+struct Kernels {
   void (*forward)(const Inputs&, at::ScalarType dtype, void* losses, double* log_sum_exp);
-  // Samples of zero gradient get zeros, whatever is in them. They are not read, but by class where
-  // most of a tile has a gradient.
+  // Samples of zero gradient get zeros, whatever is in them. They are not read, but by class beside
+  // samples that have a gradient.
   void (*backward)(const Inputs&, at::ScalarType dtype, const void* grad_losses,
                    const double* log_sum_exp, const Classes& grad_input);
 };
 
 namespace DEFAULT {
-extern const CpuKernels kernels;
+extern const Kernels kernels;
 }
 #if defined(__x86_64__)
 namespace AVX2 {
-extern const CpuKernels kernels;
+extern const Kernels kernels;
 }
 namespace AVX512 {
-extern const CpuKernels kernels;
+extern const Kernels kernels;
 }
 #else
 namespace AVX2 = DEFAULT;
 namespace AVX512 = DEFAULT;
 #endif
 
+namespace CUDA {
+extern const Kernels kernels;
+}
+
+const Kernels& cpu_kernels();   // for this machine
+const Kernels& cuda_kernels();  // of a build with CUDA
+
 // From tensors to kernels. input is [N, C, d1, ...], of any strides, which are never copied; target
 // int64 [N, d1, ...] or of input's shape; weight [C]. Returns losses [N, d1, ...] and log_sum_exp
 // of that shape, in float64 because it is subtracted from logits of any size.
 using Outputs = std::tuple<at::Tensor, at::Tensor>;
-Outputs forward_cpu(const at::Tensor& input, const at::Tensor& target,
-                    const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                    double label_smoothing);
+Outputs forward(const Kernels&, const at::Tensor& input, const at::Tensor& target,
+                const std::optional<at::Tensor>& weight, int64_t ignore_index,
+                double label_smoothing);
 
 // The gradient of input.
-at::Tensor backward_cpu(const at::Tensor& grad_losses, const at::Tensor& input,
-                        const at::Tensor& target, const std::optional<at::Tensor>& weight,
-                        const at::Tensor& log_sum_exp, int64_t ignore_index,
-                        double label_smoothing);
+at::Tensor backward(const Kernels&, const at::Tensor& grad_losses, const at::Tensor& input,
+                    const at::Tensor& target, const std::optional<at::Tensor>& weight,
+                    const at::Tensor& log_sum_exp, int64_t ignore_index, double label_smoothing);
 
 }  // namespace sqloss::cross_entropy_losses

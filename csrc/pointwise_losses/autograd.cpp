@@ -11,6 +11,7 @@
 #include <array>
 #include <string>
 
+#include "core/on.h"
 #include "pointwise_losses/pointwise_losses.h"
 
 namespace sqloss::pointwise_losses {
@@ -30,13 +31,15 @@ struct Call {
   bool mean;
 
   at::Tensor losses() const {
-    static const auto op = core::find_operator<decltype(forward_cpu)>("sqloss::pointwise_losses");
+    static const auto op = core::find_operator<core::Operator<decltype(pointwise_losses::forward)>>(
+        "sqloss::pointwise_losses");
     return op.call(loss, input, target, weight, other, parameter, full, sample_dims, mean);
   }
 
   InputGradients gradients(const at::Tensor& grad_losses, std::array<bool, 3> output_mask) const {
     static const auto op =
-        core::find_operator<decltype(backward_cpu)>("sqloss::pointwise_losses_backward");
+        core::find_operator<core::Operator<decltype(pointwise_losses::backward)>>(
+            "sqloss::pointwise_losses_backward");
     return op.call(grad_losses, loss, input, target, weight, other, parameter, full, sample_dims,
                    mean, output_mask);
   }

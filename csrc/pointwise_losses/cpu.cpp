@@ -5,13 +5,11 @@
 // backward  one read of the inputs of samples with gradient, one write of each gradient.
 #include <ATen/Parallel.h>
 
-#include <cmath>
 #include <memory>
 
-#include "core/inline.h"
 #include "core/tile.h"
-#include "core/vector_math.h"
 #include "pointwise_losses/pointwise_losses.h"
+#include "pointwise_losses/pointwise_losses_math.h"
 
 namespace sqloss::pointwise_losses::CPU_CAPABILITY {
 namespace {
@@ -25,127 +23,6 @@ constexpr int64_t kGrain = 16384;
 constexpr int64_t kShort = 64;
 // A part of a long sample, for one thread: 256 KiB of floats.
 constexpr int64_t kChunk = 64 * kTile;
-
-// --- the losses: plain arithmetic on numbers, from which the compiler makes that on vectors ------
-
-template <typename T>
-struct Derivatives {
-  T input, target, other;
-};
-
-template <typename T>
-SQLOSS_INLINE T positive_part(T x) {
-  return x > T(0) ? x : T(0);
-}
-
-template <typename T>
-struct BinaryCrossEntropyWithLogits {
-  explicit BinaryCrossEntropyWithLogits(const Inputs&) {}
-
-  // softplus(x) = max(x, 0) + log(1 + exp(-|x|)): nothing cancels where y is 0 or 1
-  SQLOSS_INLINE static T loss(T x, T y, T pos_weight) {
-    const T log_term = log1p_of_fraction(exp_small(-std::abs(x)));
-    return (T(1) - y) * (positive_part(x) + log_term) +
-           pos_weight * y * (positive_part(-x) + log_term);
-  }
-  SQLOSS_INLINE static Derivatives<T> derivatives(T x, T y, T pos_weight) {
-    const T e = exp_small(-std::abs(x));
-    const T large = T(1) / (T(1) + e), small = e * large;  // sigmoid(|x|), sigmoid(-|x|)
-    const T sigmoid = x > T(0) ? large : small, rest = x > T(0) ? small : large;
-    const T log_term = log1p_of_fraction(e);
-    return {(T(1) - y) * sigmoid - pos_weight * y * rest,
-            pos_weight * (positive_part(-x) + log_term) - (positive_part(x) + log_term), T(0)};
-  }
-};
-
-template <typename T>
-struct Mse {
-  explicit Mse(const Inputs&) {}
-
-  SQLOSS_INLINE static T loss(T x, T y, T) { return (x - y) * (x - y); }
-  SQLOSS_INLINE static Derivatives<T> derivatives(T x, T y, T) {
-    return {T(2) * (x - y), T(2) * (y - x), T(0)};
-  }
-};
-
-template <typename T>
-struct SmoothL1 {
-  T beta;
-  explicit SmoothL1(const Inputs& in) : beta(static_cast<T>(in.parameter)) {}
-
-  SQLOSS_INLINE T loss(T x, T y, T) const {
-    const T distance = std::abs(x - y);
-    const T near = T(0.5) * distance * (distance / beta);  // the square may be infinite
-    const T far = distance - T(0.5) * beta;
-    return distance < beta ? near : far;
-  }
-  SQLOSS_INLINE Derivatives<T> derivatives(T x, T y, T) const {
-    const T difference = x - y;
-    const T near = difference / beta;
-    const T below = difference < T(0) ? T(-1) : difference;  // 0 and NaN stay
-    const T far = difference > T(0) ? T(1) : below;
-    const T in_x = std::abs(difference) < beta ? near : far;
-    return {in_x, -in_x, T(0)};
-  }
-};
-
-template <typename T>
-struct Huber {
-  T delta;
-  explicit Huber(const Inputs& in) : delta(static_cast<T>(in.parameter)) {}
-
-  SQLOSS_INLINE T loss(T x, T y, T) const {
-    const T distance = std::abs(x - y);
-    const T near = T(0.5) * distance * distance;
-    const T far = delta * (distance - T(0.5) * delta);
-    return distance < delta ? near : far;
-  }
-  SQLOSS_INLINE Derivatives<T> derivatives(T x, T y, T) const {
-    const T difference = x - y;
-    const T at_most = difference > delta ? delta : difference;
-    const T in_x = at_most < -delta ? -delta : at_most;
-    return {in_x, -in_x, T(0)};
-  }
-};
-
-template <typename T>
-struct GaussianNll {
-  T eps, constant;
-  explicit GaussianNll(const Inputs& in)
-      : eps(static_cast<T>(in.parameter)),
-        constant(in.full ? T(0.5 * 1.83787706640934548356) : T(0)) {}  // log(2 pi)
-
-  SQLOSS_INLINE T loss(T x, T y, T var) const {
-    const T v = clamped(var);
-    return T(0.5) * (log(v) + (x - y) * ((x - y) / v)) + constant;
-  }
-  SQLOSS_INLINE Derivatives<T> derivatives(T x, T y, T var) const {
-    const T v = clamped(var);
-    const T in_x = (x - y) / v;
-    return {in_x, -in_x, T(0.5) * (T(1) - in_x * (x - y)) / v};
-  }
-
- private:
-  SQLOSS_INLINE T clamped(T var) const { return var < eps ? eps : var; }
-};
-
-template <typename F>
-void for_loss(Loss loss, const F& f) {
-  switch (loss) {
-    case Loss::kBinaryCrossEntropyWithLogits:
-      return f([](auto zero, const Inputs& in) {
-        return BinaryCrossEntropyWithLogits<decltype(zero)>(in);
-      });
-    case Loss::kMse:
-      return f([](auto zero, const Inputs& in) { return Mse<decltype(zero)>(in); });
-    case Loss::kSmoothL1:
-      return f([](auto zero, const Inputs& in) { return SmoothL1<decltype(zero)>(in); });
-    case Loss::kHuber:
-      return f([](auto zero, const Inputs& in) { return Huber<decltype(zero)>(in); });
-    case Loss::kGaussianNll:
-      return f([](auto zero, const Inputs& in) { return GaussianNll<decltype(zero)>(in); });
-  }
-}
 
 // --- tiles ---------------------------------------------------------------------------------------
 
@@ -184,13 +61,6 @@ template <typename Function, typename T>
                                  const T* __restrict weight, const T* __restrict other,
                                  int64_t count, T* __restrict losses) {
   for (int64_t i = 0; i < count; ++i) losses[i] = loss.loss(x[i], y[i], other[i]) * weight[i];
-}
-
-// A gradient of 0 takes all with it, also what is not finite.
-template <typename T>
-T chain(T grad, T scale, T derivative) {
-  const T product = scale * derivative;
-  return grad == T(0) ? T(0) : product;
 }
 
 template <typename Function, typename T>
@@ -418,6 +288,6 @@ void backward(const Inputs& in, at::ScalarType dtype, const void* grad_losses,
 
 }  // namespace
 
-const CpuKernels kernels{forward, backward};
+const Kernels kernels{forward, backward};
 
 }  // namespace sqloss::pointwise_losses::CPU_CAPABILITY

@@ -3,24 +3,17 @@
 #include "pointwise_losses/pointwise_losses.h"
 
 #include <ATen/ATen.h>
-#include <ATen/EmptyTensor.h>
-#include <c10/util/irange.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <numeric>
 #include <utility>
 
-#include "core/cpu_capability.h"
+#include "core/allocate.h"
 
 namespace sqloss::pointwise_losses {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-const CpuKernels& cpu_kernels() {
-  static const CpuKernels& chosen =
-      core::for_this_cpu(DEFAULT::kernels, AVX2::kernels, AVX512::kernels);
-  return chosen;
-}
 
 void check(const char* name, const at::Tensor& tensor, const at::Tensor& input) {
   TORCH_CHECK_TYPE(tensor.is_floating_point() && c10::elementSize(tensor.scalar_type()) > 1,
@@ -94,41 +87,42 @@ Loss loss_named(std::string_view name) {
   TORCH_CHECK_VALUE(false, "pointwise_losses: loss: expected the name of one, got '", name, "'");
 }
 
-at::Tensor forward_cpu(std::string_view loss, const at::Tensor& input, const at::Tensor& target,
-                       const OptionalTensor& weight, const OptionalTensor& other, double parameter,
-                       bool full, int64_t sample_dims, bool mean) {
+at::Tensor forward(const Kernels& kernels, std::string_view loss, const at::Tensor& input,
+                   const at::Tensor& target, const OptionalTensor& weight,
+                   const OptionalTensor& other, double parameter, bool full, int64_t sample_dims,
+                   bool mean) {
+  const c10::OptionalDeviceGuard guard(input.device());
   const Sequences sequences(loss, input, target, weight, other, parameter, full, sample_dims, mean);
-  at::Tensor losses = at::detail::empty_cpu(input.sizes().slice(0, sample_dims), sequences.dtype);
+  at::Tensor losses = core::empty(input.sizes().slice(0, sample_dims), sequences.dtype, input);
   if (sequences.inputs.elements == 0) {  // no tile of a sample
     losses.fill_(0.0 / sequences.inputs.divisor);
   } else if (losses.numel() > 0) {
-    cpu_kernels().forward(sequences.inputs, sequences.dtype, losses.data_ptr());
+    kernels.forward(sequences.inputs, sequences.dtype, losses.data_ptr());
   }
   return losses;
 }
 
-InputGradients backward_cpu(const at::Tensor& grad_losses, std::string_view loss,
-                            const at::Tensor& input, const at::Tensor& target,
-                            const OptionalTensor& weight, const OptionalTensor& other,
-                            double parameter, bool full, int64_t sample_dims, bool mean,
-                            std::array<bool, 3> output_mask) {
+InputGradients backward(const Kernels& kernels, const at::Tensor& grad_losses,
+                        std::string_view loss, const at::Tensor& input, const at::Tensor& target,
+                        const OptionalTensor& weight, const OptionalTensor& other, double parameter,
+                        bool full, int64_t sample_dims, bool mean,
+                        std::array<bool, 3> output_mask) {
+  const c10::OptionalDeviceGuard guard(input.device());
   Sequences sequences(loss, input, target, weight, other, parameter, full, sample_dims, mean);
-  TORCH_CHECK_VALUE(grad_losses.sizes() == input.sizes().slice(0, sample_dims) &&
-                        grad_losses.scalar_type() == sequences.dtype && grad_losses.is_cpu(),
-                    "pointwise_losses_backward: grad_losses: expected ", sequences.dtype,
-                    " of shape ", input.sizes().slice(0, sample_dims), " on ", input.device(),
-                    ", got ", grad_losses.scalar_type(), " of shape ", grad_losses.sizes(), " on ",
-                    grad_losses.device());
+  TORCH_CHECK_VALUE(
+      grad_losses.sizes() == input.sizes().slice(0, sample_dims) &&
+          grad_losses.scalar_type() == sequences.dtype && grad_losses.device() == input.device(),
+      "pointwise_losses_backward: grad_losses: expected ", sequences.dtype, " of shape ",
+      input.sizes().slice(0, sample_dims), " on ", input.device(), ", got ",
+      grad_losses.scalar_type(), " of shape ", grad_losses.sizes(), " on ", grad_losses.device());
   TORCH_CHECK_VALUE(!output_mask[2] || sequences.inputs.loss == Loss::kGaussianNll,
                     "pointwise_losses_backward: output_mask: expected no gradient of other for ",
                     loss);
   Gradients gradients;
   const auto gradient = [&](const at::Tensor& of, bool wanted,
                             core::Strided& sequence) -> at::Tensor {
-    const bool usual = of.is_contiguous();  // can do without the dispatcher
-    if (!wanted) return at::detail::empty_cpu({0}, input.scalar_type());
-    at::Tensor grad =
-        usual ? at::detail::empty_cpu(of.sizes(), of.scalar_type()) : at::empty_like(of);
+    if (!wanted) return core::empty({0}, input.scalar_type(), input);
+    at::Tensor grad = core::empty_like(of);
     sequence = core::Strided(grad, sequences.order);
     return grad;
   };
@@ -137,8 +131,8 @@ InputGradients backward_cpu(const at::Tensor& grad_losses, std::string_view loss
                          gradient(other ? *other : input, output_mask[2], gradients.other)};
   const bool any = output_mask[0] || output_mask[1] || output_mask[2];
   if (any && input.numel() > 0) {
-    cpu_kernels().backward(sequences.inputs, sequences.dtype, grad_losses.contiguous().data_ptr(),
-                           gradients);
+    kernels.backward(sequences.inputs, sequences.dtype, grad_losses.contiguous().data_ptr(),
+                     gradients);
   }
   return outputs;
 }

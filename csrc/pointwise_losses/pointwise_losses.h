@@ -12,8 +12,9 @@
 //
 // times its weight. The derivative of gaussian_nll in var is taken as if it were not clamped.
 // Elements are computed in float, or in double where one of the tensors is of it; sums are in
-// double and in an order that depends on sizes and strides alone: the same bits for any number of
-// threads, repetition and capability (but for those without fused multiply-add).
+// double and in an order that depends on sizes and strides alone: the same bits on every
+// repetition, for any number of threads, any GPU and any CPU capability (but those without fused
+// multiply-add). CPU and CUDA may differ in the last places.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -47,43 +48,50 @@ struct Gradients {
   core::Strided input, target, other;
 };
 
-// The kernels of one CPU capability. `dtype` is that of the computation, the losses and their
-// gradient [samples].
-struct CpuKernels {
+// The kernels of one CPU capability, or of CUDA: on the current stream of the current device.
+// `dtype` is that of the computation, the losses and their gradient [samples].
+struct Kernels {
   void (*forward)(const Inputs&, at::ScalarType dtype, void* losses);
   // Samples of zero gradient get zeros, whatever is in them. They are not read, but where short
-  // ones share a tile with others.
+  // ones share a tile of the CPU with others.
   void (*backward)(const Inputs&, at::ScalarType dtype, const void* grad_losses, const Gradients&);
 };
 
 namespace DEFAULT {
-extern const CpuKernels kernels;
+extern const Kernels kernels;
 }
 #if defined(__x86_64__)
 namespace AVX2 {
-extern const CpuKernels kernels;
+extern const Kernels kernels;
 }
 namespace AVX512 {
-extern const CpuKernels kernels;
+extern const Kernels kernels;
 }
 #else
 namespace AVX2 = DEFAULT;
 namespace AVX512 = DEFAULT;
 #endif
 
+namespace CUDA {
+extern const Kernels kernels;
+}
+
+const Kernels& cpu_kernels();   // for this machine
+const Kernels& cuda_kernels();  // of a build with CUDA
+
 // From tensors to kernels. All tensors are of one shape and of any strides, which are never copied;
 // its first `sample_dims` dimensions are those of the samples and of the losses returned.
-at::Tensor forward_cpu(std::string_view loss, const at::Tensor& input, const at::Tensor& target,
-                       const std::optional<at::Tensor>& weight,
-                       const std::optional<at::Tensor>& other, double parameter, bool full,
-                       int64_t sample_dims, bool mean);
+at::Tensor forward(const Kernels&, std::string_view loss, const at::Tensor& input,
+                   const at::Tensor& target, const std::optional<at::Tensor>& weight,
+                   const std::optional<at::Tensor>& other, double parameter, bool full,
+                   int64_t sample_dims, bool mean);
 
 // The gradients of input, target and other that output_mask wants; the others are empty.
 using InputGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-InputGradients backward_cpu(const at::Tensor& grad_losses, std::string_view loss,
-                            const at::Tensor& input, const at::Tensor& target,
-                            const std::optional<at::Tensor>& weight,
-                            const std::optional<at::Tensor>& other, double parameter, bool full,
-                            int64_t sample_dims, bool mean, std::array<bool, 3> output_mask);
+InputGradients backward(const Kernels&, const at::Tensor& grad_losses, std::string_view loss,
+                        const at::Tensor& input, const at::Tensor& target,
+                        const std::optional<at::Tensor>& weight,
+                        const std::optional<at::Tensor>& other, double parameter, bool full,
+                        int64_t sample_dims, bool mean, std::array<bool, 3> output_mask);
 
 }  // namespace sqloss::pointwise_losses

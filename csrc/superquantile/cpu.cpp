@@ -211,12 +211,6 @@ class Row {
   int64_t row_;
 };
 
-struct Result {
-  double value;
-  double threshold;
-  Counts counts;
-};
-
 template <typename T, typename W>
 Result tail_of(const Losses& in, int64_t row, double tail_fraction) {
   // With weights, the sums that reach k are rounded as well
@@ -229,22 +223,11 @@ Result tail_of(const Losses& in, int64_t row, double tail_fraction) {
     TORCH_CHECK_VALUE(total > 0,
                       "superquantile: weight, mask: expected a positive sum of weights in every "
                       "reduction, got 0");
-    // Some of the mass, however small the tail: a normal number where one is little enough, since
-    // the processor may take denormals for 0
-    using Limits = std::numeric_limits<double>;
-    const double some = total > Limits::min() ? Limits::min() : Limits::denorm_min();
-    return std::max(tail_fraction * total - total * rounding, some);
+    return tail_target(tail_fraction, total, rounding);
   };
   const Tail<T> tail = select(Row<T, W>(in, row), tail_fraction, target);
-
-  // The threshold was reached, so that a larger k is rounding; as is a smaller one than above.
-  const double k = std::clamp(tail_fraction * tail.total, tail.above, tail.above + tail.at);
-  const double t = static_cast<double>(tail.threshold) + 0.0;  // a threshold of -0 reads 0
-  const double rest = k - tail.above;
-  double value = (tail.sum + (rest > 0 ? rest * t : 0.0)) / k;  // not 0 * -inf
-  if (tail.above == 0) value = t;  // the tail is the threshold alone: the maximum, exactly
-  if (tail.sum == kInfinity<double>) value = tail.sum;  // even with t = -inf
-  return {value, t, {tail.above, tail.at, k}};
+  return tail_result(tail_fraction, tail.total, static_cast<double>(tail.threshold), tail.above,
+                     tail.at, tail.sum);
 }
 
 template <typename T, typename W>

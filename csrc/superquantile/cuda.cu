@@ -1,5 +1,9 @@
 // CUDA kernels of the superquantile.
 //
+// forward   A row is held by a warp up to 1,024 losses, by a block up to 16,384 in registers, or
+//           beyond in shared memory where there are several rows (cuda_selection.h): one read, one
+//           launch. Longer rows are taken by many blocks (cuda_radix.h): three reads from the
+//           cache, or one where no cache holds them.
 // backward  One read of the losses, one write of the gradient, 16 bytes at a time where they lie
 //           together; the row's threshold and counts come from the cache. A block is kThreads
 //           threads, x along a row by y rows: x is a power of two that leaves a thread up to
@@ -8,15 +12,16 @@
 //           is written by one thread from its own loss: nothing to synchronise, the same bits for
 //           every grid.
 #include <algorithm>
+#include <cmath>
 
 #include "core/cuda.h"
 #include "core/total_order.h"
+#include "superquantile/cuda_radix.h"
+#include "superquantile/cuda_selection.h"
 #include "superquantile/superquantile.h"
 
 namespace sqloss::superquantile::CUDA {
 namespace {
-
-using namespace core::cuda;
 
 template <typename scalar_t>
 using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
@@ -39,6 +44,228 @@ void for_losses(at::ScalarType dtype, const F& f) {
   }
 }
 
+// --- forward -------------------------------------------------------------------------------------
+
+constexpr int kWarpsPerBlock = 4;
+
+template <typename T, typename Kind, int kItems>
+__global__ void __launch_bounds__(kWarpsPerBlock* kWarp)
+    warp_forward(Losses in, bool runs, double tail_fraction, double rounding, Tails tails) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + warp();
+  if (row >= in.rows) return;
+  const auto items = read_items<T, Kind, kItems>(in, runs, row, lane(), kWarp);
+  const Result result = tail_of<T, Kind, WarpGroup>(items, tail_fraction, rounding);
+  if (lane() == 0) write_result(result, in.losses.dtype, row, tails);
+}
+
+template <typename T, typename Kind, int kItems>
+__global__ void __launch_bounds__(kMaxThreads)
+    block_forward(Losses in, bool runs, double tail_fraction, double rounding, Tails tails) {
+  const int64_t row = blockIdx.x;
+  const auto items = read_items<T, Kind, kItems>(in, runs, row, static_cast<int>(threadIdx.x),
+                                                 static_cast<int>(blockDim.x));
+  const Result result = tail_of<T, Kind, BlockGroup>(items, tail_fraction, rounding);
+  if (threadIdx.x == 0) write_result(result, in.losses.dtype, row, tails);
+}
+
+template <typename T, typename Kind>
+__global__ void __launch_bounds__(kMaxThreads)
+    shared_forward(Losses in, bool runs, double tail_fraction, double rounding, Tails tails) {
+  using Key = core::ordered_key_t<T>;
+  using Mass = typename Kind::Mass;
+  const int64_t row = blockIdx.x;
+  const int n = static_cast<int>(in.n), padded = (n + kRun - 1) / kRun * kRun;
+  // Masses first: they need the larger alignment
+  Mass* const masses = reinterpret_cast<Mass*>(dynamic_shared_memory());
+  Key* const keys = reinterpret_cast<Key*>(masses + (std::is_same_v<Kind, Weighted> ? padded : 0));
+  for (int i = static_cast<int>(threadIdx.x) * kRun; i < n; i += kMaxThreads * kRun) {
+    Key run[kRun];
+    Mass run_masses[kRun];
+    read_run<T, Kind>(in, runs, row, i, run, run_masses);
+#pragma unroll
+    for (int j = 0; j < kRun; ++j) {
+      keys[i + j] = run[j];
+      if constexpr (std::is_same_v<Kind, Weighted>) masses[i + j] = run_masses[j];
+    }
+  }
+  __syncthreads();
+  const InShared<Key, Kind> items{keys, masses, n};
+  const Result result = tail_of<T, Kind, BlockGroup>(items, tail_fraction, rounding);
+  if (threadIdx.x == 0) write_result(result, in.losses.dtype, row, tails);
+}
+
+// Losses that a thread of a block holds in registers: as many as leave room for 1,024 threads.
+template <typename T, typename Kind>
+constexpr int kBlockItems = std::is_same_v<T, float> && std::is_same_v<Kind, Counted> ? 16 : 8;
+
+// Rows that blocks share are taken some at a time, so that their digits' weights need little room.
+constexpr int64_t kRowsAtATime = 256;
+// Rows of more losses than this, 32 MB of floats, are read once; less is cached between rounds.
+constexpr int64_t kLongRow = int64_t(1) << 23;
+
+// A part of the rows.
+Losses rows_from(const Losses& in, int64_t begin, int64_t count) {
+  Losses part = in;
+  part.rows = count;
+  for (Matrix* matrix : {&part.losses, &part.weight, &part.mask}) {
+    if (matrix->data == nullptr) continue;
+    matrix->data =
+        static_cast<char*>(matrix->data) +
+        begin * matrix->row_stride * static_cast<int64_t>(c10::elementSize(matrix->dtype));
+  }
+  return part;
+}
+Tails rows_from(const Tails& tails, int64_t begin, at::ScalarType dtype) {
+  const int64_t bytes = begin * static_cast<int64_t>(c10::elementSize(dtype));
+  return {static_cast<char*>(tails.value) + bytes, static_cast<char*>(tails.threshold) + bytes,
+          tails.counts + begin};
+}
+
+// Reserves a search's memory: what has to be zero first, then the rest.
+template <typename Key, typename Kind>
+struct WorkspaceRoom {
+  using Types = Workspace<Key, Kind>;
+  size_t searches = 0, bins = 0, sums = 0;
+
+  void reserve_zeros(Memory& memory, int64_t rows) {
+    searches = memory.reserve<std::remove_pointer_t<decltype(Types::searches)>>(rows);
+    if (std::is_same_v<Kind, Counted>) bins = memory.reserve<Count>(rows * kBins<Kind>);
+  }
+  void reserve_rest(Memory& memory, int64_t rows, int64_t chunks) {
+    if (std::is_same_v<Kind, Weighted>) bins = memory.reserve<double>(rows * chunks * kBins<Kind>);
+    sums = memory.reserve<double>(rows * chunks);
+  }
+  Types in(const Memory& memory) const {
+    return {memory.at<std::remove_pointer_t<decltype(Types::searches)>>(searches),
+            memory.at<typename Types::Mass>(bins), memory.at<double>(sums)};
+  }
+};
+
+// The losses of a sample from n: about n^(2/3).
+int64_t sample_size(int64_t n) {
+  int64_t size = 1024;
+  while (size * size < n * (n / size)) size *= 2;
+  return size;
+}
+
+// Twice as many as a bracket holds if the losses are different ones.
+int64_t kept_capacity(int64_t n, double tail_fraction) {
+  const double size = static_cast<double>(sample_size(n));
+  const double deviation = kDeviations * std::sqrt(size * tail_fraction * (1 - tail_fraction)) + 2;
+  return std::min(n, static_cast<int64_t>(4 * deviation / size * static_cast<double>(n)) + 4096);
+}
+
+template <typename T, typename Kind>
+void forward_rounds(const Losses& all, bool runs, double tail_fraction, double rounding,
+                    const Tails& all_tails) {
+  using Key = core::ordered_key_t<T>;
+  const int64_t rows_at_a_time = std::min(all.rows, kRowsAtATime);
+  const Chunks chunks(all.n);
+  const bool bracketed = std::is_same_v<Kind, Counted> && all.n > kLongRow;
+  const int64_t size = sample_size(all.n), capacity = kept_capacity(all.n, tail_fraction);
+  const Chunks sample_chunks(size);
+
+  Memory memory;
+  WorkspaceRoom<Key, Kind> room;
+  WorkspaceRoom<Key, Counted> sample_room;
+  size_t brackets_at = 0, pass_sums_at = 0, sample_at = 0, kept_at = 0;
+  room.reserve_zeros(memory, rows_at_a_time);
+  if (bracketed) {
+    sample_room.reserve_zeros(memory, 2 * rows_at_a_time);
+    brackets_at = memory.reserve<Bracket<Key>>(rows_at_a_time);
+  }
+  const size_t zeros = memory.size();
+  room.reserve_rest(memory, rows_at_a_time, chunks.per_row);
+  if (bracketed) {
+    sample_room.reserve_rest(memory, 0, 0);
+    pass_sums_at = memory.reserve<double>(rows_at_a_time * chunks.per_row * 2);
+    sample_at = memory.reserve<Key>(rows_at_a_time * size);
+    kept_at = memory.reserve<Key>(rows_at_a_time * capacity);
+  }
+  memory.allocate();
+  Bracket<Key>* const brackets = bracketed ? memory.at<Bracket<Key>>(brackets_at) : nullptr;
+  Key* const kept = bracketed ? memory.at<Key>(kept_at) : nullptr;
+
+  for (int64_t begin = 0; begin < all.rows; begin += rows_at_a_time) {
+    const int64_t rows = std::min(rows_at_a_time, all.rows - begin);
+    const Losses in = rows_from(all, begin, rows);
+    const Tails tails = rows_from(all_tails, begin, in.losses.dtype);
+    memory.zero(0, zeros);
+    if constexpr (std::is_same_v<Kind, Counted>) {
+      if (bracketed) {
+        Key* const sample = memory.at<Key>(sample_at);
+        launch(take_sample<T>, grid((size + kRadixThreads - 1) / kRadixThreads, rows),
+               kRadixThreads, 0, in, size, sample);
+        for (int round = 0; round < kRounds<Key, Counted>; ++round) {
+          launch(sample_round<T>, grid(sample_chunks.per_row, 2 * rows), kRadixThreads, 0, sample,
+                 size, tail_fraction, sample_chunks, round, sample_room.in(memory), brackets);
+        }
+        for_losses(in.losses.dtype, [&](auto zero) {
+          using scalar_t = decltype(zero);
+          if constexpr (std::is_same_v<compute_t<scalar_t>, T>) {
+            launch(take_pass<T, scalar_t>, grid(chunks.per_row, rows), kRadixThreads,
+                   kRadixWarps * kRegion * sizeof(Key), RowSource<T, Counted>{in, runs},
+                   tail_fraction, rounding, chunks, brackets, memory.at<double>(pass_sums_at), kept,
+                   capacity, tails);
+          }
+        });
+      }
+    }
+    for (int round = 0; round < kRounds<Key, Kind>; ++round) {
+      launch(rows_round<T, Kind>, grid(chunks.per_row, rows), kRadixThreads, 0,
+             RowSource<T, Kind>{in, runs}, tail_fraction, rounding, chunks, round, room.in(memory),
+             tails, brackets, kept, capacity);
+    }
+  }
+}
+
+template <typename T, typename Kind>
+void forward_of(const Losses& in, double tail_fraction, const Tails& tails) {
+  using Key = core::ordered_key_t<T>;
+  constexpr bool kIsWeighted = std::is_same_v<Kind, Weighted>;
+  const double rounding =
+      kAlphaRounding + (kIsWeighted ? static_cast<double>(in.n) * kSumRounding : 0.0);
+  const bool runs = in_runs(in.losses, in.rows, in.n);
+
+  const auto by_warps = [&](auto kernel) {
+    launch(kernel, grid((in.rows + kWarpsPerBlock - 1) / kWarpsPerBlock), kWarpsPerBlock * kWarp, 0,
+           in, runs, tail_fraction, rounding, tails);
+  };
+  if (in.n <= 4 * kWarp) return by_warps(warp_forward<T, Kind, 4>);
+  if constexpr (!kIsWeighted) {
+    if (in.n <= 16 * kWarp) return by_warps(warp_forward<T, Kind, 16>);
+    if constexpr (std::is_same_v<T, float>) {
+      if (in.n <= 32 * kWarp) return by_warps(warp_forward<T, Kind, 32>);
+    }
+  }
+  constexpr int kItems = kBlockItems<T, Kind>;
+  if (in.n <= kItems * kMaxThreads) {
+    int threads = 2 * kWarp;
+    while (threads * kItems < in.n) threads *= 2;
+    return launch(block_forward<T, Kind, kItems>, grid(in.rows), threads, 0, in, runs,
+                  tail_fraction, rounding, tails);
+  }
+  // What the block's own variables take is below this
+  constexpr int64_t kOtherShared = 2048;
+  const int64_t padded = (in.n + kRun - 1) / kRun * kRun;
+  const int64_t bytes =
+      padded * static_cast<int64_t>(sizeof(Key) + (kIsWeighted ? sizeof(double) : 0));
+  if (in.rows > 1 && bytes <= static_cast<int64_t>(shared_memory_limit()) - kOtherShared) {
+    return launch(shared_forward<T, Kind>, grid(in.rows), kMaxThreads, static_cast<size_t>(bytes),
+                  in, runs, tail_fraction, rounding, tails);
+  }
+  forward_rounds<T, Kind>(in, runs, tail_fraction, rounding, tails);
+}
+
+void forward(const Losses& in, double tail_fraction, const Tails& tails) {
+  const bool weighted = in.weight.data != nullptr;
+  for_losses(in.losses.dtype, [&](auto zero) {
+    using T = compute_t<decltype(zero)>;
+    weighted ? forward_of<T, Weighted>(in, tail_fraction, tails)
+             : forward_of<T, Counted>(in, tail_fraction, tails);
+  });
+}
+
 // --- backward ------------------------------------------------------------------------------------
 
 constexpr int kThreads = 256;
@@ -51,17 +278,8 @@ struct Tile {
 };
 
 template <typename scalar_t>
-__device__ double read(const void* data, int64_t row) {
+__device__ double gradient_at(const void* data, int64_t row) {
   return data == nullptr ? 0.0 : static_cast<double>(static_cast<const scalar_t*>(data)[row]);
-}
-
-// The weight of a loss: 1 if there are none.
-__device__ double weight_at(const Matrix& weight, int64_t row, int64_t i) {
-  if (weight.data == nullptr) return 1.0;
-  const int64_t offset = row * weight.row_stride + i * weight.stride;
-  return weight.dtype == at::kFloat
-             ? static_cast<double>(static_cast<const float*>(weight.data)[offset])
-             : static_cast<const double*>(weight.data)[offset];
 }
 
 // kCount losses for one access: more than one where neither weights nor masks nor strides are.
@@ -81,8 +299,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Losses in,          
 
   const T threshold = static_cast<T>(static_cast<const scalar_t*>(tails.threshold)[row]);
   const Density density =
-      gradient_density(read<scalar_t>(gradients.value, row),
-                       read<scalar_t>(gradients.threshold, row), tails.counts[row]);
+      gradient_density(gradient_at<scalar_t>(gradients.value, row),
+                       gradient_at<scalar_t>(gradients.threshold, row), tails.counts[row]);
   const scalar_t* losses =
       static_cast<const scalar_t*>(in.losses.data) + row * in.losses.row_stride;
   scalar_t* grad = static_cast<scalar_t*>(grad_losses.data) + row * grad_losses.row_stride;
@@ -102,14 +320,10 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Losses in,          
       reinterpret_cast<Access*>(grad)[i] = gradient;
     }
   } else {
-    // bytes: a bool tensor may hold others than 0 and 1
-    const uint8_t* mask = static_cast<const uint8_t*>(in.mask.data);
-    if (mask != nullptr) mask += row * in.mask.row_stride;
     for (int64_t i = begin + x; i < end; i += tile.x) {
       const int order = core::compare(static_cast<T>(losses[i * in.losses.stride]), threshold);
       const double d = order > 0 ? density.above : density.at;
-      const bool counts = mask == nullptr || mask[i * in.mask.stride] != 0;
-      const double w = counts ? weight_at(in.weight, row, i) : 0.0;
+      const double w = weight_at(in, row, i);
       // No product outside of the tail: 0 whatever gradient comes in
       grad[i * grad_losses.stride] = static_cast<scalar_t>(order >= 0 && w > 0 ? d * w : 0.0);
     }
@@ -149,6 +363,6 @@ void backward(const Losses& in, const Tails& tails, const Gradients& gradients,
 
 }  // namespace
 
-const Kernels kernels{nullptr, backward};
+const Kernels kernels{forward, backward};
 
 }  // namespace sqloss::superquantile::CUDA

@@ -20,6 +20,7 @@
 #include <c10/macros/Macros.h>
 #include <c10/util/irange.h>
 
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -52,6 +53,36 @@ struct Counts {
   double at;
   double tail;
 };
+
+struct Result {
+  double value;
+  double threshold;
+  Counts counts;
+};
+
+// What the losses of a tail have to weigh, out of a total weight. `rounding` is how far the sums
+// can be off, as a share of it. Some weight, however small the tail: a normal number where one is
+// little enough, since a processor may take denormals for 0.
+C10_HOST_DEVICE inline double tail_target(double tail_fraction, double total, double rounding) {
+  using Limits = std::numeric_limits<double>;
+  const double some = total > Limits::min() ? Limits::min() : Limits::denorm_min();
+  const double target = tail_fraction * total - total * rounding;
+  return target > some ? target : some;
+}
+
+// The tail of losses of weight `total`, with `sum` the weighted sum of the losses above the
+// threshold, which was reached: a larger k is rounding, as is a smaller one than above.
+C10_HOST_DEVICE inline Result tail_result(double tail_fraction, double total, double threshold,
+                                          double above, double at, double sum) {
+  const double wanted = tail_fraction * total;
+  const double k = wanted < above ? above : (wanted > above + at ? above + at : wanted);
+  const double t = threshold + 0.0;  // a threshold of -0 reads 0
+  const double rest = k - above;
+  double value = (sum + (rest > 0 ? rest * t : 0.0)) / k;  // not 0 * -inf
+  if (above == 0) value = t;  // the tail is the threshold alone: the maximum, exactly
+  if (sum == std::numeric_limits<double>::infinity()) value = sum;  // even with t = -inf
+  return {value, t, {above, at, k}};
+}
 
 // One per row. value and threshold have the dtype of the losses.
 struct Tails {

@@ -39,7 +39,6 @@ void Block::run(unsigned count, const std::function<void()>& kernel) {
   alive_ = count;
   ready_.clear();
   at_barrier_.clear();
-  in_meetings_.clear();
   meetings_.clear();
   meetings_.resize((count + kWarp - 1) / kWarp);
   while (fibers_.size() < count) {
@@ -63,8 +62,8 @@ void Block::run(unsigned count, const std::function<void()>& kernel) {
   if (!failure_.empty()) C10_THROW_ERROR(Error, "emulated CUDA: " + failure_);
   if (ready_.empty()) {
     TORCH_CHECK(alive_ == 0, "emulated CUDA: of ", alive_, " threads, ", at_barrier_.size(),
-                " wait in __syncthreads and ", in_meetings_.size(),
-                " in an operation of their warp, for others that never come");
+                " wait in __syncthreads and the others in an operation of their warp, for threads ",
+                "that never come");
     return;
   }
   std::swap(ready_[chance()() % ready_.size()], ready_.back());
@@ -119,16 +118,14 @@ unsigned Block::meet(Meeting& meeting, const void* value, size_t size) {
   std::memcpy(meeting.values[side][current->number % kWarp], value, size);
   meeting.arrived |= me;
   if (meeting.arrived != meeting.lanes) {
-    in_meetings_.emplace_back(&meeting, current);
+    meeting.waiting.push_back(current);
     to_scheduler();
     return side;
   }
   meeting.arrived = 0;
   ++meeting.passed;
-  const auto waits_elsewhere = [&](const auto& waiting) { return waiting.first != &meeting; };
-  const auto released = std::partition(in_meetings_.begin(), in_meetings_.end(), waits_elsewhere);
-  for (auto it = released; it != in_meetings_.end(); ++it) ready_.push_back(it->second);
-  in_meetings_.erase(released, in_meetings_.end());
+  ready_.insert(ready_.end(), meeting.waiting.begin(), meeting.waiting.end());
+  meeting.waiting.clear();
   ready_.push_back(current);
   to_scheduler();
   return side;

@@ -75,10 +75,13 @@ namespace emulated_cuda {
 
 constexpr unsigned kWarp = 32;
 
+struct Fiber;
+
 // Lanes of a warp that meet: an operation's values, kept for two operations in turn, so that one
 // that is fast cannot overwrite what a slow one has yet to read.
 struct Meeting {
   unsigned lanes = 0, arrived = 0;
+  std::vector<Fiber*> waiting;
   unsigned passed = 0;  // how often all have met
   unsigned char values[2][kWarp][16];
 };
@@ -113,7 +116,6 @@ class Block {
   std::vector<std::unique_ptr<unsigned char[]>> stacks_;
   std::vector<Fiber*> ready_, at_barrier_;
   std::vector<std::vector<std::unique_ptr<Meeting>>> meetings_;  // of each warp
-  std::vector<std::pair<Meeting*, Fiber*>> in_meetings_;
   unsigned alive_ = 0;
   std::string failure_;
 };
