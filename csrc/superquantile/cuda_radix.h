@@ -28,7 +28,7 @@ using Count = unsigned long long;
 constexpr int kRadixThreads = 256;
 constexpr int kRadixWarps = kRadixThreads / kWarp;
 
-// 2^11 counters or 2^8 sums for each of 8 warps: 8 and 16 KB of shared memory.
+// 2^11 counters or 2^8 sums for each of 8 warps: 8 and 18 KB of shared memory.
 template <typename Kind>
 constexpr int kDigitBits = std::is_same_v<Kind, Counted> ? 11 : 8;
 template <typename Kind>
@@ -117,6 +117,7 @@ struct Histogram<Counted> {
 template <>
 struct Histogram<Weighted> {
   double bins[kRadixWarps][kBins<Weighted>];
+  double of_lanes[kRadixWarps][kWarp];
 
   __device__ __forceinline__ void clear() {
     for (int i = static_cast<int>(threadIdx.x); i < kRadixWarps * kBins<Weighted>;
@@ -127,16 +128,19 @@ struct Histogram<Weighted> {
   // All lanes of a warp call it together: the first one of each digit adds up those of its like, in
   // their order.
   __device__ __forceinline__ void add(bool wanted, int bin, double mass) {
-    if (__ballot_sync(kAllLanes, wanted) == 0) return;
-    const unsigned alike = __match_any_sync(kAllLanes, wanted ? bin : -1);
-    double sum = 0;
-#pragma unroll
-    for (int other = 0; other < kWarp; ++other) {
-      const double of_other = __shfl_sync(kAllLanes, mass, other);
-      if (alike >> other & 1) sum += of_other;
+    const unsigned wanting = __ballot_sync(kAllLanes, wanted);
+    if (wanting == 0) return;
+    of_lanes[warp()][lane()] = mass;
+    const unsigned alike = __match_any_sync(kAllLanes, bin) & wanting;
+    __syncwarp();
+    if (wanted && lane() == __ffs(static_cast<int>(alike)) - 1) {
+      double sum = 0;
+      for (unsigned left = alike; left != 0; left &= left - 1) {
+        sum += of_lanes[warp()][__ffs(static_cast<int>(left)) - 1];
+      }
+      bins[warp()][bin] += sum;
     }
-    if (wanted && lane() == __ffs(static_cast<int>(alike)) - 1) bins[warp()][bin] += sum;
-    __syncwarp();  // before another lane adds to the bin
+    __syncwarp();  // before masses and bins change again
   }
 };
 
