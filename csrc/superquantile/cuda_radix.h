@@ -341,8 +341,9 @@ struct Workspace {
 // One round over rows of losses.
 template <typename T, typename Kind>
 __global__ void __launch_bounds__(kRadixThreads)
-    rows_round(RowSource<T, Kind> source, double tail_fraction, double rounding, Chunks chunks,
-               int round, Workspace<core::ordered_key_t<T>, Kind> workspace, Tails tails,
+    rows_round(RowSource<T, Kind> source, TailFraction tail_fraction, double rounding,
+               Chunks chunks, int round, Workspace<core::ordered_key_t<T>, Kind> workspace,
+               Tails tails,
                const Bracket<core::ordered_key_t<T>>* brackets,  // [rows], or null: none taken
                const core::ordered_key_t<T>* kept,               // [rows, capacity], or null
                int64_t capacity) {
@@ -479,7 +480,7 @@ __global__ void __launch_bounds__(kRadixThreads)
 template <typename T>
 __global__ void __launch_bounds__(kRadixThreads)
     sample_round(const core::ordered_key_t<T>* __restrict__ sample,  // [rows, size]
-                 int64_t size, double tail_fraction, Chunks chunks, int round,
+                 int64_t size, TailFraction tail_fraction, Chunks chunks, int round,
                  Workspace<core::ordered_key_t<T>, Counted> workspace,  // of 2 * rows
                  Bracket<core::ordered_key_t<T>>* brackets) {           // [rows]
   using Key = core::ordered_key_t<T>;
@@ -538,7 +539,8 @@ constexpr unsigned kRegion = 2 * kTake * kWarp;  // keys of a warp: twice what a
 
 template <typename T, typename scalar_t>
 __global__ void __launch_bounds__(kRadixThreads)
-    take_pass(RowSource<T, Counted> source, double tail_fraction, double rounding, Chunks chunks,
+    take_pass(RowSource<T, Counted> source, TailFraction tail_fraction, double rounding,
+              Chunks chunks,
               Bracket<core::ordered_key_t<T>>* brackets,  // [rows]
               double* sums,                               // [rows, chunks, 2]: above, between
               core::ordered_key_t<T>* kept,               // [rows, capacity]
