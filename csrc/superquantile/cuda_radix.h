@@ -28,7 +28,7 @@ using Count = unsigned long long;
 constexpr int kRadixThreads = 256;
 constexpr int kRadixWarps = kRadixThreads / kWarp;
 
-// 2^11 counters or 2^8 sums for each of 8 warps: 8 and 16 KB of shared memory.
+// 2^11 counters or 2^8 sums for each of 8 warps: 8 and 18 KB of shared memory.
 template <typename Kind>
 constexpr int kDigitBits = std::is_same_v<Kind, Counted> ? 11 : 8;
 template <typename Kind>
@@ -117,6 +117,7 @@ struct Histogram<Counted> {
 template <>
 struct Histogram<Weighted> {
   double bins[kRadixWarps][kBins<Weighted>];
+  double of_lanes[kRadixWarps][kWarp];
 
   __device__ __forceinline__ void clear() {
     for (int i = static_cast<int>(threadIdx.x); i < kRadixWarps * kBins<Weighted>;
@@ -127,16 +128,19 @@ struct Histogram<Weighted> {
   // All lanes of a warp call it together: the first one of each digit adds up those of its like, in
   // their order.
   __device__ __forceinline__ void add(bool wanted, int bin, double mass) {
-    if (__ballot_sync(kAllLanes, wanted) == 0) return;
-    const unsigned alike = __match_any_sync(kAllLanes, wanted ? bin : -1);
-    double sum = 0;
-#pragma unroll
-    for (int other = 0; other < kWarp; ++other) {
-      const double of_other = __shfl_sync(kAllLanes, mass, other);
-      if (alike >> other & 1) sum += of_other;
+    const unsigned wanting = __ballot_sync(kAllLanes, wanted);
+    if (wanting == 0) return;
+    of_lanes[warp()][lane()] = mass;
+    const unsigned alike = __match_any_sync(kAllLanes, bin) & wanting;
+    __syncwarp();
+    if (wanted && lane() == __ffs(static_cast<int>(alike)) - 1) {
+      double sum = 0;
+      for (unsigned left = alike; left != 0; left &= left - 1) {
+        sum += of_lanes[warp()][__ffs(static_cast<int>(left)) - 1];
+      }
+      bins[warp()][bin] += sum;
     }
-    if (wanted && lane() == __ffs(static_cast<int>(alike)) - 1) bins[warp()][bin] += sum;
-    __syncwarp();  // before another lane adds to the bin
+    __syncwarp();  // before masses and bins change again
   }
 };
 
@@ -337,8 +341,9 @@ struct Workspace {
 // One round over rows of losses.
 template <typename T, typename Kind>
 __global__ void __launch_bounds__(kRadixThreads)
-    rows_round(RowSource<T, Kind> source, double tail_fraction, double rounding, Chunks chunks,
-               int round, Workspace<core::ordered_key_t<T>, Kind> workspace, Tails tails,
+    rows_round(RowSource<T, Kind> source, TailFraction tail_fraction, double rounding,
+               Chunks chunks, int round, Workspace<core::ordered_key_t<T>, Kind> workspace,
+               Tails tails,
                const Bracket<core::ordered_key_t<T>>* brackets,  // [rows], or null: none taken
                const core::ordered_key_t<T>* kept,               // [rows, capacity], or null
                int64_t capacity) {
@@ -475,7 +480,7 @@ __global__ void __launch_bounds__(kRadixThreads)
 template <typename T>
 __global__ void __launch_bounds__(kRadixThreads)
     sample_round(const core::ordered_key_t<T>* __restrict__ sample,  // [rows, size]
-                 int64_t size, double tail_fraction, Chunks chunks, int round,
+                 int64_t size, TailFraction tail_fraction, Chunks chunks, int round,
                  Workspace<core::ordered_key_t<T>, Counted> workspace,  // of 2 * rows
                  Bracket<core::ordered_key_t<T>>* brackets) {           // [rows]
   using Key = core::ordered_key_t<T>;
@@ -534,7 +539,8 @@ constexpr unsigned kRegion = 2 * kTake * kWarp;  // keys of a warp: twice what a
 
 template <typename T, typename scalar_t>
 __global__ void __launch_bounds__(kRadixThreads)
-    take_pass(RowSource<T, Counted> source, double tail_fraction, double rounding, Chunks chunks,
+    take_pass(RowSource<T, Counted> source, TailFraction tail_fraction, double rounding,
+              Chunks chunks,
               Bracket<core::ordered_key_t<T>>* brackets,  // [rows]
               double* sums,                               // [rows, chunks, 2]: above, between
               core::ordered_key_t<T>* kept,               // [rows, capacity]
