@@ -14,6 +14,7 @@
 #include "cross_entropy_losses/cross_entropy_losses.h"
 #include "pointwise_losses/pointwise_losses.h"
 #include "student_t/student_t.h"
+#include "superquantile/fused_tail.h"
 #include "superquantile/superquantile.h"
 
 namespace sqloss {
@@ -43,6 +44,11 @@ TORCH_LIBRARY_FRAGMENT(sqloss, m) {
       "Tensor? weight, Tensor? other, float parameter, bool full, int sample_dims, bool mean, "
       "bool[3] output_mask) -> (Tensor grad_input, Tensor grad_target, Tensor grad_other)",
       {at::Tag::pt2_compliant_tag});
+  // Of few losses in eager mode; has neither fake tensors nor vmap
+  m.def(
+      "pointwise_losses_cvar(Tensor tail_fraction, Tensor? extra, str loss, Tensor input, "
+      "Tensor target, Tensor? weight, Tensor? other, float parameter, bool full, int sample_dims, "
+      "bool mean) -> (Tensor value, Tensor losses, Tensor threshold, Tensor counts)");
   m.def(
       "cross_entropy_losses(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
       "float label_smoothing) -> (Tensor losses, Tensor log_sum_exp)",
@@ -110,6 +116,8 @@ TORCH_LIBRARY_IMPL(sqloss, CUDA, m) {
          core::On<pointwise_losses::forward, pointwise_losses::cuda_kernels>::call);
   m.impl("pointwise_losses_backward",
          core::On<pointwise_losses::backward, pointwise_losses::cuda_kernels>::call);
+  m.impl("pointwise_losses_cvar",
+         core::On<pointwise_losses::forward_cvar, pointwise_losses::cuda_kernels>::call);
   m.impl("cross_entropy_losses",
          core::On<cross_entropy_losses::forward, cross_entropy_losses::cuda_kernels>::call);
   m.impl("cross_entropy_losses_backward",
@@ -158,6 +166,35 @@ at::Tensor cross_entropy_losses_eager(const at::Tensor& input, const at::Tensor&
   return std::get<0>(op.call(input, target, weight, ignore_index, label_smoothing));
 }
 
+// Whether an eager call takes the operator that finds the tail of its losses as well: it has a
+// kernel for this input, and nobody traces the call or wants a derivative that the operator lacks.
+bool finds_tail(const c10::OperatorHandle& op, int64_t losses,
+                const std::optional<at::Tensor>& extra,
+                std::initializer_list<const at::Tensor*> input_and_others) {  // null if absent
+  const at::Tensor& input = **input_and_others.begin();
+  if (!op.hasKernelForDispatchKey(
+          c10::computeDispatchKey(std::nullopt, input.layout(), input.device())) ||
+      losses < 1 || losses > superquantile::kMostFusedLosses ||
+      c10::impl::TorchDispatchModeTLS::any_modes_set() ||
+      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) {
+    return false;
+  }
+  const auto plain = [](const at::Tensor& tensor) {
+    return !tensor.key_set().has(c10::DispatchKey::Python) && !tensor._fw_grad(0).defined();
+  };
+  at::ScalarType dtype = at::kFloat;
+  for (const at::Tensor* tensor : input_and_others) {
+    if (tensor == nullptr) continue;
+    if (!plain(*tensor)) return false;
+    if (tensor->scalar_type() == at::kDouble) dtype = at::kDouble;
+  }
+  return !extra || (plain(*extra) && extra->scalar_type() == dtype);
+}
+
+const at::Tensor* pointer(const std::optional<at::Tensor>& tensor) {
+  return tensor ? &*tensor : nullptr;
+}
+
 // The superquantile of all losses + extra, and these where they are wanted.
 using ValueAndLosses = std::tuple<at::Tensor, std::optional<at::Tensor>>;
 ValueAndLosses cvar_of(at::Tensor losses, const std::optional<at::Tensor>& extra,
@@ -174,6 +211,18 @@ ValueAndLosses cvar_pointwise(double tail_fraction, const std::optional<at::Tens
                               const at::Tensor& target, const std::optional<at::Tensor>& weight,
                               const std::optional<at::Tensor>& other, double parameter, bool full,
                               int64_t sample_dims, bool mean, bool return_losses) {
+  static const auto op =
+      core::find_operator<core::Operator<decltype(pointwise_losses::forward_cvar)>>(
+          "sqloss::pointwise_losses_cvar");
+  const int64_t losses = c10::multiply_integers(input.sizes().slice(0, sample_dims));
+  if (finds_tail(op, losses, extra, {&input, &target, pointer(weight), pointer(other)}) &&
+      0 < input.numel() && input.numel() <= losses * pointwise_losses::kMostFusedElements) {
+    auto [value, all, threshold, counts] =
+        op.call(scalar(tail_fraction), extra, loss, input, target, weight, other, parameter, full,
+                sample_dims, mean);
+    if (!return_losses) return {std::move(value), std::nullopt};
+    return {std::move(value), std::move(all)};
+  }
   return cvar_of(pointwise_losses_eager(loss, input, target, weight, other, parameter, full,
                                         sample_dims, mean),
                  extra, tail_fraction, {}, return_losses);

@@ -275,7 +275,8 @@ void backward_typed(const Inputs& in, const T* grad_losses, const Gradients& gra
   });
 }
 
-void forward(const Inputs& in, at::ScalarType dtype, void* losses) {
+void forward(const Inputs& in, at::ScalarType dtype, void* losses,
+             const superquantile::FusedTail*) {
   dtype == at::kDouble ? forward_typed(in, static_cast<double*>(losses))
                        : forward_typed(in, static_cast<float*>(losses));
 }

@@ -2,7 +2,8 @@
 //
 // forward   one read of the inputs; element losses are summed in registers. A sample is read by a
 //           group of threads: few lanes of a warp, a warp or a block. A long one is cut into chunks
-//           for a block each, whose sums a second launch adds in their order.
+//           for a block each, whose sums a second launch adds in their order. Of few samples the
+//           last block to finish finds the tail.
 // backward  the same groups: one read of the inputs of samples with gradient, one write of each
 //           gradient. Of other samples nothing is read.
 //
@@ -16,16 +17,19 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <type_traits>
 
 #include "core/cuda.h"
 #include "pointwise_losses/pointwise_losses.h"
 #include "pointwise_losses/pointwise_losses_math.h"
+#include "superquantile/cuda_selection.h"
 
 namespace sqloss::pointwise_losses::CUDA {
 namespace {
 
 using namespace core::cuda;
+using superquantile::CUDA::Finish;
 
 constexpr int kThreads = 256;  // of a block, at most
 
@@ -241,11 +245,18 @@ struct Elements {
 
 // --- forward -------------------------------------------------------------------------------------
 
+// Not inlined, so that no registers are kept for it.
+template <typename T>
+[[gnu::noinline]] __device__ void find_tail(const Finish& finish, T* losses, int64_t size) {
+  superquantile::CUDA::finish_tail(finish, gridDim.x, losses, size, [](int) { return true; });
+}
+
 template <typename T, int kCount, bool kWeighted, typename Function>
 __global__ void __launch_bounds__(kThreads, kWeighted ? 3 : 4)
     forward_kernel(Columns in, Groups groups, Function loss,
                    double* sums,  // [samples, chunks]; null where there is but one chunk
-                   T* losses) {   // [samples]
+                   T* losses,     // [samples]
+                   Finish finish) {
   const Group group(in, groups);
   double sum = 0;
   if (group.sample < in.samples) {
@@ -269,20 +280,24 @@ __global__ void __launch_bounds__(kThreads, kWeighted ? 3 : 4)
       }
     });
   }
-  if (groups.one_element) return;
-
-  if (group.threads <= kWarp) {
-    for (int distance = group.threads / 2; distance > 0; distance /= 2) {
-      sum += __shfl_xor_sync(kAllLanes, sum, distance);
+  if (!groups.one_element) {
+    if (group.threads <= kWarp) {
+      for (int distance = group.threads / 2; distance > 0; distance /= 2) {
+        sum += __shfl_xor_sync(kAllLanes, sum, distance);
+      }
+    } else {
+      sum = block_sum(sum);
     }
-  } else {
-    sum = block_sum(sum);
+    if (group.thread == 0 && group.sample < in.samples) {
+      if (sums == nullptr) {
+        losses[group.sample] = static_cast<T>(sum / in.divisor);
+      } else {
+        sums[group.chunk] = sum;
+      }
+    }
   }
-  if (group.thread != 0 || group.sample >= in.samples) return;
-  if (sums == nullptr) {
-    losses[group.sample] = static_cast<T>(sum / in.divisor);
-  } else {
-    sums[group.chunk] = sum;
+  if (finish.ticket != nullptr) {
+    find_tail(finish, losses, groups.one_element ? in.elements : in.samples);
   }
 }
 
@@ -362,7 +377,8 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // So few threads take a chunk that each has kVectors or more, because those without a last one
 // idle; but where all threads are few, more.
 Groups groups_for(const Inputs& in, const Columns& columns, int vector) {
-  constexpr int64_t kWhole = 8192, kLeastChunk = 2048, kMostChunk = 65536, kManyChunks = 4096;
+  constexpr int64_t kWhole = kMostFusedElements, kLeastChunk = 2048, kMostChunk = 65536,
+                    kManyChunks = 4096;
   constexpr int64_t kVectors = 4, kFewThreads = int64_t(1) << 17;  // of the largest devices
   constexpr int kMostLogThreads = 8;
   static_assert(1 << kMostLogThreads == kThreads);
@@ -391,17 +407,17 @@ int threads_for(const Groups& groups) {
 }
 
 template <typename Kernel, typename... Arguments>
-void launch_groups(Kernel kernel, const Columns& columns, const Groups& groups,
+void launch_groups(Kernel kernel, size_t shared_bytes, const Columns& columns, const Groups& groups,
                    const Arguments&... arguments) {
   const int threads = threads_for(groups);
   const int64_t blocks = divide_up(columns.samples * groups.chunks, threads >> groups.log_threads);
-  launch(kernel, grid(blocks), threads, 0, columns, groups, arguments...);
+  launch(kernel, grid(blocks), threads, shared_bytes, columns, groups, arguments...);
 }
 
 bool has_weights(const Inputs& in) { return in.weight.data != nullptr || in.other.data != nullptr; }
 
 template <typename T>
-void forward_typed(const Inputs& in, T* losses) {
+void forward_typed(const Inputs& in, T* losses, const superquantile::FusedTail* tail) {
   const Columns columns(in, kVector<T>);
   const Groups groups = groups_for(in, columns, kVector<T>);
   const bool add = !groups.one_element && groups.chunks > 1;
@@ -409,6 +425,10 @@ void forward_typed(const Inputs& in, T* losses) {
   const size_t place = memory.reserve<double>(add ? in.samples * groups.chunks : 0);
   memory.allocate();
   double* const sums = add ? memory.at<double>(place) : nullptr;
+  std::optional<Ticket> ticket;
+  if (tail != nullptr) ticket.emplace();
+  const Finish finish = tail == nullptr ? Finish() : Finish(*tail, *ticket);
+  const size_t shared_bytes = tail == nullptr ? 0 : Finish::shared_bytes<T>(in.samples);
   for_loss(in.loss, [&](const auto& make) {
     const auto loss = make(T(), in);
     using Function = std::decay_t<decltype(loss)>;
@@ -419,7 +439,7 @@ void forward_typed(const Inputs& in, T* losses) {
         kernel = forward_kernel<T, kVector<T>, false, Function>;
       }
     }
-    launch_groups(kernel, columns, groups, loss, sums, losses);
+    launch_groups(kernel, shared_bytes, columns, groups, loss, sums, losses, finish);
   });
   if (!add) return;
   const int64_t threads = std::min<int64_t>(divide_up(groups.chunks, kWarp) * kWarp, kThreads);
@@ -445,13 +465,14 @@ void backward_typed(const Inputs& in, const T* grad_losses, const Gradients& gra
         kernel = backward_kernel<T, kVector<T>, false, true, Function>;
       }
     }
-    launch_groups(kernel, columns, groups, loss, grad_losses, outputs);
+    launch_groups(kernel, 0, columns, groups, loss, grad_losses, outputs);
   });
 }
 
-void forward(const Inputs& in, at::ScalarType dtype, void* losses) {
-  dtype == at::kDouble ? forward_typed(in, static_cast<double*>(losses))
-                       : forward_typed(in, static_cast<float*>(losses));
+void forward(const Inputs& in, at::ScalarType dtype, void* losses,
+             const superquantile::FusedTail* tail) {
+  dtype == at::kDouble ? forward_typed(in, static_cast<double*>(losses), tail)
+                       : forward_typed(in, static_cast<float*>(losses), tail);
 }
 
 void backward(const Inputs& in, at::ScalarType dtype, const void* grad_losses,

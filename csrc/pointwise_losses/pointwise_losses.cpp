@@ -97,9 +97,27 @@ at::Tensor forward(const Kernels& kernels, std::string_view loss, const at::Tens
   if (sequences.inputs.elements == 0) {  // no tile of a sample
     losses.fill_(0.0 / sequences.inputs.divisor);
   } else if (losses.numel() > 0) {
-    kernels.forward(sequences.inputs, sequences.dtype, losses.data_ptr());
+    kernels.forward(sequences.inputs, sequences.dtype, losses.data_ptr(), nullptr);
   }
   return losses;
+}
+
+CvarOutputs forward_cvar(const Kernels& kernels, const at::Tensor& tail_fraction,
+                         const OptionalTensor& extra, std::string_view loss,
+                         const at::Tensor& input, const at::Tensor& target,
+                         const OptionalTensor& weight, const OptionalTensor& other,
+                         double parameter, bool full, int64_t sample_dims, bool mean) {
+  const c10::OptionalDeviceGuard guard(input.device());
+  const Sequences sequences(loss, input, target, weight, other, parameter, full, sample_dims, mean);
+  const int64_t elements = sequences.inputs.elements;
+  TORCH_CHECK_VALUE(1 <= elements && elements <= kMostFusedElements,
+                    "pointwise_losses_cvar: input: expected samples of 1 to ", kMostFusedElements,
+                    " elements, got ", elements);
+  at::Tensor losses = core::empty(input.sizes().slice(0, sample_dims), sequences.dtype, input);
+  const superquantile::FusedTailOutputs outputs("pointwise_losses_cvar", tail_fraction, extra,
+                                                losses);
+  kernels.forward(sequences.inputs, sequences.dtype, losses.data_ptr(), &outputs.tail);
+  return {outputs.value, std::move(losses), outputs.threshold, outputs.counts};
 }
 
 InputGradients backward(const Kernels& kernels, const at::Tensor& grad_losses,

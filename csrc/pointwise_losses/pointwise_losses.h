@@ -25,6 +25,7 @@
 #include <tuple>
 
 #include "core/strided.h"
+#include "superquantile/fused_tail.h"
 
 namespace sqloss::pointwise_losses {
 
@@ -32,6 +33,9 @@ enum class Loss { kBinaryCrossEntropyWithLogits, kMse, kSmoothL1, kHuber, kGauss
 
 // The loss of this name; raises ValueError.
 Loss loss_named(std::string_view name);
+
+// Samples of more elements are not each for one block, which leaves losses to add after all blocks.
+constexpr int64_t kMostFusedElements = 8192;
 
 // Tensors as sequences of samples * elements numbers. Absent weight and other are ones.
 struct Inputs {
@@ -51,7 +55,10 @@ struct Gradients {
 // The kernels of one CPU capability, or of CUDA: on the current stream of the current device.
 // `dtype` is that of the computation, the losses and their gradient [samples].
 struct Kernels {
-  void (*forward)(const Inputs&, at::ScalarType dtype, void* losses);
+  // On CUDA finds the tail of up to kMostFusedLosses of up to kMostFusedElements each as well;
+  // null: none is wanted.
+  void (*forward)(const Inputs&, at::ScalarType dtype, void* losses,
+                  const superquantile::FusedTail*);
   // Samples of zero gradient get zeros, whatever is in them. They are not read, but where short
   // ones share a tile of the CPU with others.
   void (*backward)(const Inputs&, at::ScalarType dtype, const void* grad_losses, const Gradients&);
@@ -85,6 +92,16 @@ at::Tensor forward(const Kernels&, std::string_view loss, const at::Tensor& inpu
                    const at::Tensor& target, const std::optional<at::Tensor>& weight,
                    const std::optional<at::Tensor>& other, double parameter, bool full,
                    int64_t sample_dims, bool mean);
+
+// The losses + extra and their tail in one. `extra` has the shape and dtype of the losses.
+using CvarOutputs =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // value, losses, threshold, counts
+CvarOutputs forward_cvar(const Kernels&, const at::Tensor& tail_fraction,
+                         const std::optional<at::Tensor>& extra, std::string_view loss,
+                         const at::Tensor& input, const at::Tensor& target,
+                         const std::optional<at::Tensor>& weight,
+                         const std::optional<at::Tensor>& other, double parameter, bool full,
+                         int64_t sample_dims, bool mean);
 
 // The gradients of input, target and other that output_mask wants; the others are empty.
 using InputGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;

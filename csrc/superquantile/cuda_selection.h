@@ -13,6 +13,7 @@
 
 #include "core/cuda.h"
 #include "core/total_order.h"
+#include "superquantile/fused_tail.h"
 #include "superquantile/superquantile.h"
 
 namespace sqloss::superquantile::CUDA {
@@ -323,13 +324,17 @@ __device__ __forceinline__ void write_result(const Result& result, at::ScalarTyp
 
 // The tail of losses that other kernels compute, by the last of their blocks: one launch less.
 struct Finish {
-  // Few enough for the shared memory and the threads of one block.
-  static constexpr int64_t kMostLosses = 4096;
-
-  unsigned* ticket = nullptr;  // of core::cuda::Ticket; null: no tail is wanted
+  unsigned* ticket = nullptr;  // null: no tail is wanted
   double tail_fraction = 0;
-  Sequence extra;  // [losses], added to the losses first; or absent
+  Sequence extra;
   Tails tails{};
+
+  Finish() = default;
+  Finish(const FusedTail& tail, const Ticket& ticket)
+      : ticket(ticket.get()),
+        tail_fraction(tail.tail_fraction),
+        extra(tail.extra),
+        tails(tail.tails) {}
 
   // What the block needs of dynamic shared memory.
   template <typename T>

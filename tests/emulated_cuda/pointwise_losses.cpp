@@ -13,6 +13,7 @@ const Kernels& cuda_kernels() { return CUDA::kernels; }
 TORCH_LIBRARY_IMPL(sqloss, CPU, m) {
   m.impl("pointwise_losses", core::On<forward, cuda_kernels>::call);
   m.impl("pointwise_losses_backward", core::On<backward, cuda_kernels>::call);
+  m.impl("pointwise_losses_cvar", core::On<forward_cvar, cuda_kernels>::call);
 }
 
 }  // namespace sqloss::pointwise_losses
