@@ -154,7 +154,9 @@ struct Call {
   at::Tensor computed(const at::Tensor& tensor) const { return tensor.to(dtype()); }
 };
 
-struct PointwiseLossesBackward final : core::SavingNode {
+// A node that saves a call, and maybe more tensors after those of the call.
+class CallNode : public core::SavingNode {
+ public:
   void save(const Call& call) {
     SavingNode::save({call.input, call.target, call.weight, call.other});
     call_ = call;
@@ -162,26 +164,24 @@ struct PointwiseLossesBackward final : core::SavingNode {
     call_.weight = call_.other = std::nullopt;
   }
 
-  variable_list apply(variable_list&& grads) override {
-    const std::array<bool, 3> wanted{task_should_compute_output(0), task_should_compute_output(1),
-                                     task_should_compute_output(2)};
-    variable_list gradients(3);
-    if (!grads[0].defined() || !(wanted[0] || wanted[1] || wanted[2])) return gradients;
+ protected:
+  // The gradients of input, target and other, the node's outputs from `first` on, into these.
+  void add_gradients(const variable_list& saved, const at::Tensor& grad_losses, size_t first,
+                     variable_list& gradients) {
+    std::array<bool, 3> wanted{};
+    for (size_t i = 0; i < wanted.size(); ++i) wanted[i] = task_should_compute_output(first + i);
+    if (!(wanted[0] || wanted[1] || wanted[2])) return;
     Call call = call_;
-    const auto saved = unpack();
     call.input = saved[0];
     call.target = saved[1];
     call.weight = core::optional(saved[2]);
     call.other = core::optional(saved[3]);
-    const auto [input, target, other] = call.gradients(grads[0], wanted);
-    if (wanted[0]) gradients[0] = input;
-    if (wanted[1]) gradients[1] = target;
-    if (wanted[2]) gradients[2] = other;
-    return gradients;
+    const auto [input, target, other] = call.gradients(grad_losses, wanted);
+    if (wanted[0]) gradients[first] = input;
+    if (wanted[1]) gradients[first + 1] = target;
+    if (wanted[2]) gradients[first + 2] = other;
   }
-  std::string name() const override { return "PointwiseLossesBackward"; }
 
- protected:
   void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(call_.loss);
     args.collect(call_.parameter);
@@ -192,6 +192,38 @@ struct PointwiseLossesBackward final : core::SavingNode {
 
  private:
   Call call_;
+};
+
+struct PointwiseLossesBackward final : CallNode {
+  variable_list apply(variable_list&& grads) override {
+    variable_list gradients(3);
+    if (grads[0].defined()) add_gradients(unpack(), grads[0], 0, gradients);
+    return gradients;
+  }
+  std::string name() const override { return "PointwiseLossesBackward"; }
+};
+
+// From the gradient of the tail's value to those of extra, input, target and other.
+struct PointwiseLossesCvarBackward final : CallNode {
+  void save(const Call& call, const at::Tensor& losses, const at::Tensor& threshold,
+            const at::Tensor& counts) {
+    CallNode::save(call);
+    SavingNode::save({losses, threshold, counts});
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    variable_list gradients(4);
+    if (!grads[0].defined()) return gradients;
+    static const auto op = core::find_operator<core::Operator<decltype(superquantile::backward)>>(
+        "sqloss::superquantile_backward");
+    const auto saved = unpack();
+    const at::Tensor grad_losses =
+        op.call(grads[0], {}, saved[4], {}, {}, saved[5], saved[6], {}, false);
+    if (task_should_compute_output(0)) gradients[0] = grad_losses;
+    add_gradients(saved, grad_losses, 1, gradients);
+    return gradients;
+  }
+  std::string name() const override { return "PointwiseLossesCvarBackward"; }
 };
 
 at::Tensor forward_autograd(std::string_view loss, const at::Tensor& input,
@@ -218,6 +250,37 @@ at::Tensor forward_autograd(std::string_view loss, const at::Tensor& input,
   return losses;
 }
 
+CvarOutputs forward_cvar_autograd(const at::Tensor& tail_fraction, const OptionalTensor& extra,
+                                  std::string_view loss, const at::Tensor& input,
+                                  const at::Tensor& target, const OptionalTensor& weight,
+                                  const OptionalTensor& other, double parameter, bool full,
+                                  int64_t sample_dims, bool mean) {
+  const Call call{std::string(loss), input, target,      weight, other,
+                  parameter,         full,  sample_dims, mean};
+  call.refuse_gradients();
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      !torch::autograd::isFwGradDefined(extra) && !torch::autograd::isFwGradDefined(input) &&
+          !torch::autograd::isFwGradDefined(target) && !torch::autograd::isFwGradDefined(other),
+      "pointwise_losses_cvar: expected tensors without tangents (forward-mode derivatives are "
+      "those "
+      "of pointwise_losses and superquantile)");
+  CvarOutputs outputs = [&] {
+    static const auto op = core::find_operator<core::Operator<decltype(forward_cvar)>>(
+        "sqloss::pointwise_losses_cvar");
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return op.call(tail_fraction, extra, loss, input, target, weight, other, parameter, full,
+                   sample_dims, mean);
+  }();
+  if (torch::autograd::compute_requires_grad(extra, input, target, other)) {
+    const auto& [value, losses, threshold, counts] = outputs;
+    const auto node = core::make_node<PointwiseLossesCvarBackward>();
+    node->set_next_edges(torch::autograd::collect_next_edges(extra, input, target, other));
+    node->save(call, losses, threshold, counts);
+    torch::autograd::set_history(value, node);
+  }
+  return outputs;
+}
+
 InputGradients backward_autograd(const at::Tensor& grad_losses, std::string_view loss,
                                  const at::Tensor& input, const at::Tensor& target,
                                  const OptionalTensor& weight, const OptionalTensor& other,
@@ -240,6 +303,7 @@ InputGradients backward_autograd(const at::Tensor& grad_losses, std::string_view
 TORCH_LIBRARY_IMPL(sqloss, Autograd, m) {
   m.impl("pointwise_losses", forward_autograd);
   m.impl("pointwise_losses_backward", backward_autograd);
+  m.impl("pointwise_losses_cvar", forward_cvar_autograd);
 }
 
 }  // namespace sqloss::pointwise_losses

@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(kThreads, kWeighted ? 3 : 4)
     forward_kernel(Columns in, Groups groups, Function loss,
                    double* sums,  // [samples, chunks]; null where there is but one chunk
                    T* losses,     // [samples]
-                   Finish finish) {
+                   const __grid_constant__ Finish finish) {
   const Group group(in, groups);
   double sum = 0;
   if (group.sample < in.samples) {

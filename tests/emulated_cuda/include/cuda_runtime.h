@@ -33,6 +33,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(bytes) alignas(bytes)
 // Blocks run one after the other, each launch on one thread of the CPU
 #define __shared__ thread_local
