@@ -108,7 +108,8 @@ def assert_matches_torch(case, tensors, alpha, reduction="mean", sample_dims=1):
     expected = by_samples(elements, reduction, sample_dims)
     scale = by_samples(elements.detach().abs(), reduction, sample_dims).max().item()
     torch.testing.assert_close(losses.double(), expected.detach(), **tolerance(dtype, scale))
-    assert torch.equal(value, sqloss.cvar(losses, alpha))
+    eps = torch.finfo(dtype).eps  # one operator may add losses in another order than two
+    torch.testing.assert_close(value, sqloss.cvar(losses, alpha), rtol=eps, atol=eps * scale)
     assert torch.equal(losses, case.losses(tensors, **options))
 
     q = sqloss.tail_weights(losses, alpha)
@@ -817,6 +818,96 @@ def test_returned_losses_have_no_graph():
     tensors["input"].requires_grad_()
     value, losses = CASES["mse"].cvar(tensors, 0.5, return_losses=True)
     assert value.requires_grad and not losses.requires_grad and losses.grad_fn is None
+
+
+# --- losses and tail in one operator --------------------------------------------------------------
+
+
+def has_kernel(operator, device):
+    key = device.type.upper()
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"sqloss::{operator}", key)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "shape", [(1, 5), (2, 8), (33, 1), (700, 3), (4096, 2), (4097, 2), (3, 8192), (2, 8193)]
+)
+def test_one_operator_does_what_two_do(device, case, dtype, shape):
+    """Where it has a kernel: the last of its blocks finds the tail."""
+    tensors = case.draw(*shape, dtype=dtype, device=device)
+    tensors["input"] = tensors["input"].round()
+    names = case.differentiable(tensors)
+    given_extra = torch.randn(shape[0], dtype=dtype, device=device).round()
+    for extra, alpha in ((None, 0.3), (given_extra, 0.8), (given_extra, 0.0)):
+        results = []
+        for in_one in (True, False):
+            leaves = with_gradients(tensors, names)
+            inputs = [leaves[name] for name in names]
+            if extra is not None:
+                inputs.append(extra.requires_grad_())
+            if in_one:
+                value, losses = case.cvar(leaves, alpha, extra=extra, return_losses=True)
+                fused = shape[0] <= 4096 and shape[1] <= 8192
+                fused = fused and has_kernel("pointwise_losses_cvar", device)
+                assert ("Cvar" in value.grad_fn.name()) == fused
+                assert not losses.requires_grad
+            else:
+                losses = case.losses(leaves)
+                losses = losses if extra is None else losses + extra
+                value = sqloss.cvar(losses, alpha)
+            gradients = torch.autograd.grad(value, inputs, create_graph=True)
+            second = torch.autograd.grad(
+                sum(gradient.square().sum() for gradient in gradients), inputs, allow_unused=True
+            )
+            results.append((losses.detach(), value.detach(), gradients, second))
+        assert torch.equal(results[0][0], results[1][0])
+        torch.testing.assert_close(results[0][1:], results[1][1:])
+
+
+@pytest.mark.parametrize("number", [NAN, INF, -INF])
+def test_one_operator_ranks_what_is_not_finite(device, number):
+    losses = torch.tensor([3.0, 1.0, number, 2.0, 5.0], device=device)
+    x = torch.zeros(5, 1, device=device, requires_grad=True)
+    for alpha in (0.0, 0.3, 0.6, 0.8, 0.9):
+        leaf = losses.clone().requires_grad_()
+        value = sqloss.cvar_mse_loss(x, torch.zeros_like(x), alpha=alpha, extra=leaf)
+        (gradient,) = torch.autograd.grad(value, leaf)
+        other = losses.clone().requires_grad_()
+        expected = sqloss.cvar(other, alpha)
+        torch.testing.assert_close(value, expected, equal_nan=True)
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected, other)[0])
+
+
+def test_one_operator_says_what_it_takes(device):
+    if not has_kernel("pointwise_losses_cvar", device):
+        pytest.skip("two operators on this device")
+
+    def call(x, extra=None, fraction=0.5):
+        fraction = torch.tensor(fraction, dtype=torch.float64)
+        return torch.ops.sqloss.pointwise_losses_cvar(
+            fraction, extra, "mse", x, torch.zeros_like(x), None, None, 0.0, False, 1, True
+        )
+
+    x = torch.randn(6, 3, device=device)
+    for arguments, message in (
+        ((x.new_zeros(4097, 1),), "input: expected 1 to 4096 losses, got 4097"),
+        ((x.new_zeros(0, 3),), "input: expected 1 to 4096 losses, got 0"),
+        ((x.new_zeros(2, 8193),), "input: expected samples of 1 to 8192 elements, got 8193"),
+        ((x.new_zeros(2, 0),), "input: expected samples of 1 to 8192 elements, got 0"),
+        ((x, x.new_zeros(6).double()), "extra: expected Float .*, got Double"),
+        ((x, x.new_zeros(5)), r"extra: expected Float of shape \[6\] .*, got Float of shape \[5\]"),
+        ((x, None, 1.5), r"tail_fraction: expected a number in \(0, 1\], got 1.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(*arguments)
+    with pytest.raises(NotImplementedError, match="expected tensors without tangents"):
+        torch.func.jvp(lambda x: call(x)[0], (x,), (x,))
+    # which the function knows how to do without it
+    value, tangent = torch.func.jvp(
+        lambda x: sqloss.cvar_mse_loss(x, torch.zeros_like(x), alpha=0.5), (x,), (x,)
+    )
+    torch.testing.assert_close(tangent, 2 * value)
 
 
 # --- the same bits every time ---------------------------------------------------------------------
