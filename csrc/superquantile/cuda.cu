@@ -206,7 +206,7 @@ void forward_rounds(const Losses& all, bool runs, const TailFraction& tail_fract
           using scalar_t = decltype(zero);
           if constexpr (std::is_same_v<compute_t<scalar_t>, T>) {
             launch(take_pass<T, scalar_t>, grid(chunks.per_row, rows), kRadixThreads,
-                   kRadixWarps * kRegion * sizeof(Key), RowSource<T, Counted>{in, runs},
+                   kRadixWarps * kRegion<Key> * sizeof(Key), RowSource<T, Counted>{in, runs},
                    tail_fraction, rounding, chunks, brackets, memory.at<double>(pass_sums_at), kept,
                    capacity, tails);
           }

@@ -533,9 +533,13 @@ __global__ void __launch_bounds__(kRadixThreads)
 
 // The pass. Kept keys gather in shared memory, a region for each warp, which goes to `kept` when
 // half full: one atomic addition for hundreds of them.
-constexpr int kLoads = 4;  // runs in flight per thread
-constexpr int kTake = kLoads * kRun;
-constexpr unsigned kRegion = 2 * kTake * kWarp;  // keys of a warp: twice what an iteration adds
+// 64 bytes per thread are in flight, if losses have the size of keys; the regions take 32 KB.
+template <typename Key>
+constexpr int kLoads = 16 / sizeof(Key);
+template <typename Key>
+constexpr int kTake = kLoads<Key> * kRun;
+template <typename Key>
+constexpr unsigned kRegion = 2 * kTake<Key> * kWarp;  // keys: twice what an iteration adds
 
 template <typename T, typename scalar_t>
 __global__ void __launch_bounds__(kRadixThreads)
@@ -547,7 +551,7 @@ __global__ void __launch_bounds__(kRadixThreads)
               int64_t capacity, Tails tails) {
   using Key = core::ordered_key_t<T>;
   using Run = Vector<scalar_t, kRun>;
-  Key* const region = reinterpret_cast<Key*>(dynamic_shared_memory()) + warp() * kRegion;
+  Key* const region = reinterpret_cast<Key*>(dynamic_shared_memory()) + warp() * kRegion<Key>;
   const Losses& in = source.in;
   const int64_t row = blockIdx.y, chunk = blockIdx.x;
   Bracket<Key>& bracket = brackets[row];
@@ -569,10 +573,10 @@ __global__ void __launch_bounds__(kRadixThreads)
   Count present = 0, above = 0, at_high = 0, at_low = 0;
   double sum_above = 0, sum_between = 0;
   Key first = ~Key(0), last = kAbsent;
-  const auto take = [&](const Key(&keys)[kTake]) {
+  const auto take = [&](const Key(&keys)[kTake<Key>]) {
     unsigned inside = 0;  // a bit for each key in the bracket
 #pragma unroll
-    for (int i = 0; i < kTake; ++i) {
+    for (int i = 0; i < kTake<Key>; ++i) {
       present += keys[i] != kAbsent ? 1 : 0;
       above += keys[i] > high ? 1 : 0;
       if (keys[i] > high) sum_above += static_cast<double>(core::from_ordered_key<T>(keys[i]));
@@ -581,7 +585,7 @@ __global__ void __launch_bounds__(kRadixThreads)
     if (!__any_sync(kAllLanes, inside != 0)) return;
     unsigned between = 0;
 #pragma unroll
-    for (int i = 0; i < kTake; ++i) {
+    for (int i = 0; i < kTake<Key>; ++i) {
       if (!(inside >> i & 1)) continue;
       const Key key = keys[i];
       at_high += key == high ? 1 : 0;
@@ -600,7 +604,7 @@ __global__ void __launch_bounds__(kRadixThreads)
     }
     Key* place = region + used + through - __popc(between);
 #pragma unroll
-    for (int i = 0; i < kTake; ++i) {
+    for (int i = 0; i < kTake<Key>; ++i) {
       if (between >> i & 1) *place++ = keys[i];
     }
     used += __shfl_sync(kAllLanes, through, kWarp - 1);
@@ -611,22 +615,22 @@ __global__ void __launch_bounds__(kRadixThreads)
   constexpr int64_t kStep = static_cast<int64_t>(kRadixThreads) * kRun;
   const auto* const losses =
       static_cast<const scalar_t*>(in.losses.data) + row * in.losses.row_stride;
-  for (int64_t tile = begin; tile < end; tile += kLoads * kStep) {
+  for (int64_t tile = begin; tile < end; tile += kLoads<Key> * kStep) {
     const int64_t mine = tile + static_cast<int64_t>(threadIdx.x) * kRun;
-    Key keys[kTake];
-    if (source.runs && in.mask.data == nullptr && tile + kLoads * kStep <= end) {
-      Run loads[kLoads];
+    Key keys[kTake<Key>];
+    if (source.runs && in.mask.data == nullptr && tile + kLoads<Key> * kStep <= end) {
+      Run loads[kLoads<Key>];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
+      for (int i = 0; i < kLoads<Key>; ++i) {
         loads[i] = *reinterpret_cast<const Run*>(losses + mine + i * kStep);
       }
 #pragma unroll
-      for (int i = 0; i < kTake; ++i) {
+      for (int i = 0; i < kTake<Key>; ++i) {
         keys[i] = key_of(static_cast<T>(loads[i / kRun].values[i % kRun]));
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
+      for (int i = 0; i < kLoads<Key>; ++i) {
         Key run[kRun];
         unsigned masses[kRun];
         read_run<T, Counted>(in, source.runs, row, mine + i * kStep, run, masses);
@@ -635,7 +639,7 @@ __global__ void __launch_bounds__(kRadixThreads)
       }
     }
     take(keys);
-    if (used >= kRegion / 2) empty_region();
+    if (used >= kRegion<Key> / 2) empty_region();
   }
   if (used > 0) empty_region();
 
