@@ -18,7 +18,15 @@ namespace sqloss::core::CPU_CAPABILITY {
 // The words of a counter in the low halves of 64-bit lanes, one counter per lane: the product of
 // two words is then one instruction on a vector, and what is left in the high halves is never read.
 // A thread of a GPU takes a single lane.
-SQLOSS_INLINE uint64_t product(uint64_t a, uint32_t b) { return (a & 0xffffffff) * b; }
+SQLOSS_INLINE uint64_t product(uint64_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  uint64_t product;  // nvcc makes two instructions of the expression below
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(static_cast<uint32_t>(a)), "r"(b));
+  return product;
+#else
+  return (a & 0xffffffff) * b;
+#endif
+}
 
 #ifndef __CUDACC__
 #if defined(CPU_CAPABILITY_AVX512)

@@ -125,8 +125,16 @@ struct Arguments {
 enum class Df { kNone, kOne, kEach };
 
 // Blocks that a multiprocessor is to hold at once: as many as leave the registers that are needed.
-constexpr int forward_blocks(Df df) { return df == Df::kNone ? 6 : df == Df::kOne ? 5 : 4; }
-constexpr int backward_blocks(Df df) { return df == Df::kNone ? 6 : df == Df::kOne ? 4 : 3; }
+template <typename T>
+constexpr int kNormalBlocks = sizeof(T) == 4 ? 6 : 5;
+template <typename T, Df kDf>
+constexpr int kForwardBlocks = kDf == Df::kNone  ? kNormalBlocks<T>
+                               : kDf == Df::kOne ? 5
+                                                 : 4;
+template <typename T, Df kDf>
+constexpr int kBackwardBlocks = kDf == Df::kNone  ? kNormalBlocks<T>
+                                : kDf == Df::kOne ? 4
+                                                  : 3;
 
 // --- a thread's elements -------------------------------------------------------------------------
 
@@ -404,7 +412,7 @@ struct OutputRows {
 };
 
 template <typename T, Df kDf>
-__global__ void __launch_bounds__(kThreads, forward_blocks(kDf))
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kDf>)
     forward_kernel(Arguments in, OutputRows out) {
   Densities<T, kDf> df;
   const bool has_kl = out.kl != nullptr, closed_form = in.kl == Kl::kClosedForm;
@@ -597,7 +605,7 @@ struct ElementSums {
 };
 
 template <typename T, Df kDf>
-__global__ void __launch_bounds__(kThreads, backward_blocks(kDf))
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, kDf>)
     backward_kernel(Arguments in, GradientRows out) {
   Densities<T, kDf> df;
   ElementSums<T> sums_in_df, sums_in_prior_df;
