@@ -340,7 +340,7 @@ struct Workspace {
 
 // One round over rows of losses.
 template <typename T, typename Kind>
-__global__ void __launch_bounds__(kRadixThreads)
+__global__ void __launch_bounds__(kRadixThreads, 4)
     rows_round(RowSource<T, Kind> source, TailFraction tail_fraction, double rounding,
                Chunks chunks, int round, Workspace<core::ordered_key_t<T>, Kind> workspace,
                Tails tails,
@@ -542,7 +542,7 @@ template <typename Key>
 constexpr unsigned kRegion = 2 * kTake<Key> * kWarp;  // keys: twice what an iteration adds
 
 template <typename T, typename scalar_t>
-__global__ void __launch_bounds__(kRadixThreads)
+__global__ void __launch_bounds__(kRadixThreads, 3)
     take_pass(RowSource<T, Counted> source, TailFraction tail_fraction, double rounding,
               Chunks chunks,
               Bracket<core::ordered_key_t<T>>* brackets,  // [rows]
@@ -570,7 +570,7 @@ __global__ void __launch_bounds__(kRadixThreads)
     used = 0;
   };
 
-  Count present = 0, above = 0, at_high = 0, at_low = 0;
+  unsigned present = 0, above = 0, at_high = 0, at_low = 0;  // of a thread: 2^32 are not to come
   double sum_above = 0, sum_between = 0;
   Key first = ~Key(0), last = kAbsent;
   const auto take = [&](const Key(&keys)[kTake<Key>]) {
@@ -645,20 +645,18 @@ __global__ void __launch_bounds__(kRadixThreads)
 
   sum_above = block_sum(sum_above);
   sum_between = block_sum(sum_between);
-  present = block_sum(present);
-  above = block_sum(above);
-  at_high = block_sum(at_high);
-  at_low = block_sum(at_low);
+  const Count all_present = block_sum<Count>(present), all_above = block_sum<Count>(above);
+  const Count all_at_high = block_sum<Count>(at_high), all_at_low = block_sum<Count>(at_low);
   first = block_reduce(first, ~Key(0), Minimum());
   last = block_reduce(last, Key(kAbsent), Maximum());
   double* const sums_of_row = sums + row * chunks.per_row * 2;
   if (threadIdx.x == 0) {
     sums_of_row[chunk] = sum_above;
     sums_of_row[chunks.per_row + chunk] = sum_between;
-    atomicAdd(&bracket.total, present);
-    atomicAdd(&bracket.above, above);
-    atomicAdd(&bracket.at_high, at_high);
-    atomicAdd(&bracket.at_low, at_low);
+    atomicAdd(&bracket.total, all_present);
+    atomicAdd(&bracket.above, all_above);
+    atomicAdd(&bracket.at_high, all_at_high);
+    atomicAdd(&bracket.at_low, all_at_low);
     // Keys as the integers that atomics know; ~first, because all begins with 0
     using Atomic = std::conditional_t<sizeof(Key) == 8, Count, unsigned>;
     atomicMax(reinterpret_cast<Atomic*>(&bracket.first), static_cast<Atomic>(~first));
