@@ -19,7 +19,7 @@ def load(operations=OPERATIONS):
 
     os.environ.setdefault("MAX_JOBS", "2")
     for operation in operations:
-        build = Path.home() / ".cache" / "sqloss-emulated-cuda" / operation
+        build = CSRC.parent / "build" / "emulated_cuda" / operation
         build.mkdir(parents=True, exist_ok=True)
         compile_and_load(
             f"emulated_{operation}",
