@@ -155,8 +155,10 @@ def assert_cross_entropy_matches_torch(tensors, alpha, **options):
 SHAPES = [
     *((rows, size) for rows in (1, 2, 1000) for size in (1, 2, 15, 16, 17, 31)),
     *((rows, size) for rows in (1, 3) for size in (1023, 1024, 1025, 3000)),
+    *((2, size) for size in (784, 8192, 8193, 70_001)),
     (50, 1025),
-    (2, 70_001),
+    (20_001, 1),
+    (9000, 40),
 ]
 
 
@@ -166,6 +168,11 @@ def test_torch_by_size(device, case, dtype):
     for shape in SHAPES:
         tensors = case.draw(*shape, dtype=dtype, device=device)
         assert_matches_torch(case, tensors, alpha=0.7)
+
+
+def test_samples_of_millions_of_elements(device):
+    tensors = CASES["mse"].draw(2, 5_000_001, dtype=torch.float32, device=device)
+    assert_matches_torch(CASES["mse"], tensors, 0.5)
 
 
 @every_case
@@ -258,9 +265,9 @@ def test_torch_by_strides(device, case, view):
 
 
 @every_case
-def test_gradient_reaches_the_base_of_a_view(case):
-    tensors = case.draw(6, 8)
-    base = torch.zeros(8, 12, dtype=torch.float64, requires_grad=True)
+def test_gradient_reaches_the_base_of_a_view(device, case):
+    tensors = case.draw(6, 8, device=device)
+    base = torch.zeros(8, 12, dtype=torch.float64, device=device, requires_grad=True)
     case.cvar({**tensors, "input": base.t()[::2] + 0}, 0.5).backward()
     through_a_copy = base.grad.clone()
     base.grad = None
@@ -301,9 +308,9 @@ def test_var_may_be_a_number(device, var):
         assert torch.equal(got, expected) and got.dtype == expected.dtype
 
 
-def test_a_negative_variance_counts_as_eps():
-    mean, seen = torch.zeros(3, 1), torch.ones(3, 1)
-    var = torch.tensor([[-1.0], [0.5], [0.1]])
+def test_a_negative_variance_counts_as_eps(device):
+    mean, seen = torch.zeros(3, 1, device=device), torch.ones(3, 1, device=device)
+    var = torch.tensor([[-1.0], [0.5], [0.1]], device=device)
     losses = sqloss.losses.gaussian_nll_loss(mean, seen, var, eps=0.5)
     expected = F.gaussian_nll_loss(mean, seen, var.clamp(min=0.5), reduction="none").squeeze(1)
     torch.testing.assert_close(losses, expected)
@@ -360,8 +367,15 @@ def test_cross_entropy_by_number_of_classes(device, dtype, probabilities):
     assert_cross_entropy_matches_torch(tensors, 0.3)
 
 
+def test_cross_entropy_of_many_samples(device):
+    for options in ({}, {"label_smoothing": 0.1}):
+        tensors = draw_classes(40_003, 21, dtype=torch.float32, device=device)
+        assert_cross_entropy_matches_torch(tensors, 0.9, **options)
+
+
 @pytest.mark.parametrize(
-    "shape", [(40, 5), (6, 5, 7), (3, 5, 4, 6), (2, 5, 3, 2, 4), (2, 19, 9, 13)]
+    "shape",
+    [(40, 5), (6, 5, 7), (3, 5, 4, 6), (2, 5, 3, 2, 4), (2, 19, 9, 13), (2, 70, 4, 5), (3, 150, 2)],
 )
 @pytest.mark.parametrize("weight", [False, True])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
@@ -416,7 +430,9 @@ def test_cross_entropy_by_mixed_dtypes(device, of_input, of_others):
         lambda x: x.to(memory_format=torch.channels_last),
         lambda x: x.repeat_interleave(2, dim=3)[..., ::2],
         lambda x: torch.cat([x, x], dim=1)[:, 7:],
+        lambda x: torch.cat([x[0, 0, 0, :1], x.flatten()])[1:].view_as(x),
         lambda x: x[:1].expand_as(x),
+        lambda x: x[:, :1].expand_as(x),
         lambda x: x[:, :, :1].expand_as(x),
         lambda x: x.flip(0).movedim(0, 3).contiguous().movedim(3, 0),
     ],
@@ -424,14 +440,14 @@ def test_cross_entropy_by_mixed_dtypes(device, of_input, of_others):
 def test_cross_entropy_by_strides(device, view):
     for probabilities in (False, True):
         tensors = draw_classes(
-            4, 7, 6, 5, dtype=torch.float32, device=device, probabilities=probabilities
+            4, 7, 6, 8, dtype=torch.float32, device=device, probabilities=probabilities
         )
         assert_cross_entropy_matches_torch({**tensors, "input": view(tensors["input"])}, 0.6)
     assert_cross_entropy_matches_torch({**tensors, "target": view(tensors["target"])}, 0.6)
-    classes = draw_classes(4, 7, 6, 5, device=device)
+    classes = draw_classes(4, 7, 6, 8, device=device)
     for target in (
         classes["target"].transpose(1, 2).contiguous().transpose(1, 2),
-        classes["target"][:, :1].expand(4, 6, 5),
+        classes["target"][:, :1].expand(4, 6, 8),
         classes["target"].repeat(1, 1, 2)[..., ::2],
     ):
         weight = torch.rand(14, device=device)[::2]
@@ -488,23 +504,40 @@ def test_an_ignore_index_may_be_a_class_or_far_away(device):
 def test_all_targets_ignored_is_an_error():
     with pytest.raises(ValueError, match=r"expected a positive sum of weights .*, got 0"):
         sqloss.cvar_cross_entropy(torch.randn(3, 4), torch.full((3,), -100), alpha=0.5)
-    assert not sqloss.losses.cross_entropy(torch.randn(3, 4), torch.full((3,), -100)).any()
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 40), (3, 4, 5)])
+def test_ignored_targets_lose_nothing(device, shape):
+    tensors = draw_classes(*shape, device=device)
+    tensors["input"][1] = NAN
+    leaf = tensors["input"].requires_grad_()
+    losses = sqloss.losses.cross_entropy(leaf, tensors["target"].fill_(-100))
+    (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    assert not losses.any() and not gradient.any()
 
 
 @pytest.mark.parametrize("bad", [-1, 4, 7, -99, 2**40])
-def test_a_class_out_of_range_is_an_index_error(bad):
+def test_a_class_out_of_range_is_an_index_error(pytestconfig, bad):
     x, target = torch.randn(70, 4, 3), torch.zeros(70, 3, dtype=torch.int64)
     target[69, 2] = bad
+    last = x.movedim(1, 2).contiguous().movedim(2, 1)
     message = (
         r"^cross_entropy: target: expected class indices in \[0, 4\) or ignore_index \(-100\), "
         f"got {bad}$"
     )
-    for function in (
-        lambda: sqloss.cvar_cross_entropy(x, target, alpha=0.5),
-        lambda: sqloss.losses.cross_entropy(x, target),
-        lambda: reference.cross_entropy_losses(x, target, None, -100, 0.0),
+    of_kernels = (IndexError, message)
+    if pytestconfig.getoption("emulate_cuda"):
+        of_kernels = (RuntimeError, "device-side assertion.*target: expected class indices")
+    for function, (error, message_) in (
+        (lambda: sqloss.cvar_cross_entropy(x, target, alpha=0.5), of_kernels),
+        (lambda: sqloss.losses.cross_entropy(x, target), of_kernels),
+        (lambda: sqloss.losses.cross_entropy(last, target), of_kernels),
+        (
+            lambda: reference.cross_entropy_losses(x, target, None, -100, 0.0),
+            (IndexError, message),
+        ),
     ):
-        with pytest.raises(IndexError, match=message):
+        with pytest.raises(error, match=message_):
             function()
 
 
@@ -536,6 +569,12 @@ def test_a_loss_is_finite_where_only_the_square_is_not(device):
     torch.testing.assert_close(smooth, torch.tensor([0.5e20], device=device))
     likely = sqloss.losses.gaussian_nll_loss(x, zero, var=1e30)
     torch.testing.assert_close(likely, torch.tensor([0.5e20], device=device))
+
+
+def test_a_loss_is_finite_where_only_the_sum_is_not(device):
+    x = torch.full((3, 40), 1.5e19, device=device)
+    losses = sqloss.losses.mse_loss(x, torch.zeros_like(x))
+    torch.testing.assert_close(losses, torch.full((3,), 2.25e38, device=device))
 
 
 @pytest.mark.parametrize("x, y", [(INF, 0.0), (INF, 0.5), (-INF, 0.5), (-INF, 1.0)])
@@ -577,23 +616,27 @@ def test_cross_entropy_of_what_huge_logits_have_in_common(device, shape):
 
 
 def test_cross_entropy_of_classes_masked_by_minus_infinity(device):
-    tensors = draw_classes(30, 6, dtype=torch.float32, device=device)
-    tensors["target"] = torch.randint(4, (30,), device=device)
-    tensors["input"][:, 4] = -INF
-    tensors["input"][::2, 5] = -INF
-    assert_cross_entropy_matches_torch(tensors, 0.5)
-    assert_cross_entropy_matches_torch({**tensors, "weight": torch.rand(6, device=device)}, 0.0)
+    for shape in ((30, 6), (30, 40), (30, 1000), (30, 6, 4), (2, 70, 3)):
+        tensors = draw_classes(*shape, dtype=torch.float32, device=device)
+        tensors["target"].remainder_(4)
+        tensors["input"][:, 4] = -INF
+        tensors["input"][::2, 5:] = -INF
+        assert_cross_entropy_matches_torch(tensors, 0.5)
+        weight = torch.rand(shape[1], device=device)
+        assert_cross_entropy_matches_torch({**tensors, "weight": weight}, 0.0)
 
 
 @pytest.mark.parametrize("logits", [[INF, 0.0], [-INF, 0.0], [-INF, -INF], [INF, INF], [NAN, 0.0]])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}])
 def test_cross_entropy_of_what_is_not_finite(device, logits, options):
     x = torch.tensor([logits, [1.0, 2.0]], device=device)
+    by_class = x[:, :, None].expand(2, 2, 3)
     for target in (0, 1):
-        tensors = {"input": x, "target": torch.tensor([target, 0], device=device)}
-        got = sqloss.losses.cross_entropy(**tensors, **options)
-        expected = F.cross_entropy(x, tensors["target"], reduction="none", **options)
-        torch.testing.assert_close(got, expected, equal_nan=True)
+        classes = torch.tensor([target, 0], device=device)
+        for tensors in ((x, classes), (by_class, classes[:, None].expand(2, 3))):
+            got = sqloss.losses.cross_entropy(*tensors, **options)
+            expected = F.cross_entropy(*tensors, reduction="none", **options)
+            torch.testing.assert_close(got, expected, equal_nan=True)
 
 
 @every_case
@@ -820,11 +863,21 @@ def test_same_bits_of_the_cross_entropy(shape, options):
 
 def test_same_bits_on_every_repetition(device):
     tensors = CASES["bce"].draw(300, 301, dtype=torch.float32, device=device)
-    classes = draw_classes(300, 301, dtype=torch.float32, device=device)
-    first = CASES["bce"].losses(tensors), sqloss.losses.cross_entropy(**classes)
+    long = CASES["bce"].draw(3, 70_001, dtype=torch.float32, device=device)
+    rows = draw_classes(300, 301, dtype=torch.float32, device=device)
+    images = draw_classes(3, 40, 13, 17, dtype=torch.float32, device=device)
+
+    def losses():
+        return (
+            CASES["bce"].losses(tensors),
+            CASES["bce"].losses(long),
+            sqloss.losses.cross_entropy(**rows),
+            sqloss.losses.cross_entropy(**images, label_smoothing=0.1),
+        )
+
+    first = losses()
     for _ in range(20):
-        assert torch.equal(CASES["bce"].losses(tensors), first[0])
-        assert torch.equal(sqloss.losses.cross_entropy(**classes), first[1])
+        assert all(torch.equal(a, b) for a, b in zip(losses(), first, strict=True))
 
 
 CAPABILITY_PROGRAM = """
@@ -869,10 +922,10 @@ def test_same_bits_for_every_cpu_capability(results_by_capability):
 
 
 @every_case
-def test_gradcheck_and_gradgradcheck(case):
-    tensors = case.draw(4, 2, 3)
+def test_gradcheck_and_gradgradcheck(device, case):
+    tensors = case.draw(4, 2, 3, device=device)
     names = case.differentiable(tensors)
-    extra = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    extra = torch.randn(4, dtype=torch.float64, device=device, requires_grad=True)
     leaves = with_gradients(tensors, names)
     rest = {name: tensor for name, tensor in tensors.items() if name not in names}
 
@@ -894,8 +947,8 @@ def test_gradcheck_and_gradgradcheck(case):
 
 @pytest.mark.parametrize("probabilities", [False, True])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2}])
-def test_gradcheck_and_gradgradcheck_of_the_cross_entropy(probabilities, options):
-    tensors = draw_classes(4, 3, 2, probabilities=probabilities, weight=True)
+def test_gradcheck_and_gradgradcheck_of_the_cross_entropy(device, probabilities, options):
+    tensors = draw_classes(4, 3, 2, device=device, probabilities=probabilities, weight=True)
     if not probabilities:
         tensors["target"][1, 1] = -100
     x = tensors.pop("input").requires_grad_()
@@ -911,11 +964,11 @@ def test_gradcheck_and_gradgradcheck_of_the_cross_entropy(probabilities, options
         assert torch.autograd.gradgradcheck(f, x, check_fwd_over_rev=True)
 
 
-def test_a_gradient_penalty():
+def test_a_gradient_penalty(device):
     """Double backward through the fused loss into the parameters of a model."""
-    layer = torch.nn.Linear(5, 4).double()
-    x = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
-    y = torch.rand(9, 4, dtype=torch.float64)
+    layer = torch.nn.Linear(5, 4, dtype=torch.float64, device=device)
+    x = torch.randn(9, 5, dtype=torch.float64, device=device, requires_grad=True)
+    y = torch.rand(9, 4, dtype=torch.float64, device=device)
 
     def penalised(loss):
         (slope,) = torch.autograd.grad(loss, x, create_graph=True)
@@ -930,8 +983,8 @@ def test_a_gradient_penalty():
 
 
 @every_case
-def test_only_wanted_gradients_are_computed(case):
-    tensors = case.draw(5, 7)
+def test_only_wanted_gradients_are_computed(device, case):
+    tensors = case.draw(5, 7, device=device)
     names = case.differentiable(tensors)
     everything = torch.autograd.grad(
         case.cvar(leaves := with_gradients(tensors, names), 0.5), [leaves[n] for n in names]
@@ -1324,10 +1377,10 @@ def test_fake_tensors_and_tracing():
 
 
 @every_case
-def test_func_grad_vmap_and_their_compositions(case):
+def test_func_grad_vmap_and_their_compositions(device, case):
     from torch.func import grad, hessian, jacrev, jvp, vjp, vmap
 
-    batch = case.draw(6, 5, 4)
+    batch = case.draw(6, 5, 4, device=device)
     names = list(batch)
     x, *rest = batch.values()
 
@@ -1357,7 +1410,7 @@ def test_func_grad_vmap_and_their_compositions(case):
         return f(x, *first)
 
     pull_back = vjp(at_first, x[0])[1]
-    torch.testing.assert_close(pull_back(torch.tensor(2.0).double())[0], 2 * gradients[0])
+    torch.testing.assert_close(pull_back(x.new_tensor(2.0))[0], 2 * gradients[0])
     along = jvp(at_first, (x[0],), (x[1],))[1]
     torch.testing.assert_close(along, (gradients[0] * x[1]).sum())
     torch.testing.assert_close(jacrev(at_first)(x[0]), gradients[0])
@@ -1369,13 +1422,14 @@ def test_func_grad_vmap_and_their_compositions(case):
         torch.testing.assert_close(hessian(at_first)(x[0]).sum((0, 1)), curvature)
 
 
-def test_func_of_the_cross_entropy():
+def test_func_of_the_cross_entropy(device):
     from torch.func import grad, hessian, jacrev, jvp, vmap
 
-    x, weight = torch.randn(6, 5, 4, 3, dtype=torch.float64), torch.rand(4)
-    classes = torch.randint(4, (6, 5, 3))
+    x = torch.randn(6, 5, 4, 3, dtype=torch.float64, device=device)
+    weight = torch.rand(4, device=device)
+    classes = torch.randint(4, (6, 5, 3), device=device)
     classes[:, 1, 1] = -100
-    probabilities = torch.rand(6, 5, 4, 3, dtype=torch.float64)
+    probabilities = torch.rand(6, 5, 4, 3, dtype=torch.float64, device=device)
     for target in (classes, probabilities):
 
         def f(x, target):
@@ -1398,16 +1452,16 @@ def test_func_of_the_cross_entropy():
         at_first = lambda x, t=target: f(x, t[0])  # noqa: E731
         torch.testing.assert_close(hessian(at_first)(x[0]), jacrev(jacrev(at_first))(x[0]))
     # a row of logits each, without a batch dimension of their own
-    rows, labels = torch.randn(7, 4), torch.randint(4, (7,))
+    rows, labels = torch.randn(7, 4, device=device), torch.randint(4, (7,), device=device)
     per_row = vmap(lambda row, label: sqloss.losses.cross_entropy(row, label))(rows, labels)
     torch.testing.assert_close(per_row, F.cross_entropy(rows, labels, reduction="none"))
 
 
-def test_per_sample_gradients_of_a_model():
+def test_per_sample_gradients_of_a_model(device):
     from torch.func import functional_call, grad, vmap
 
-    model = torch.nn.Linear(5, 3)
-    x, y = torch.randn(8, 5), torch.rand(8, 3)
+    model = torch.nn.Linear(5, 3, device=device)
+    x, y = torch.randn(8, 5, device=device), torch.rand(8, 3, device=device)
 
     def loss(parameters, x, y):
         logits = functional_call(model, parameters, (x.unsqueeze(0),))
@@ -1680,12 +1734,15 @@ def test_an_empty_batch_has_no_tail(case):
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 3, 0)])
-def test_an_empty_batch_has_no_tail_of_cross_entropies(shape):
-    x, target = torch.empty(shape), torch.empty(shape[:1] + shape[2:], dtype=torch.int64)
-    for given_ in (target, x):
+def test_an_empty_batch_has_no_tail_of_cross_entropies(device, shape):
+    x = torch.empty(shape, device=device, requires_grad=True)
+    target = torch.empty(shape[:1] + shape[2:], dtype=torch.int64, device=device)
+    for given_ in (target, x.detach()):
         with pytest.raises(ValueError, match=r"^cvar_cross_entropy: input: expected at least one"):
             sqloss.cvar_cross_entropy(x, given_, alpha=0.5)
-        assert sqloss.losses.cross_entropy(x, given_).numel() == 0
+        losses = sqloss.losses.cross_entropy(x, given_)
+        (gradient,) = torch.autograd.grad(losses.sum(), x)
+        assert losses.numel() == 0 and gradient.shape == x.shape
 
 
 def test_weights_may_require_gradients_where_none_are_taken():

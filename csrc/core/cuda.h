@@ -10,6 +10,7 @@
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Exception.h>
@@ -17,7 +18,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <mutex>
 #include <type_traits>
+#include <unordered_map>
 #include <utility>
 
 #include "core/strided.h"
@@ -104,6 +107,39 @@ class Memory {
  private:
   size_t size_ = 0;
   c10::DataPtr memory_;
+};
+
+// A ticket for last_block. Kernels of one stream do not overlap and leave it at 0, so they share
+// one, and no launch has to clear it. Replays of a CUDA graph can overlap with anything: a kernel
+// that is captured gets one of its own. To be kept until the kernel is launched.
+class Ticket {
+ public:
+  Ticket() {
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
+      own_ = make(stream);
+      ticket_ = static_cast<unsigned*>(own_.get());
+      return;
+    }
+    static std::mutex mutex;
+    // Never destroyed: CUDA may be gone before
+    static auto& of_streams = *new std::unordered_map<c10::cuda::CUDAStream, c10::DataPtr>();
+    const std::lock_guard<std::mutex> lock(mutex);
+    c10::DataPtr& shared = of_streams[stream];
+    if (!shared) shared = make(stream);
+    ticket_ = static_cast<unsigned*>(shared.get());
+  }
+  unsigned* get() const { return ticket_; }
+
+ private:
+  static c10::DataPtr make(const c10::cuda::CUDAStream& stream) {
+    c10::DataPtr memory = c10::cuda::CUDACachingAllocator::get()->allocate(sizeof(unsigned));
+    C10_CUDA_CHECK(cudaMemsetAsync(memory.get(), 0, sizeof(unsigned), stream));
+    return memory;
+  }
+
+  c10::DataPtr own_;
+  unsigned* ticket_;
 };
 
 // --- threads -------------------------------------------------------------------------------------

@@ -15,7 +15,9 @@
 //            are one load. Where samples are too few to fill the device, the classes are divided
 //            among some of the block's warps.
 // by sample  where the classes of a sample lie together. A team of threads has a sample: the lanes
-//            that one pass over few classes needs, a warp, or the block for thousands.
+//            that one pass over few classes needs, a warp, or the block for thousands. In
+//            forward, a team of lanes has several samples one after the other where there are
+//            many, so that what is done once for a sample is done by all lanes at once.
 //
 // Who adds what depends on the sizes alone, and so do the bits of the results.
 #define CPU_CAPABILITY CUDA
@@ -550,7 +552,7 @@ class Team {
 
   __device__ int size() const { return size_; }
   __device__ int rank() const { return static_cast<int>(threadIdx.x) % size_; }
-  __device__ int64_t sample() const {
+  __device__ int64_t number() const {
     return blockIdx.x * int64_t(kThreads / size_) + threadIdx.x / size_;
   }
 
@@ -578,25 +580,43 @@ class Team {
 constexpr int kRuns = 4;
 
 template <int kRun>
-struct Runs {
+class Runs {
+ public:
+  static constexpr int kCount = kRuns * kRun;
   int64_t begin;  // the first run's first class, below 0 where it goes over the sample's beginning
-  int64_t step;   // from these to the next
-  int distance;   // between runs
-  int64_t classes;
+  int64_t step;   // from these runs to the next
 
-  __device__ Runs(const Team& team, const Arguments& in, const char* row)
-      : step(int64_t(team.size()) * kRun * kRuns),
-        distance(team.size() * kRun),
-        classes(in.classes) {
-    const auto over = reinterpret_cast<uintptr_t>(row) / in.input.size % kRun;
-    begin = team.rank() * kRun - static_cast<int>(over);
+  __device__ Runs(const Team& team, const Arguments& in, const char* sample)
+      : step(int64_t(team.size()) * kCount), classes_(in.classes), distance_(team.size() * kRun) {
+    const auto element = reinterpret_cast<uintptr_t>(sample) >> (__ffs(in.input.size) - 1);
+    begin = team.rank() * kRun - static_cast<int>(element % kRun);
   }
 
-  // Of element i of the runs from c on.
-  __device__ int64_t class_of(int64_t c, int i) const { return c + i / kRun * distance + i % kRun; }
+  // The class of element i of the runs, counted from their first one's.
+  __device__ int place(int i) const { return i / kRun * distance_ + i % kRun; }
+
+  // Whether element i of the runs from c on is a class.
   __device__ bool counts(int64_t c, int i) const {
-    return (kRun == 1 || class_of(c, i) >= 0) && class_of(c, i) < classes;
+    return place(i) < at_most(classes_ - c) && (i % kRun == i ? c + i >= 0 : true);
   }
+  // Whether all elements of `count` runs from number r on are.
+  __device__ bool whole(int64_t c, int r, int count) const {
+    return counts(c, r * kRun) && counts(c, (r + count) * kRun - 1);
+  }
+
+  // Where a class is, as place() counts; below 0 where it is not.
+  __device__ int place_of(int64_t target, int64_t c) const {
+    return target < c ? -1 : at_most(target - c);
+  }
+
+ private:
+  static __device__ int at_most(int64_t number) {
+    constexpr int64_t kMost = std::numeric_limits<int>::max();
+    return static_cast<int>(number < kMost ? number : kMost);
+  }
+
+  int64_t classes_;
+  int distance_;
 };
 
 // A tensor's elements of one sample.
@@ -610,54 +630,62 @@ class Row {
 
   __device__ __forceinline__ char* at(int64_t c) const { return sample_ + c * stride_; }
 
-  template <int kRun, typename T>
+  template <typename T, int kRun>
   __device__ __forceinline__ void read(const Runs<kRun>& runs, int64_t c, T otherwise,
                                        T (&values)[kRuns * kRun]) const {
     for_dtype<T>(dtype_, [&](auto zero) {
       using scalar_t = decltype(zero);
       using Run = Vector<scalar_t, kRun>;
+      const bool aligned = is_aligned<Run>(c);
+      const auto run = [&](int r) { return at(c) + runs.place(r * kRun) * stride_; };
+      Run numbers[kRuns];
+      if (aligned && runs.whole(c, 0, kRuns)) {  // all loads before the first use
 #pragma unroll
-      for (int first = 0; first < kRuns * kRun; first += kRun) {
-        const char* const run = at(runs.class_of(c, first));
-        if (kRun > 1 && at_once<Run>(runs, c, first, run)) {
-          const Run numbers = *reinterpret_cast<const Run*>(run);
+        for (int r = 0; r < kRuns; ++r) numbers[r] = *reinterpret_cast<const Run*>(run(r));
+      } else {
 #pragma unroll
-          for (int i = 0; i < kRun; ++i) values[first + i] = static_cast<T>(numbers.values[i]);
-        } else {
+        for (int r = 0; r < kRuns; ++r) {
+          if (aligned && runs.whole(c, r, 1)) {
+            numbers[r] = *reinterpret_cast<const Run*>(run(r));
+            continue;
+          }
 #pragma unroll
           for (int i = 0; i < kRun; ++i) {
-            values[first + i] =
-                runs.counts(c, first + i)
-                    ? static_cast<T>(*reinterpret_cast<const scalar_t*>(run + i * stride_))
-                    : otherwise;
+            numbers[r].values[i] = runs.counts(c, r * kRun + i)
+                                       ? *reinterpret_cast<const scalar_t*>(run(r) + i * stride_)
+                                       : static_cast<scalar_t>(otherwise);
           }
         }
+      }
+#pragma unroll
+      for (int i = 0; i < kRuns * kRun; ++i) {
+        values[i] = static_cast<T>(numbers[i / kRun].values[i % kRun]);
       }
     });
   }
 
-  template <int kRun, typename T>
+  template <typename T, int kRun>
   __device__ __forceinline__ void write(const Runs<kRun>& runs, int64_t c,
                                         const T (&values)[kRuns * kRun]) const {
     for_dtype<T>(dtype_, [&](auto zero) {
       using scalar_t = decltype(zero);
       using Run = Vector<scalar_t, kRun>;
+      const bool aligned = is_aligned<Run>(c);
 #pragma unroll
-      for (int first = 0; first < kRuns * kRun; first += kRun) {
-        char* const run = at(runs.class_of(c, first));
-        if (kRun > 1 && at_once<Run>(runs, c, first, run)) {
-          Run numbers;
+      for (int r = 0; r < kRuns; ++r) {
+        Run numbers;
 #pragma unroll
-          for (int i = 0; i < kRun; ++i) {
-            numbers.values[i] = static_cast<scalar_t>(values[first + i]);
-          }
+        for (int i = 0; i < kRun; ++i) {
+          numbers.values[i] = static_cast<scalar_t>(values[r * kRun + i]);
+        }
+        char* const run = at(c) + runs.place(r * kRun) * stride_;
+        if (aligned && runs.whole(c, r, 1)) {
           *reinterpret_cast<Run*>(run) = numbers;
         } else {
 #pragma unroll
           for (int i = 0; i < kRun; ++i) {
-            if (!runs.counts(c, first + i)) continue;
-            *reinterpret_cast<scalar_t*>(run + i * stride_) =
-                static_cast<scalar_t>(values[first + i]);
+            if (!runs.counts(c, r * kRun + i)) continue;
+            *reinterpret_cast<scalar_t*>(run + i * stride_) = numbers.values[i];
           }
         }
       }
@@ -665,10 +693,9 @@ class Row {
   }
 
  private:
-  template <typename Run, int kRun>
-  __device__ bool at_once(const Runs<kRun>& runs, int64_t c, int first, const char* run) const {
-    return adjacent_ && runs.counts(c, first) && runs.counts(c, first + kRun - 1) &&
-           reinterpret_cast<uintptr_t>(run) % alignof(Run) == 0;
+  template <typename Run>
+  __device__ bool is_aligned(int64_t c) const {
+    return adjacent_ && reinterpret_cast<uintptr_t>(at(c)) % alignof(Run) == 0;
   }
 
   at::ScalarType dtype_;
@@ -690,7 +717,7 @@ __device__ __forceinline__ void read_coefficients(const Arguments& in, const Row
   }
 #pragma unroll
   for (int i = 0; i < kRuns * kRun; ++i) {
-    const T weight = runs.counts(c, i) ? in.weight_of<T>(runs.class_of(c, i)) : T(0);
+    const T weight = runs.counts(c, i) ? in.weight_of<T>(c + runs.place(i)) : T(0);
     t[i] = in.coefficient_of(t[i], weight);
   }
 }
@@ -700,45 +727,54 @@ __device__ __forceinline__ int64_t read_target(const Arguments& in, int64_t samp
   return in.class_of(in.target.as<const int64_t>()[in.target.offset(sample)]);
 }
 
+// `rounds` samples to a team, of which each lane finishes one.
 template <typename T, bool kAny, int kRun>
 __global__ void __launch_bounds__(kThreads, blocks_at_once<T>(kAny ? 2 : 3))
-    forward_by_sample(const Arguments in, int team_size, T* losses,  // [samples]
-                      double* log_sum_exp) {                         // [samples]
+    forward_by_sample(const Arguments in, int team_size, int rounds, T* losses,  // [samples]
+                      double* log_sum_exp) {                                     // [samples]
   const Team team(team_size);
-  const bool exists = team.sample() < in.samples;
-  const int64_t sample = exists ? team.sample() : in.samples - 1;
-  const Row input(in.input, sample);
-  const Row probabilities(in.probabilities, sample);
-  const int64_t target = read_target(in, sample);
+  const int64_t begin = team.number() * rounds;
+  const int64_t own = begin + team.rank(), last = in.samples - 1;
+  const bool exists = team.rank() < rounds && own <= last;
+  const int64_t target = exists ? read_target(in, own) : Arguments::kNoClass;
   T logit = T(0);
   if (target != Arguments::kNoClass) {
+    const char* const at = in.input.at(own) + target * in.input.stride;
     for_dtype<T>(in.input.first.dtype, [&](auto zero) {
-      logit = static_cast<T>(*reinterpret_cast<const decltype(zero)*>(input.at(target)));
+      logit = static_cast<T>(*reinterpret_cast<const decltype(zero)*>(at));
     });
   }
 
-  Sums<T, kAny> sums;
-  const Runs<kRun> runs(team, in, input.at(0));
+  Sums<T, kAny> own_sums;
 #pragma unroll 1
-  for (int64_t c = runs.begin; c < in.classes; c += runs.step) {
-    T x[kRuns * kRun], t[kRuns * kRun];
-    bool counts[kRuns * kRun];
-    input.read(runs, c, -std::numeric_limits<T>::infinity(), x);
-    if (kAny) read_coefficients(in, probabilities, runs, c, t);
+  for (int round = 0; round < rounds; ++round) {
+    const int64_t sample = begin + round < last ? begin + round : last;
+    const Row input(in.input, sample);
+    const Row probabilities(in.probabilities, sample);
+    const Runs<kRun> runs(team, in, input.at(0));
+    Sums<T, kAny> sums;
+#pragma unroll 1
+    for (int64_t c = runs.begin; c < in.classes; c += runs.step) {
+      T x[kRuns * kRun], t[kRuns * kRun];
+      bool counts[kRuns * kRun];
+      input.read(runs, c, -std::numeric_limits<T>::infinity(), x);
+      if (kAny) read_coefficients(in, probabilities, runs, c, t);
 #pragma unroll
-    for (int i = 0; i < kRuns * kRun; ++i) counts[i] = runs.counts(c, i);
-    sums.add(x, t, counts);
+      for (int i = 0; i < kRuns * kRun; ++i) counts[i] = runs.counts(c, i);
+      sums.add(x, t, counts);
+    }
+    sums.raise(team.reduce(sums.m, kLowest<T>, Maximum()));
+    sums.sum = team.sum(sums.sum);
+    if (kAny) {
+      sums.t = team.sum(sums.t);
+      sums.loss = team.sum(sums.loss);
+    }
+    if (round == team.rank()) own_sums = sums;
   }
-  sums.raise(team.reduce(sums.m, kLowest<T>, Maximum()));
-  sums.sum = team.sum(sums.sum);
-  if (kAny) {
-    sums.t = team.sum(sums.t);
-    sums.loss = team.sum(sums.loss);
-  }
-  if (!exists || team.rank() > 0) return;
-  const Outcome<T> of_sample = outcome(in, sums, target, logit);
-  losses[sample] = of_sample.loss;
-  log_sum_exp[sample] = of_sample.log_sum_exp;
+  if (!exists) return;
+  const Outcome<T> of_sample = outcome(in, own_sums, target, logit);
+  losses[own] = of_sample.loss;
+  log_sum_exp[own] = of_sample.log_sum_exp;
 }
 
 template <typename T, int kRun>
@@ -747,8 +783,8 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<T>(3))
                        const double* log_sum_exp,                                // [samples]
                        const Numbers grad_input) {
   const Team team(team_size);
-  const bool exists = team.sample() < in.samples;
-  const int64_t sample = exists ? team.sample() : in.samples - 1;
+  const bool exists = team.number() < in.samples;
+  const int64_t sample = exists ? team.number() : in.samples - 1;
   const Row input(in.input, sample);
   const Row probabilities(in.probabilities, sample);
   const Row gradient(grad_input, sample);
@@ -784,9 +820,10 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<T>(3))
       T x[kRuns * kRun], t[kRuns * kRun] = {};
       input.read(runs, c, T(0), x);
       if (in.any()) read_coefficients(in, probabilities, runs, c, t);
+      const int place = runs.place_of(target, c);
 #pragma unroll
       for (int i = 0; i < kRuns * kRun; ++i) {
-        const bool is_target = has_target && runs.class_of(c, i) == target;
+        const bool is_target = runs.place(i) == place;
         grad[i] = scale.gradient(exp_of(scale.exponent(x[i])), is_target ? t_of_target : t[i]);
       }
     }
@@ -817,11 +854,12 @@ bool in_vectors(const Classes& classes) {
 }
 bool in_vectors(const void* numbers) { return reinterpret_cast<uintptr_t>(numbers) % 16 == 0; }
 
+// So many fill a device of more than a hundred multiprocessors.
+constexpr int64_t kEnoughThreads = int64_t(1) << 17;
+
 Columns columns_of(const Inputs& in) {
-  // Enough samples for two blocks on each of more than a hundred multiprocessors
-  constexpr int64_t kEnough = int64_t(1) << 18;
   Columns columns{1};
-  while (columns.slices < kWarps && in.samples * columns.slices < kEnough &&
+  while (columns.slices < kWarps && in.samples * columns.slices / kSamples < kEnoughThreads &&
          columns.slices * 2 * kForwardClasses * 2 <= in.classes) {
     columns.slices *= 2;
   }
@@ -843,6 +881,12 @@ int team_size_of(const Inputs& in) {
   return size;
 }
 
+int rounds_of(const Inputs& in, int team_size) {
+  if (team_size > kWarp) return 1;
+  const int64_t threads = in.samples * team_size;
+  return static_cast<int>(std::clamp<int64_t>(threads / kEnoughThreads, 1, team_size));
+}
+
 int64_t blocks_for(int64_t samples, int64_t of_block) {
   return (samples + of_block - 1) / of_block;
 }
@@ -855,8 +899,10 @@ void forward_typed(const Inputs& in, T* losses, double* log_sum_exp) {
     const int team = team_size_of(in);
     const auto in_runs = any ? forward_by_sample<T, true, 4> : forward_by_sample<T, false, 4>;
     const auto one_by_one = any ? forward_by_sample<T, true, 1> : forward_by_sample<T, false, 1>;
-    launch(walk_in_runs(in) ? in_runs : one_by_one, grid(blocks_for(in.samples, kThreads / team)),
-           kThreads, 0, arguments, team, losses, log_sum_exp);
+    const int rounds = rounds_of(in, team);
+    launch(walk_in_runs(in) ? in_runs : one_by_one,
+           grid(blocks_for(in.samples, int64_t(kThreads / team) * rounds)), kThreads, 0, arguments,
+           team, rounds, losses, log_sum_exp);
   } else {
     const bool adjacent = in_vectors(in.input) && in_vectors(in.probabilities);
     const auto in_fours = any ? forward_by_class<T, true, true> : forward_by_class<T, false, true>;

@@ -7,8 +7,8 @@
 //           gradient. Of other samples nothing is read.
 //
 // A thread takes 32 bytes of computed numbers at a time, 8 floats: two loads of 16 bytes of floats,
-// one of halves. Loads of all inputs are under way before the first is used: at 64 registers those
-// of two inputs of floats are 64 KiB in a multiprocessor, where some 40 hide the memory's latency.
+// one of halves. Loads of all inputs are under way before the first is used: those of two inputs of
+// floats, at 64 registers, are 64 KiB in a multiprocessor, where some 40 hide the memory's latency.
 // Sums are in double from the first addition on: the sum of finite floats may not be a finite
 // float.
 #define CPU_CAPABILITY CUDA
@@ -141,20 +141,18 @@ __device__ __forceinline__ void load(const Column& from, const Place<kCount>& pl
                                      unsigned wanted, T (&values)[kCount]) {
   const Sequence& sequence = from.sequence;
   const int64_t offset = from.offset(place.first);
-  for_dtype(sequence.dtype, [&](auto zero) {
+  for_dtype<T>(sequence.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
-    if constexpr (sizeof(scalar_t) <= sizeof(T)) {
-      const scalar_t* const data = sequence.as<const scalar_t>() + offset;
-      if (kCount > 1 && from.vectors && wanted == Place<kCount>::kAll) {
-        const auto vector = *reinterpret_cast<const Vector<scalar_t, kCount>*>(data);
-        std::memcpy(values, &vector, sizeof(vector));
-      } else {
-        const int64_t stride = sequence.strides[sequence.dims - 1] * place.step;
+    const scalar_t* const data = sequence.as<const scalar_t>() + offset;
+    if (kCount > 1 && from.vectors && wanted == Place<kCount>::kAll) {
+      const auto vector = *reinterpret_cast<const Vector<scalar_t, kCount>*>(data);
+      std::memcpy(values, &vector, sizeof(vector));
+      return;
+    }
+    const int64_t stride = sequence.strides[sequence.dims - 1] * place.step;
 #pragma unroll
-        for (int k = 0; k < kCount; ++k) {
-          if (wanted >> k & 1) values[k] = static_cast<T>(data[k * stride]);
-        }
-      }
+    for (int k = 0; k < kCount; ++k) {
+      if (wanted >> k & 1) values[k] = static_cast<T>(data[k * stride]);
     }
   });
 }
@@ -170,7 +168,7 @@ __device__ __forceinline__ void load_or_ones(const Column& from, const Place<kCo
 template <typename T, int kCount>
 __device__ __forceinline__ void convert(const Column& from, unsigned wanted, T (&values)[kCount]) {
   if (kCount == 1 || !from.vectors || wanted != Place<kCount>::kAll) return;
-  for_dtype(from.sequence.dtype, [&](auto zero) {
+  for_dtype<T>(from.sequence.dtype, [&](auto zero) {
     if constexpr (sizeof(zero) < sizeof(T)) {
       Vector<decltype(zero), kCount> vector;
       std::memcpy(&vector, values, sizeof(vector));
@@ -186,22 +184,20 @@ __device__ __forceinline__ void store(const Column& to, const Place<kCount>& pla
   const Sequence& sequence = to.sequence;
   if (sequence.data == nullptr) return;
   const int64_t offset = to.offset(place.first);
-  for_dtype(sequence.dtype, [&](auto zero) {
+  for_dtype<T>(sequence.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
-    if constexpr (sizeof(scalar_t) <= sizeof(T)) {
-      scalar_t* const data = sequence.as<scalar_t>() + offset;
-      if (kCount > 1 && to.vectors && place.inside == Place<kCount>::kAll) {
-        Vector<scalar_t, kCount> vector;
+    scalar_t* const data = sequence.as<scalar_t>() + offset;
+    if (kCount > 1 && to.vectors && place.inside == Place<kCount>::kAll) {
+      Vector<scalar_t, kCount> vector;
 #pragma unroll
-        for (int k = 0; k < kCount; ++k) vector.values[k] = static_cast<scalar_t>(values[k]);
-        *reinterpret_cast<Vector<scalar_t, kCount>*>(data) = vector;
-      } else {
-        const int64_t stride = sequence.strides[sequence.dims - 1] * place.step;
+      for (int k = 0; k < kCount; ++k) vector.values[k] = static_cast<scalar_t>(values[k]);
+      *reinterpret_cast<Vector<scalar_t, kCount>*>(data) = vector;
+      return;
+    }
+    const int64_t stride = sequence.strides[sequence.dims - 1] * place.step;
 #pragma unroll
-        for (int k = 0; k < kCount; ++k) {
-          if (place.inside >> k & 1) data[k * stride] = static_cast<scalar_t>(values[k]);
-        }
-      }
+    for (int k = 0; k < kCount; ++k) {
+      if (place.inside >> k & 1) data[k * stride] = static_cast<scalar_t>(values[k]);
     }
   });
 }
@@ -309,8 +305,8 @@ struct GradientColumns {
 };
 
 // kOfInput: the gradient of input alone.
-template <typename T, int kCount, bool kOfInput, typename Function>
-__global__ void __launch_bounds__(kThreads, kOfInput ? 3 : 2)
+template <typename T, int kCount, bool kWeighted, bool kOfInput, typename Function>
+__global__ void __launch_bounds__(kThreads, kOfInput ? (kWeighted ? 3 : 4) : 2)
     backward_kernel(Columns in, Groups groups, Function loss,
                     const T* grad_losses,  // [samples]
                     GradientColumns gradients) {
@@ -331,11 +327,11 @@ __global__ void __launch_bounds__(kThreads, kOfInput ? 3 : 2)
       of_input[k] = of_target[k] = of_other[k] = T(0);
     }
     if (wanted != 0) {
-      const Elements<T, kCount, true> e(in, place, wanted);
+      const Elements<T, kCount, kWeighted> e(in, place, wanted);
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
-        const Derivatives<T> d = loss.derivatives(e.input[k], e.target[k], e.other[k]);
-        const T scale = grad[k] * e.weight[k];
+        const Derivatives<T> d = loss.derivatives(e.input[k], e.target[k], e.other_of(k));
+        const T scale = grad[k] * e.weight_of(k);
         of_input[k] = chain(grad[k], scale, d.input);
         of_target[k] = chain(grad[k], scale, d.target);
         of_other[k] = chain(grad[k], scale, d.other);
@@ -393,6 +389,8 @@ void launch_groups(Kernel kernel, const Columns& columns, const Groups& groups,
   launch(kernel, grid(blocks), threads, 0, columns, groups, arguments...);
 }
 
+bool has_weights(const Inputs& in) { return in.weight.data != nullptr || in.other.data != nullptr; }
+
 template <typename T>
 void forward_typed(const Inputs& in, T* losses) {
   const Columns columns(in, kVector<T>);
@@ -402,14 +400,15 @@ void forward_typed(const Inputs& in, T* losses) {
   const size_t place = memory.reserve<double>(add ? in.samples * groups.chunks : 0);
   memory.allocate();
   double* const sums = add ? memory.at<double>(place) : nullptr;
-  const bool weighted = in.weight.data != nullptr || in.other.data != nullptr;
   for_loss(in.loss, [&](const auto& make) {
     const auto loss = make(T(), in);
     using Function = std::decay_t<decltype(loss)>;
     auto kernel = !columns.even() ? forward_kernel<T, 1, true, Function>
                                   : forward_kernel<T, kVector<T>, true, Function>;
     if constexpr (!std::is_same_v<Function, GaussianNll<T>>) {  // which always has a var
-      if (columns.even() && !weighted) kernel = forward_kernel<T, kVector<T>, false, Function>;
+      if (columns.even() && !has_weights(in)) {
+        kernel = forward_kernel<T, kVector<T>, false, Function>;
+      }
     }
     launch_groups(kernel, columns, groups, loss, sums, losses);
   });
@@ -424,13 +423,19 @@ void backward_typed(const Inputs& in, const T* grad_losses, const Gradients& gra
   const Columns columns(in, kVector<T>);
   const GradientColumns outputs(gradients, columns.elements, kVector<T>);
   const Groups groups = groups_for(in, columns, kVector<T>);
+  const bool even = columns.even() && outputs.even();
   const bool of_input = gradients.target.data == nullptr && gradients.other.data == nullptr;
   for_loss(in.loss, [&](const auto& make) {
     const auto loss = make(T(), in);
     using Function = std::decay_t<decltype(loss)>;
-    const auto kernel = !(columns.even() && outputs.even()) ? backward_kernel<T, 1, false, Function>
-                        : of_input ? backward_kernel<T, kVector<T>, true, Function>
-                                   : backward_kernel<T, kVector<T>, false, Function>;
+    auto kernel = !even      ? backward_kernel<T, 1, true, false, Function>
+                  : of_input ? backward_kernel<T, kVector<T>, true, true, Function>
+                             : backward_kernel<T, kVector<T>, true, false, Function>;
+    if constexpr (!std::is_same_v<Function, GaussianNll<T>>) {
+      if (even && of_input && !has_weights(in)) {
+        kernel = backward_kernel<T, kVector<T>, false, true, Function>;
+      }
+    }
     launch_groups(kernel, columns, groups, loss, grad_losses, outputs);
   });
 }

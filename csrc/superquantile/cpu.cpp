@@ -264,7 +264,7 @@ void for_types(const Losses& in, const F& f) {
   }
 }
 
-void forward(const Losses& in, double tail_fraction, const Tails& tails) {
+void forward(const Losses& in, const TailFraction& tail_fraction, const Tails& tails) {
   for_types(in, [&](auto loss, auto weight) {
     forward_rows<decltype(loss), decltype(weight)>(in, tail_fraction, tails);
   });

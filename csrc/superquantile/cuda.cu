@@ -50,7 +50,7 @@ constexpr int kWarpsPerBlock = 4;
 
 template <typename T, typename Kind, int kItems>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarp)
-    warp_forward(Losses in, bool runs, double tail_fraction, double rounding, Tails tails) {
+    warp_forward(Losses in, bool runs, TailFraction tail_fraction, double rounding, Tails tails) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarpsPerBlock + warp();
   if (row >= in.rows) return;
   const auto items = read_items<T, Kind, kItems>(in, runs, row, lane(), kWarp);
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock* kWarp)
 
 template <typename T, typename Kind, int kItems>
 __global__ void __launch_bounds__(kMaxThreads)
-    block_forward(Losses in, bool runs, double tail_fraction, double rounding, Tails tails) {
+    block_forward(Losses in, bool runs, TailFraction tail_fraction, double rounding, Tails tails) {
   const int64_t row = blockIdx.x;
   const auto items = read_items<T, Kind, kItems>(in, runs, row, static_cast<int>(threadIdx.x),
                                                  static_cast<int>(blockDim.x));
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 template <typename T, typename Kind>
 __global__ void __launch_bounds__(kMaxThreads)
-    shared_forward(Losses in, bool runs, double tail_fraction, double rounding, Tails tails) {
+    shared_forward(Losses in, bool runs, TailFraction tail_fraction, double rounding, Tails tails) {
   using Key = core::ordered_key_t<T>;
   using Mass = typename Kind::Mass;
   const int64_t row = blockIdx.x;
@@ -149,15 +149,17 @@ int64_t sample_size(int64_t n) {
 }
 
 // Twice as many as a bracket holds if the losses are different ones.
-int64_t kept_capacity(int64_t n, double tail_fraction) {
+int64_t kept_capacity(int64_t n, const TailFraction& tail_fraction) {
   const double size = static_cast<double>(sample_size(n));
-  const double deviation = kDeviations * std::sqrt(size * tail_fraction * (1 - tail_fraction)) + 2;
+  const double f =
+      tail_fraction.known() ? static_cast<double>(tail_fraction) : 0.5;  // which takes the most
+  const double deviation = kDeviations * std::sqrt(size * f * (1 - f)) + 2;
   return std::min(n, static_cast<int64_t>(4 * deviation / size * static_cast<double>(n)) + 4096);
 }
 
 template <typename T, typename Kind>
-void forward_rounds(const Losses& all, bool runs, double tail_fraction, double rounding,
-                    const Tails& all_tails) {
+void forward_rounds(const Losses& all, bool runs, const TailFraction& tail_fraction,
+                    double rounding, const Tails& all_tails) {
   using Key = core::ordered_key_t<T>;
   const int64_t rows_at_a_time = std::min(all.rows, kRowsAtATime);
   const Chunks chunks(all.n);
@@ -204,7 +206,7 @@ void forward_rounds(const Losses& all, bool runs, double tail_fraction, double r
           using scalar_t = decltype(zero);
           if constexpr (std::is_same_v<compute_t<scalar_t>, T>) {
             launch(take_pass<T, scalar_t>, grid(chunks.per_row, rows), kRadixThreads,
-                   kRadixWarps * kRegion * sizeof(Key), RowSource<T, Counted>{in, runs},
+                   kRadixWarps * kRegion<Key> * sizeof(Key), RowSource<T, Counted>{in, runs},
                    tail_fraction, rounding, chunks, brackets, memory.at<double>(pass_sums_at), kept,
                    capacity, tails);
           }
@@ -220,7 +222,7 @@ void forward_rounds(const Losses& all, bool runs, double tail_fraction, double r
 }
 
 template <typename T, typename Kind>
-void forward_of(const Losses& in, double tail_fraction, const Tails& tails) {
+void forward_of(const Losses& in, const TailFraction& tail_fraction, const Tails& tails) {
   using Key = core::ordered_key_t<T>;
   constexpr bool kIsWeighted = std::is_same_v<Kind, Weighted>;
   const double rounding =
@@ -257,7 +259,7 @@ void forward_of(const Losses& in, double tail_fraction, const Tails& tails) {
   forward_rounds<T, Kind>(in, runs, tail_fraction, rounding, tails);
 }
 
-void forward(const Losses& in, double tail_fraction, const Tails& tails) {
+void forward(const Losses& in, const TailFraction& tail_fraction, const Tails& tails) {
   const bool weighted = in.weight.data != nullptr;
   for_losses(in.losses.dtype, [&](auto zero) {
     using T = compute_t<decltype(zero)>;

@@ -28,7 +28,7 @@ using Count = unsigned long long;
 constexpr int kRadixThreads = 256;
 constexpr int kRadixWarps = kRadixThreads / kWarp;
 
-// 2^11 counters or 2^8 sums for each of 8 warps: 8 and 16 KB of shared memory.
+// 2^11 counters or 2^8 sums for each of 8 warps: 8 and 18 KB of shared memory.
 template <typename Kind>
 constexpr int kDigitBits = std::is_same_v<Kind, Counted> ? 11 : 8;
 template <typename Kind>
@@ -117,6 +117,7 @@ struct Histogram<Counted> {
 template <>
 struct Histogram<Weighted> {
   double bins[kRadixWarps][kBins<Weighted>];
+  double of_lanes[kRadixWarps][kWarp];
 
   __device__ __forceinline__ void clear() {
     for (int i = static_cast<int>(threadIdx.x); i < kRadixWarps * kBins<Weighted>;
@@ -127,16 +128,19 @@ struct Histogram<Weighted> {
   // All lanes of a warp call it together: the first one of each digit adds up those of its like, in
   // their order.
   __device__ __forceinline__ void add(bool wanted, int bin, double mass) {
-    if (__ballot_sync(kAllLanes, wanted) == 0) return;
-    const unsigned alike = __match_any_sync(kAllLanes, wanted ? bin : -1);
-    double sum = 0;
-#pragma unroll
-    for (int other = 0; other < kWarp; ++other) {
-      const double of_other = __shfl_sync(kAllLanes, mass, other);
-      if (alike >> other & 1) sum += of_other;
+    const unsigned wanting = __ballot_sync(kAllLanes, wanted);
+    if (wanting == 0) return;
+    of_lanes[warp()][lane()] = mass;
+    const unsigned alike = __match_any_sync(kAllLanes, bin) & wanting;
+    __syncwarp();
+    if (wanted && lane() == __ffs(static_cast<int>(alike)) - 1) {
+      double sum = 0;
+      for (unsigned left = alike; left != 0; left &= left - 1) {
+        sum += of_lanes[warp()][__ffs(static_cast<int>(left)) - 1];
+      }
+      bins[warp()][bin] += sum;
     }
-    if (wanted && lane() == __ffs(static_cast<int>(alike)) - 1) bins[warp()][bin] += sum;
-    __syncwarp();  // before another lane adds to the bin
+    __syncwarp();  // before masses and bins change again
   }
 };
 
@@ -337,8 +341,9 @@ struct Workspace {
 // One round over rows of losses.
 template <typename T, typename Kind>
 __global__ void __launch_bounds__(kRadixThreads)
-    rows_round(RowSource<T, Kind> source, double tail_fraction, double rounding, Chunks chunks,
-               int round, Workspace<core::ordered_key_t<T>, Kind> workspace, Tails tails,
+    rows_round(RowSource<T, Kind> source, TailFraction tail_fraction, double rounding,
+               Chunks chunks, int round, Workspace<core::ordered_key_t<T>, Kind> workspace,
+               Tails tails,
                const Bracket<core::ordered_key_t<T>>* brackets,  // [rows], or null: none taken
                const core::ordered_key_t<T>* kept,               // [rows, capacity], or null
                int64_t capacity) {
@@ -475,7 +480,7 @@ __global__ void __launch_bounds__(kRadixThreads)
 template <typename T>
 __global__ void __launch_bounds__(kRadixThreads)
     sample_round(const core::ordered_key_t<T>* __restrict__ sample,  // [rows, size]
-                 int64_t size, double tail_fraction, Chunks chunks, int round,
+                 int64_t size, TailFraction tail_fraction, Chunks chunks, int round,
                  Workspace<core::ordered_key_t<T>, Counted> workspace,  // of 2 * rows
                  Bracket<core::ordered_key_t<T>>* brackets) {           // [rows]
   using Key = core::ordered_key_t<T>;
@@ -528,20 +533,25 @@ __global__ void __launch_bounds__(kRadixThreads)
 
 // The pass. Kept keys gather in shared memory, a region for each warp, which goes to `kept` when
 // half full: one atomic addition for hundreds of them.
-constexpr int kLoads = 4;  // runs in flight per thread
-constexpr int kTake = kLoads * kRun;
-constexpr unsigned kRegion = 2 * kTake * kWarp;  // keys of a warp: twice what an iteration adds
+// 64 bytes per thread are in flight, if losses have the size of keys; the regions take 32 KB.
+template <typename Key>
+constexpr int kLoads = 16 / sizeof(Key);
+template <typename Key>
+constexpr int kTake = kLoads<Key> * kRun;
+template <typename Key>
+constexpr unsigned kRegion = 2 * kTake<Key> * kWarp;  // keys: twice what an iteration adds
 
 template <typename T, typename scalar_t>
 __global__ void __launch_bounds__(kRadixThreads)
-    take_pass(RowSource<T, Counted> source, double tail_fraction, double rounding, Chunks chunks,
+    take_pass(RowSource<T, Counted> source, TailFraction tail_fraction, double rounding,
+              Chunks chunks,
               Bracket<core::ordered_key_t<T>>* brackets,  // [rows]
               double* sums,                               // [rows, chunks, 2]: above, between
               core::ordered_key_t<T>* kept,               // [rows, capacity]
               int64_t capacity, Tails tails) {
   using Key = core::ordered_key_t<T>;
   using Run = Vector<scalar_t, kRun>;
-  Key* const region = reinterpret_cast<Key*>(dynamic_shared_memory()) + warp() * kRegion;
+  Key* const region = reinterpret_cast<Key*>(dynamic_shared_memory()) + warp() * kRegion<Key>;
   const Losses& in = source.in;
   const int64_t row = blockIdx.y, chunk = blockIdx.x;
   Bracket<Key>& bracket = brackets[row];
@@ -563,10 +573,10 @@ __global__ void __launch_bounds__(kRadixThreads)
   Count present = 0, above = 0, at_high = 0, at_low = 0;
   double sum_above = 0, sum_between = 0;
   Key first = ~Key(0), last = kAbsent;
-  const auto take = [&](const Key(&keys)[kTake]) {
+  const auto take = [&](const Key(&keys)[kTake<Key>]) {
     unsigned inside = 0;  // a bit for each key in the bracket
 #pragma unroll
-    for (int i = 0; i < kTake; ++i) {
+    for (int i = 0; i < kTake<Key>; ++i) {
       present += keys[i] != kAbsent ? 1 : 0;
       above += keys[i] > high ? 1 : 0;
       if (keys[i] > high) sum_above += static_cast<double>(core::from_ordered_key<T>(keys[i]));
@@ -575,7 +585,7 @@ __global__ void __launch_bounds__(kRadixThreads)
     if (!__any_sync(kAllLanes, inside != 0)) return;
     unsigned between = 0;
 #pragma unroll
-    for (int i = 0; i < kTake; ++i) {
+    for (int i = 0; i < kTake<Key>; ++i) {
       if (!(inside >> i & 1)) continue;
       const Key key = keys[i];
       at_high += key == high ? 1 : 0;
@@ -594,7 +604,7 @@ __global__ void __launch_bounds__(kRadixThreads)
     }
     Key* place = region + used + through - __popc(between);
 #pragma unroll
-    for (int i = 0; i < kTake; ++i) {
+    for (int i = 0; i < kTake<Key>; ++i) {
       if (between >> i & 1) *place++ = keys[i];
     }
     used += __shfl_sync(kAllLanes, through, kWarp - 1);
@@ -605,22 +615,22 @@ __global__ void __launch_bounds__(kRadixThreads)
   constexpr int64_t kStep = static_cast<int64_t>(kRadixThreads) * kRun;
   const auto* const losses =
       static_cast<const scalar_t*>(in.losses.data) + row * in.losses.row_stride;
-  for (int64_t tile = begin; tile < end; tile += kLoads * kStep) {
+  for (int64_t tile = begin; tile < end; tile += kLoads<Key> * kStep) {
     const int64_t mine = tile + static_cast<int64_t>(threadIdx.x) * kRun;
-    Key keys[kTake];
-    if (source.runs && in.mask.data == nullptr && tile + kLoads * kStep <= end) {
-      Run loads[kLoads];
+    Key keys[kTake<Key>];
+    if (source.runs && in.mask.data == nullptr && tile + kLoads<Key> * kStep <= end) {
+      Run loads[kLoads<Key>];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
+      for (int i = 0; i < kLoads<Key>; ++i) {
         loads[i] = *reinterpret_cast<const Run*>(losses + mine + i * kStep);
       }
 #pragma unroll
-      for (int i = 0; i < kTake; ++i) {
+      for (int i = 0; i < kTake<Key>; ++i) {
         keys[i] = key_of(static_cast<T>(loads[i / kRun].values[i % kRun]));
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
+      for (int i = 0; i < kLoads<Key>; ++i) {
         Key run[kRun];
         unsigned masses[kRun];
         read_run<T, Counted>(in, source.runs, row, mine + i * kStep, run, masses);
@@ -629,7 +639,7 @@ __global__ void __launch_bounds__(kRadixThreads)
       }
     }
     take(keys);
-    if (used >= kRegion / 2) empty_region();
+    if (used >= kRegion<Key> / 2) empty_region();
   }
   if (used > 0) empty_region();
 

@@ -321,4 +321,46 @@ __device__ __forceinline__ void write_result(const Result& result, at::ScalarTyp
   tails.counts[row] = result.counts;
 }
 
+// The tail of losses that other kernels compute, by the last of their blocks: one launch less.
+struct Finish {
+  // Few enough for the shared memory and the threads of one block.
+  static constexpr int64_t kMostLosses = 4096;
+
+  unsigned* ticket = nullptr;  // of core::cuda::Ticket; null: no tail is wanted
+  double tail_fraction = 0;
+  Sequence extra;  // [losses], added to the losses first; or absent
+  Tails tails{};
+
+  // What the block needs of dynamic shared memory.
+  template <typename T>
+  static size_t shared_bytes(int64_t losses) {
+    return static_cast<size_t>(losses) * sizeof(T);
+  }
+};
+
+// Called by all threads of all `blocks` blocks of a kernel, once they have written their losses, of
+// which those count for which present(i) holds.
+template <typename T, typename Present>
+__device__ __forceinline__ void finish_tail(const Finish& finish, unsigned blocks, T* losses,
+                                            int64_t size, const Present& present) {
+  using Key = core::ordered_key_t<T>;
+  if (finish.ticket == nullptr || !last_block(finish.ticket, blocks)) return;
+  Key* const keys = reinterpret_cast<Key*>(dynamic_shared_memory());
+  for (int i = static_cast<int>(threadIdx.x); i < size; i += static_cast<int>(blockDim.x)) {
+    T loss = __ldcg(losses + i);
+    if (finish.extra.data != nullptr) {
+      loss += read<T>(finish.extra, i);
+      losses[i] = loss;
+    }
+    keys[i] = present(i) ? key_of(loss) : Key(kAbsent);
+  }
+  __syncthreads();
+  const InShared<Key, Counted> items{keys, nullptr, static_cast<int>(size)};
+  const Result result =
+      tail_of<T, Counted, BlockGroup>(items, finish.tail_fraction, kAlphaRounding);
+  if (threadIdx.x == 0) {
+    write_result(result, c10::CppTypeToScalarType<T>::value, 0, finish.tails);
+  }
+}
+
 }  // namespace sqloss::superquantile::CUDA

@@ -109,6 +109,20 @@ void check_inputs(const at::Tensor& losses, const OptionalTensor& weight,
                    "superquantile: mask: expected a bool tensor, got ", mask->scalar_type());
 }
 
+TailFraction read(const at::Tensor& tail_fraction, const at::Tensor& losses) {
+  TORCH_CHECK_TYPE(
+      tail_fraction.scalar_type() == at::kDouble && tail_fraction.numel() == 1 &&
+          (tail_fraction.is_cpu() || tail_fraction.device() == losses.device()),
+      "superquantile: tail_fraction: expected one float64 on the CPU or the device of ",
+      "losses, got ", tail_fraction.numel(), " ", tail_fraction.scalar_type(), " on ",
+      tail_fraction.device());
+  const double* const data = tail_fraction.const_data_ptr<double>();
+  if (!tail_fraction.is_cpu()) return TailFraction(data);
+  TORCH_CHECK_VALUE(*data > 0 && *data <= 1,
+                    "superquantile: tail_fraction: expected a number in (0, 1], got ", *data);
+  return *data;
+}
+
 }  // namespace
 
 Outputs forward(const Kernels& kernels, const at::Tensor& losses, const at::Tensor& tail_fraction,
@@ -120,14 +134,7 @@ Outputs forward(const Kernels& kernels, const at::Tensor& losses, const at::Tens
   TORCH_CHECK_VALUE(reduction.n > 0,
                     "superquantile: losses: expected at least one loss in every reduction, got ",
                     "shape ", losses.sizes());
-  TORCH_CHECK_TYPE(tail_fraction.scalar_type() == at::kDouble && tail_fraction.is_cpu() &&
-                       tail_fraction.numel() == 1,
-                   "superquantile: tail_fraction: expected one float64 on the CPU, got ",
-                   tail_fraction.numel(), " ", tail_fraction.scalar_type(), " on ",
-                   tail_fraction.device());
-  const double fraction = *tail_fraction.const_data_ptr<double>();
-  TORCH_CHECK_VALUE(fraction > 0 && fraction <= 1,
-                    "superquantile: tail_fraction: expected a number in (0, 1], got ", fraction);
+  const TailFraction fraction = read(tail_fraction, losses);
 
   at::DimVector counts_sizes = reduction.output_sizes;
   counts_sizes.push_back(3);

@@ -111,10 +111,32 @@ struct Gradients {
   const void* threshold;
 };
 
+// 1 - alpha, from the host or, as compiled graphs compute it, from the memory of a device, which
+// the host does not wait for.
+class TailFraction {
+ public:
+  TailFraction(double known) : known_(known) {}
+  explicit TailFraction(const double* on_device) : on_device_(on_device) {}
+
+  bool known() const { return on_device_ == nullptr; }
+
+  // On the host of what is known only.
+  C10_HOST_DEVICE operator double() const {
+    if (on_device_ == nullptr) return known_;
+    // superquantile: tail_fraction: expected a number in (0, 1]
+    CUDA_KERNEL_ASSERT(*on_device_ > 0 && *on_device_ <= 1);
+    return *on_device_;
+  }
+
+ private:
+  double known_ = 0;
+  const double* on_device_ = nullptr;
+};
+
 // The kernels of one CPU capability, or of CUDA: on the current stream of the current device.
 // Weights that are no weights are a ValueError, on CUDA a device-side assertion.
 struct Kernels {
-  void (*forward)(const Losses&, double tail_fraction, const Tails&);
+  void (*forward)(const Losses&, const TailFraction&, const Tails&);
   // Writes every element of grad_losses [rows, n], zeros outside the tail.
   void (*backward)(const Losses&, const Tails&, const Gradients&, const Matrix& grad_losses);
 };

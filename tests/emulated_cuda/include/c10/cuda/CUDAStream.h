@@ -2,5 +2,6 @@
 #include <cuda_runtime.h>
 
 namespace c10::cuda {
-inline cudaStream_t getCurrentCUDAStream() { return nullptr; }
+using CUDAStream = cudaStream_t;
+inline CUDAStream getCurrentCUDAStream() { return nullptr; }
 }  // namespace c10::cuda
