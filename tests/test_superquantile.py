@@ -1273,7 +1273,7 @@ def losses_like(kind, n, device, dtype):
 
 
 KINDS = ["random", "sorted", "reversed", "constant", "mostly ties", "denormal", "narrow"]
-KINDS += ["one huge", "not finite"]
+KINDS += ["one huge", "one low", "two scales", "not finite"]
 
 
 @pytest.mark.parametrize("n", LIMITS)

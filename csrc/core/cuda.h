@@ -10,7 +10,6 @@
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
-#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Exception.h>
@@ -20,7 +19,6 @@
 #include <cstdint>
 #include <mutex>
 #include <type_traits>
-#include <unordered_map>
 #include <utility>
 
 #include "core/strided.h"
@@ -59,9 +57,13 @@ template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared_bytes,
             const Arguments&... arguments) {
   if (blocks.x == 0 || blocks.y == 0) return;
-  // More has to be asked for, and a device can refuse
+  // More has to be asked for, and a device can refuse. What was asked for last holds: no other
+  // thread may ask before this launch.
   constexpr size_t kWithoutAsking = 48 * 1024;
+  static std::mutex mutex;
+  std::unique_lock<std::mutex> lock(mutex, std::defer_lock);
   if (shared_bytes > kWithoutAsking) {
+    lock.lock();
     C10_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         static_cast<int>(shared_bytes)));
@@ -111,37 +113,18 @@ class Memory {
   c10::DataPtr memory_;
 };
 
-// A ticket for last_block. Kernels of one stream do not overlap and leave it at 0, so they share
-// one, and no launch has to clear it. Replays of a CUDA graph can overlap with anything: a kernel
-// that is captured gets one of its own. To be kept until the kernel is launched.
+// A ticket for last_block, cleared by work on the stream. To be kept until the kernel is launched.
 class Ticket {
  public:
   Ticket() {
-    const auto stream = c10::cuda::getCurrentCUDAStream();
-    if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None) {
-      own_ = make(stream);
-      ticket_ = static_cast<unsigned*>(own_.get());
-      return;
-    }
-    static std::mutex mutex;
-    // Never destroyed: CUDA may be gone before
-    static auto& of_streams = *new std::unordered_map<c10::cuda::CUDAStream, c10::DataPtr>();
-    const std::lock_guard<std::mutex> lock(mutex);
-    c10::DataPtr& shared = of_streams[stream];
-    if (!shared) shared = make(stream);
-    ticket_ = static_cast<unsigned*>(shared.get());
+    memory_.reserve<unsigned>(1);
+    memory_.allocate();
+    memory_.zero(0, sizeof(unsigned));
   }
-  unsigned* get() const { return ticket_; }
+  unsigned* get() const { return memory_.at<unsigned>(0); }
 
  private:
-  static c10::DataPtr make(const c10::cuda::CUDAStream& stream) {
-    c10::DataPtr memory = c10::cuda::CUDACachingAllocator::get()->allocate(sizeof(unsigned));
-    C10_CUDA_CHECK(cudaMemsetAsync(memory.get(), 0, sizeof(unsigned), stream));
-    return memory;
-  }
-
-  c10::DataPtr own_;
-  unsigned* ticket_;
+  Memory memory_;
 };
 
 // --- threads -------------------------------------------------------------------------------------
@@ -314,7 +297,7 @@ struct Sequence {
   }
 };
 
-// kCount numbers that one to four loads bring.
+// kCount numbers that one or two loads bring.
 template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Vector {
   T values[kCount];

@@ -1,9 +1,11 @@
 // CUDA kernels of the superquantile.
 //
-// forward   A row is held by a warp up to 1,024 losses, by a block up to 12,288 in registers, or
-//           beyond in shared memory where there are several rows (cuda_selection.h): one read, one
-//           launch. Longer rows are taken by many blocks (cuda_radix.h): three reads from the
-//           cache, or one where no cache holds them.
+// forward   A row is held by a warp up to 1,024 losses (512 of double, 128 with weights), by a
+// block
+//           up to 12,288 in registers (8,192; 8,192; 4,096 of both), or beyond in shared memory
+//           where there are several rows (cuda_selection.h): one read, one launch. Longer rows are
+//           taken by many blocks (cuda_radix.h): three reads from the cache, or one where no cache
+//           holds them.
 // backward  One read of the losses, one write of the gradient, 16 bytes at a time where they lie
 //           together; the row's threshold and counts come from the cache. A block is kThreads
 //           threads, x along a row by y rows: x is a power of two that leaves a thread up to
@@ -46,7 +48,7 @@ void for_losses(at::ScalarType dtype, const F& f) {
 
 // --- forward -------------------------------------------------------------------------------------
 
-constexpr int kWarpsPerBlock = 4;
+constexpr int kWarpsPerBlock = WarpGroup::kMostWarps;
 
 template <typename T, typename Kind, int kItems>
 __global__ void __launch_bounds__(kWarpsPerBlock* kWarp)
@@ -98,10 +100,18 @@ __global__ void __launch_bounds__(kMaxThreads)
 template <typename T, typename Kind>
 constexpr int kBlockItems = 16 - (sizeof(T) > 4 ? 4 : 0) - (std::is_same_v<Kind, Weighted> ? 8 : 4);
 
-// Rows that blocks share are taken some at a time, so that their digits' weights need little room.
-constexpr int64_t kRowsAtATime = 256;
 // Rows of more losses than this, 32 MB of floats, are read once; less is cached between rounds.
-constexpr int64_t kLongRow = int64_t(1) << 23;
+#ifndef SQLOSS_LONG_ROW  // the emulation of CUDA, which is slow, has a smaller one
+#define SQLOSS_LONG_ROW (int64_t(1) << 23)
+#endif
+constexpr int64_t kLongRow = SQLOSS_LONG_ROW;
+
+// Rows that blocks share are taken some at a time: no more than the cache holds between rounds, and
+// of long rows what fills a device and needs little room for the losses kept.
+int64_t rows_at_a_time(int64_t rows, int64_t n) {
+  constexpr int64_t kMost = 256, kMostLong = 16;
+  return std::min(rows, n > kLongRow ? kMostLong : std::clamp<int64_t>(kLongRow / n, 1, kMost));
+}
 
 // A part of the rows.
 Losses rows_from(const Losses& in, int64_t begin, int64_t count) {
@@ -144,7 +154,8 @@ struct WorkspaceRoom {
 // The losses of a sample from n: about n^(2/3).
 int64_t sample_size(int64_t n) {
   int64_t size = 1024;
-  while (size * size < n * (n / size)) size *= 2;
+  const double wanted = std::pow(static_cast<double>(n), 2.0 / 3);
+  while (static_cast<double>(size) < wanted) size *= 2;
   return size;
 }
 
@@ -161,7 +172,7 @@ template <typename T, typename Kind>
 void forward_rounds(const Losses& all, bool runs, const TailFraction& tail_fraction,
                     double rounding, const Tails& all_tails) {
   using Key = core::ordered_key_t<T>;
-  const int64_t rows_at_a_time = std::min(all.rows, kRowsAtATime);
+  const int64_t most_rows = rows_at_a_time(all.rows, all.n);
   const Chunks chunks(all.n);
   const bool bracketed = std::is_same_v<Kind, Counted> && all.n > kLongRow;
   const int64_t size = sample_size(all.n), capacity = kept_capacity(all.n, tail_fraction);
@@ -171,25 +182,24 @@ void forward_rounds(const Losses& all, bool runs, const TailFraction& tail_fract
   WorkspaceRoom<Key, Kind> room;
   WorkspaceRoom<Key, Counted> sample_room;
   size_t brackets_at = 0, pass_sums_at = 0, sample_at = 0, kept_at = 0;
-  room.reserve_zeros(memory, rows_at_a_time);
+  room.reserve_zeros(memory, most_rows);
   if (bracketed) {
-    sample_room.reserve_zeros(memory, 2 * rows_at_a_time);
-    brackets_at = memory.reserve<Bracket<Key>>(rows_at_a_time);
+    sample_room.reserve_zeros(memory, 2 * most_rows);
+    brackets_at = memory.reserve<Bracket<Key>>(most_rows);
   }
   const size_t zeros = memory.size();
-  room.reserve_rest(memory, rows_at_a_time, chunks.per_row);
+  room.reserve_rest(memory, most_rows, chunks.per_row);
   if (bracketed) {
-    sample_room.reserve_rest(memory, 0, 0);
-    pass_sums_at = memory.reserve<double>(rows_at_a_time * chunks.per_row * 2);
-    sample_at = memory.reserve<Key>(rows_at_a_time * size);
-    kept_at = memory.reserve<Key>(rows_at_a_time * capacity);
+    pass_sums_at = memory.reserve<double>(most_rows * chunks.per_row * 2);
+    sample_at = memory.reserve<Key>(most_rows * size);
+    kept_at = memory.reserve<Key>(most_rows * capacity);
   }
   memory.allocate();
   Bracket<Key>* const brackets = bracketed ? memory.at<Bracket<Key>>(brackets_at) : nullptr;
   Key* const kept = bracketed ? memory.at<Key>(kept_at) : nullptr;
 
-  for (int64_t begin = 0; begin < all.rows; begin += rows_at_a_time) {
-    const int64_t rows = std::min(rows_at_a_time, all.rows - begin);
+  for (int64_t begin = 0; begin < all.rows; begin += most_rows) {
+    const int64_t rows = std::min(most_rows, all.rows - begin);
     const Losses in = rows_from(all, begin, rows);
     const Tails tails = rows_from(all_tails, begin, in.losses.dtype);
     memory.zero(0, zeros);
@@ -293,9 +303,10 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Losses in,          
                                                             Tile tile) {
   using T = compute_t<scalar_t>;
   const int x = static_cast<int>(threadIdx.x) % tile.x, y = static_cast<int>(threadIdx.x) / tile.x;
-  const int64_t row = (blockIdx.x / tile.chunks_per_row) * (kThreads / tile.x) + y;
+  const int64_t rows_before = divide(blockIdx.x, tile.chunks_per_row);
+  const int64_t row = rows_before * (kThreads / tile.x) + y;
   if (row >= in.rows) return;
-  const int64_t begin = (blockIdx.x % tile.chunks_per_row) * tile.chunk;
+  const int64_t begin = (blockIdx.x - rows_before * tile.chunks_per_row) * tile.chunk;
   const int64_t accesses = in.n / kCount;
   const int64_t end = begin + tile.chunk < accesses ? begin + tile.chunk : accesses;
 

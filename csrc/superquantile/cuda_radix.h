@@ -14,10 +14,13 @@
 //            threshold among those. The counts prove the bracket right. Where it is not, or holds
 //            too many losses, the same last rounds read the whole row instead.
 //
-// Which losses are kept is certain, but not in which order. So that their sum is the same every
-// time, it is one of integers: their distances from the smallest one in steps so fine (2^-39 of the
-// largest distance or less) that rounding to them is less than that of the sum itself.
+// Which losses are kept is certain, but not in which order. So that the sum of those above the
+// threshold is the same every time, it is one of integers: of their distances from a loss that
+// shares all but its last digit with the threshold, in steps of a power of 2, so fine that the sum
+// is up to 2^61 of them.
 #pragma once
+
+#include <cstdint>
 
 #include "superquantile/cuda_selection.h"
 
@@ -83,13 +86,12 @@ struct Search {
 template <typename Key>
 struct Bracket {
   Key low, high;
-  Key first, last;                     // the smallest and largest loss kept
+  Key not_first, last;                 // the smallest loss kept, all bits flipped, and the largest
   Count total;                         // losses that count
   Count above, at_high, at_low, kept;  // above high; at the ends; between them
   enum : unsigned { kUnproven, kDone, kKept } state;
   // For kKept: among the kept losses, on top of those above them
   double wanted, sum_above;
-  double origin, step, per_step;  // of their sum in integers
   unsigned ticket;
 };
 
@@ -209,8 +211,8 @@ __device__ __forceinline__ void for_each_key(const Key* keys, int64_t begin, int
 
 // --- rounds --------------------------------------------------------------------------------------
 
-// Weighs a chunk by digits, into `histogram`; returns what the thread adds to `sum` of the losses
-// above the prefix.
+// Weighs a chunk by digits, into `histogram`, and calls add_above(key, mass) for the losses above
+// the prefix.
 template <typename Key, typename Kind, typename Source, typename AddAbove>
 __device__ __forceinline__ void weigh(const Digit<Key, Kind>& digit, Key prefix,
                                       Histogram<Kind>& histogram, const Source& for_each_of_chunk,
@@ -242,7 +244,7 @@ __device__ __forceinline__ void flush(const Histogram<Weighted>& histogram, doub
   row_bins[chunk * kBins<Weighted> + threadIdx.x] = sum;
 }
 
-// The mass of kBins / kRadixThreads digits of a thread, the highest first. Leaves counts cleared.
+// The mass of kBins / kRadixThreads digits of a thread, the highest first.
 template <typename Mass, int kPerThread>
 struct ThreadBins {
   Mass masses[kPerThread];
@@ -252,6 +254,7 @@ struct ThreadBins {
     return kRadixThreads * kPerThread - 1 - (static_cast<int>(threadIdx.x) * kPerThread + i);
   }
 };
+// From what flush() left, which is cleared for the next round.
 __device__ __forceinline__ auto gather(Count* row_bins, int64_t) {
   ThreadBins<Count, kBins<Counted> / kRadixThreads> bins;
 #pragma unroll
@@ -338,6 +341,22 @@ struct Workspace {
   double* sums;  // [rows, chunks]
 };
 
+// The integers that kept losses above a prefix are added up as: distances from its last key, which
+// no loss below the tail can make coarse.
+struct Steps {
+  double origin, size;
+};
+template <typename T, typename Key, typename Kind>
+__device__ __forceinline__ Steps steps_above(const Digit<Key, Kind>& digit, Key prefix, Key last,
+                                             Count kept) {
+  const Key end = prefix | ((Key(1) << (digit.shift + digit.width)) - 1);
+  const double origin = static_cast<double>(core::from_ordered_key<T>(end));
+  const double range = static_cast<double>(core::from_ordered_key<T>(last)) - origin;
+  // range / size * kept < 2^62, in steps of a power of 2: then all of a float's digits count
+  const double exponent = range > 0 ? ceil(log2(range * static_cast<double>(kept))) - 61 : 0.0;
+  return {origin, exp2(exponent > -1022 ? exponent : -1022.0)};
+}
+
 // One round over rows of losses.
 template <typename T, typename Kind>
 __global__ void __launch_bounds__(kRadixThreads, 4)
@@ -372,13 +391,15 @@ __global__ void __launch_bounds__(kRadixThreads, 4)
       const int64_t count = static_cast<int64_t>(bracket->kept);
       const int64_t share = (count + chunks.per_row - 1) / chunks.per_row;
       const int64_t begin = chunk * share, end = begin + share < count ? begin + share : count;
-      const double origin = bracket->origin, per_step = bracket->per_step;
+      const Steps steps_of =
+          is_last_round ? steps_above<T>(digit, prefix, bracket->last, bracket->kept) : Steps{0, 1};
       weigh(
           digit, prefix, histogram,
           [&](const auto& f) { for_each_key(kept + row * capacity, begin, end, f); },
           [&](Key key, unsigned) {
+            if (!is_last_round) return;
             const double loss = static_cast<double>(core::from_ordered_key<T>(key));
-            steps += __double2ll_rn((loss - origin) * per_step);
+            steps += __double2ll_rn((loss - steps_of.origin) * (1 / steps_of.size));
           });
     }
   } else {
@@ -387,6 +408,7 @@ __global__ void __launch_bounds__(kRadixThreads, 4)
     weigh(
         digit, prefix, histogram, [&](const auto& f) { source.for_each(row, begin, end, f); },
         [&](Key key, typename Kind::Mass mass) {
+          if (!is_last_round) return;
           sum += static_cast<double>(core::from_ordered_key<T>(key)) * static_cast<double>(mass);
         });
   }
@@ -437,7 +459,8 @@ __global__ void __launch_bounds__(kRadixThreads, 4)
     const long long distance = sum_of_chunks(all_steps, chunks.per_row);
     // The losses added up as steps: those above the digits before the last
     const double counted = static_cast<double>(base);
-    sum_above += counted * bracket->origin + static_cast<double>(distance) * bracket->step;
+    const Steps steps_of = steps_above<T>(digit, prefix, bracket->last, bracket->kept);
+    sum_above += counted * steps_of.origin + static_cast<double>(distance) * steps_of.size;
     sum_above += bracket->sum_above;
     above += static_cast<double>(bracket->above + bracket->at_high);
   } else {
@@ -657,9 +680,9 @@ __global__ void __launch_bounds__(kRadixThreads, 3)
     atomicAdd(&bracket.above, all_above);
     atomicAdd(&bracket.at_high, all_at_high);
     atomicAdd(&bracket.at_low, all_at_low);
-    // Keys as the integers that atomics know; ~first, because all begins with 0
+    // Keys as the integers that atomics know; not_first, because all begins with 0
     using Atomic = std::conditional_t<sizeof(Key) == 8, Count, unsigned>;
-    atomicMax(reinterpret_cast<Atomic*>(&bracket.first), static_cast<Atomic>(~first));
+    atomicMax(reinterpret_cast<Atomic*>(&bracket.not_first), static_cast<Atomic>(~first));
     atomicMax(reinterpret_cast<Atomic*>(&bracket.last), static_cast<Atomic>(last));
   }
   if (!last_block(&bracket.ticket, static_cast<unsigned>(chunks.per_row))) return;
@@ -692,19 +715,14 @@ __global__ void __launch_bounds__(kRadixThreads, 3)
     if (higher + highs + between + lows >= wanted) done(low, higher + highs + between, lows);
     return;
   }
-  const double origin =
-      static_cast<double>(core::from_ordered_key<T>(Key(~__ldcg(&bracket.first))));
   const double range =
-      static_cast<double>(core::from_ordered_key<T>(__ldcg(&bracket.last))) - origin;
-  // range / step * kept < 2^62, in steps of a power of 2: then all of a float's digits count
-  const double step = range > 0 ? exp2(ceil(log2(range * between)) - 61) : 1.0;
-  const bool countable = range - range == 0 && step >= 0x1p-1000;
+      static_cast<double>(core::from_ordered_key<T>(__ldcg(&bracket.last))) -
+      static_cast<double>(core::from_ordered_key<T>(Key(~__ldcg(&bracket.not_first))));
+  const double sum_at_most = range * between;
+  const bool countable = sum_at_most - sum_at_most == 0;
   if (!(between <= static_cast<double>(capacity)) || !countable) return;
   bracket.wanted = wanted - higher - highs;
   bracket.sum_above = sum;
-  bracket.origin = origin;
-  bracket.step = step;
-  bracket.per_step = 1 / step;
   bracket.state = Bracket<Key>::kKept;
 }
 

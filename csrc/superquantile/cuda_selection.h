@@ -9,7 +9,9 @@
 // lies above the threshold, in double.
 #pragma once
 
+#include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "core/cuda.h"
 #include "core/total_order.h"
@@ -52,6 +54,8 @@ __device__ __forceinline__ Key middle_of(Key low, Key high, bool by_value) {
 // --- groups of threads ---------------------------------------------------------------------------
 
 struct WarpGroup {
+  static constexpr int kMostWarps = 4;  // of a block
+
   template <typename T, typename Operation>
   static __device__ __forceinline__ T reduce(T value, T, Operation operation) {
     return warp_reduce(value, operation);
@@ -66,8 +70,8 @@ struct WarpGroup {
   // Memory for kWarp keys of this group.
   template <typename Key>
   static __device__ __forceinline__ Key* slots() {
-    __shared__ Key of_warps[kMaxThreads];
-    return of_warps + warp() * kWarp;
+    __shared__ Key of_warps[kMostWarps][kWarp];
+    return of_warps[warp()];
   }
   static __device__ __forceinline__ void sync() { __syncwarp(); }
 };
@@ -230,7 +234,7 @@ __device__ __forceinline__ Result tail_of(const Items& items, double tail_fracti
 template <typename T>
 __device__ __forceinline__ T element(const Matrix& matrix, int64_t offset) {
   T value;
-  for_dtype(matrix.dtype, [&](auto zero) {
+  for_dtype<T>(matrix.dtype, [&](auto zero) {
     value = static_cast<T>(static_cast<const decltype(zero)*>(matrix.data)[offset]);
   });
   return value;
@@ -264,7 +268,7 @@ template <typename T, typename Kind>
 __device__ __forceinline__ void read_run(const Losses& in, bool runs, int64_t row, int64_t i,
                                          core::ordered_key_t<T> (&keys)[kRun],
                                          typename Kind::Mass (&masses)[kRun]) {
-  for_dtype(in.losses.dtype, [&](auto zero) {
+  for_dtype<T>(in.losses.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     const auto* losses = static_cast<const scalar_t*>(in.losses.data) + row * in.losses.row_stride;
     if (runs && i < in.n) {

@@ -12,8 +12,9 @@
 // t the value is +inf, even where t is -inf. k is never rounded; only where it exceeds a
 // sum of weights by no more than rounding does (kAlphaRounding and, with weights, that of the sums)
 // is it taken for that sum, so that alpha = 0.7 of ten losses is three of them. Sums are in double
-// and in an order that depends on the data alone: the same bits for any number of threads,
-// capability and repetition.
+// and have the same bits on every repetition: on the CPU in an order that depends on the data
+// alone, for any number of threads and capability; on CUDA in one that also depends on the shape of
+// the batch and on how much shared memory the kind of GPU has.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -3,8 +3,13 @@
 // Every thread of a block is a fiber. A fiber runs until it has to wait for others, in
 // __syncthreads or in an operation of its warp; which one runs next is drawn at random, as is the
 // order of the blocks. So what a missing barrier leaves to chance is left to chance here as well.
-// Also found: threads that wait for one that never comes, shared memory beyond what was asked for,
-// memory read before it is written (it starts as NaN), and device-side assertions.
+// Also found: threads that wait for one that never comes, dynamic shared memory written beyond what
+// was asked for, dynamic shared and global memory read before it is written (it starts as NaN), and
+// device-side assertions.
+//
+// Not found: what comes from blocks that overlap (a missing fence, a stale cache), from accesses
+// that are not aligned, from streams and graphs, or from other rounding: compilers for GPUs have
+// their own divisions, powers and code under __CUDA_ARCH__.
 #pragma once
 
 #include <c10/macros/Macros.h>

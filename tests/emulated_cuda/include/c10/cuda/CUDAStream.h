@@ -2,6 +2,5 @@
 #include <cuda_runtime.h>
 
 namespace c10::cuda {
-using CUDAStream = cudaStream_t;
-inline CUDAStream getCurrentCUDAStream() { return nullptr; }
+inline cudaStream_t getCurrentCUDAStream() { return nullptr; }
 }  // namespace c10::cuda
