@@ -75,6 +75,18 @@ def capture(gpu):
     return captured
 
 
+@pytest.fixture
+def kernel_raises(pytestconfig):
+    """pytest.raises for numbers that kernels refuse; CUDA's can't raise and assert instead."""
+
+    def raises(error, match):
+        if pytestconfig.getoption("emulate_cuda"):
+            return pytest.raises(RuntimeError, match="device-side assertion")
+        return pytest.raises(error, match=match)
+
+    return raises
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -149,6 +150,26 @@ def test_the_report_of_the_kernels_says_what_ptxas_says(monkeypatch):
     assert f"1 kernels. Spilling registers: {said[1]}." in text
     with pytest.raises(ValueError, match="expected registers"):
         report.parse(PTXAS.format(kernel=kernel).replace("Used 38", "Took 38"))
+
+
+def test_the_report_of_the_kernels_has_all_of_them():
+    """Else run `python benchmarks/kernel_resources.py --output` it again."""
+    file = ROOT / "benchmarks" / "results" / "kernel-resources.md"
+    if not file.exists():
+        pytest.skip("a package without results")
+    sections = re.split(r"^## (\w+)\n", file.read_text(), flags=re.MULTILINE)[1:]
+    said = {
+        operation: set(re.findall(r"^\| `(\w+)", table, re.MULTILINE))
+        for operation, table in zip(sections[::2], sections[1::2], strict=True)
+    }
+    written = {}
+    for source in (ROOT / "csrc").glob("*/*"):
+        names = re.findall(
+            r"__global__\s+void\s+(?:__launch_bounds__\(.*?\)\s+)?(\w+)\(", source.read_text()
+        )
+        if names:
+            written.setdefault(source.parent.name, set()).update(names)
+    assert said == written
 
 
 def test_an_sdist_holds_what_building_and_testing_need(tmp_path):

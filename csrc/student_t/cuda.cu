@@ -238,15 +238,16 @@ __device__ __forceinline__ double row_sum(double value, int lanes) {
 
 // --- random numbers ------------------------------------------------------------------------------
 
-// Two Philox blocks of one key.
+// Philox blocks of one key.
+template <int kCount>
 struct Words {
-  uint32_t words[4][2];
+  uint32_t words[4][kCount];
 
-  __device__ __forceinline__ Words(uint64_t key, const uint64_t (&blocks)[2], uint32_t sample,
-                                   const uint32_t (&parts)[2]) {
-    uint64_t counters[4][2];
+  __device__ __forceinline__ Words(uint64_t key, const uint64_t (&blocks)[kCount], uint32_t sample,
+                                   const uint32_t (&parts)[kCount]) {
+    uint64_t counters[4][kCount];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       counters[0][i] = blocks[i];
       counters[1][i] = blocks[i] >> 32;
       counters[2][i] = sample;
@@ -254,7 +255,7 @@ struct Words {
     }
     core::CUDA::philox(key, counters);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kCount; ++i) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) words[k][i] = static_cast<uint32_t>(counters[k][i]);
     }
@@ -280,12 +281,12 @@ struct Source {
   }
 
   __device__ __forceinline__ void draw(uint32_t sample, Noise<float> (&drawn)[4]) const {
-    const Words of_pairs(key, {block, block + 1}, sample, {0, 0});
+    const Words<2> of_pairs(key, {block, block + 1}, sample, {0, 0});
     const auto& words = of_pairs.words;
     uint32_t u[4] = {words[0][0], words[2][0], words[0][1], words[2][1]};
     uint32_t v[4] = {words[1][0], words[3][0], words[1][1], words[3][1]};
     if (odd) {
-      const Words more(key, {block + 2, block + 2}, sample, {0, 0});
+      const Words<1> more(key, {block + 2}, sample, {0});
 #pragma unroll
       for (int i = 0; i < 3; ++i) {
         u[i] = u[i + 1];
@@ -299,19 +300,19 @@ struct Source {
   }
 
   __device__ __forceinline__ void draw(uint32_t sample, Noise<double> (&drawn)[2]) const {
-    const Words of_pair(key, {block, block}, sample, {0, 1});
-    const auto of_even = [](const Words& from) {
+    const Words<2> of_pair(key, {block, block}, sample, {0, 1});
+    const auto of_even = [](const Words<2>& from) {
       const auto& words = from.words;
       return noise(words[0][0], words[1][0], words[0][1], words[1][1]);
     };
-    const auto of_odd = [](const Words& from) {
+    const auto of_odd = [](const Words<2>& from) {
       const auto& words = from.words;
       return noise(words[2][0], words[3][0], words[2][1], words[3][1]);
     };
     drawn[1] = of_odd(of_pair);
     if (odd) {
       drawn[0] = drawn[1];
-      drawn[1] = of_even(Words(key, {block + 1, block + 1}, sample, {0, 1}));
+      drawn[1] = of_even(Words<2>(key, {block + 1, block + 1}, sample, {0, 1}));
     } else {
       drawn[0] = of_even(of_pair);
     }
@@ -372,12 +373,14 @@ struct Densities {
 
 template <typename T>
 struct Parameters {
-  T loc[kColumns<T>], scale[kColumns<T>], log_scale[kColumns<T>];
+  T loc[kColumns<T>], scale[kColumns<T>];
+  T log_scale[kColumns<T>];  // for a KL
 
   __device__ __forceinline__ Parameters(const Arguments& in, const Place& place) {
     place.load(in.loc, place.row, loc);
     place.load(in.scale, place.row, scale);
     if (in.parameterization == Parameterization::kScale) {
+      if (in.kl == Kl::kNone) return;
 #pragma unroll
       for (int i = 0; i < kColumns<T>; ++i) log_scale[i] = core::CUDA::log(scale[i]);
       return;

@@ -224,6 +224,7 @@ at::Tensor draw_seed(const std::optional<at::Generator>& generator, at::Device d
   return seed;
 }
 
+// On a GPU no bit of it passes through the host: each replay of a CUDA graph draws another.
 at::Tensor draw_seed_by_torch(const std::optional<at::Generator>& generator, at::Device device) {
   constexpr auto kLimits = std::numeric_limits<int64_t>();
   return at::randint(kLimits.min(), kLimits.max(), {}, generator,

@@ -1,6 +1,6 @@
 // CUDA kernels of the superquantile.
 //
-// forward   A row is held by a warp up to 1,024 losses, by a block up to 16,384 in registers, or
+// forward   A row is held by a warp up to 1,024 losses, by a block up to 12,288 in registers, or
 //           beyond in shared memory where there are several rows (cuda_selection.h): one read, one
 //           launch. Longer rows are taken by many blocks (cuda_radix.h): three reads from the
 //           cache, or one where no cache holds them.
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 // Losses that a thread of a block holds in registers: as many as leave room for 1,024 threads.
 template <typename T, typename Kind>
-constexpr int kBlockItems = std::is_same_v<T, float> && std::is_same_v<Kind, Counted> ? 16 : 8;
+constexpr int kBlockItems = 16 - (sizeof(T) > 4 ? 4 : 0) - (std::is_same_v<Kind, Weighted> ? 8 : 4);
 
 // Rows that blocks share are taken some at a time, so that their digits' weights need little room.
 constexpr int64_t kRowsAtATime = 256;
@@ -206,7 +206,7 @@ void forward_rounds(const Losses& all, bool runs, const TailFraction& tail_fract
           using scalar_t = decltype(zero);
           if constexpr (std::is_same_v<compute_t<scalar_t>, T>) {
             launch(take_pass<T, scalar_t>, grid(chunks.per_row, rows), kRadixThreads,
-                   kRadixWarps * kRegion * sizeof(Key), RowSource<T, Counted>{in, runs},
+                   kRadixWarps * kRegion<Key> * sizeof(Key), RowSource<T, Counted>{in, runs},
                    tail_fraction, rounding, chunks, brackets, memory.at<double>(pass_sums_at), kept,
                    capacity, tails);
           }

@@ -340,7 +340,7 @@ struct Workspace {
 
 // One round over rows of losses.
 template <typename T, typename Kind>
-__global__ void __launch_bounds__(kRadixThreads)
+__global__ void __launch_bounds__(kRadixThreads, 4)
     rows_round(RowSource<T, Kind> source, TailFraction tail_fraction, double rounding,
                Chunks chunks, int round, Workspace<core::ordered_key_t<T>, Kind> workspace,
                Tails tails,
@@ -533,12 +533,16 @@ __global__ void __launch_bounds__(kRadixThreads)
 
 // The pass. Kept keys gather in shared memory, a region for each warp, which goes to `kept` when
 // half full: one atomic addition for hundreds of them.
-constexpr int kLoads = 4;  // runs in flight per thread
-constexpr int kTake = kLoads * kRun;
-constexpr unsigned kRegion = 2 * kTake * kWarp;  // keys of a warp: twice what an iteration adds
+// 64 bytes per thread are in flight, if losses have the size of keys; the regions take 32 KB.
+template <typename Key>
+constexpr int kLoads = 16 / sizeof(Key);
+template <typename Key>
+constexpr int kTake = kLoads<Key> * kRun;
+template <typename Key>
+constexpr unsigned kRegion = 2 * kTake<Key> * kWarp;  // keys: twice what an iteration adds
 
 template <typename T, typename scalar_t>
-__global__ void __launch_bounds__(kRadixThreads)
+__global__ void __launch_bounds__(kRadixThreads, 3)
     take_pass(RowSource<T, Counted> source, TailFraction tail_fraction, double rounding,
               Chunks chunks,
               Bracket<core::ordered_key_t<T>>* brackets,  // [rows]
@@ -547,7 +551,7 @@ __global__ void __launch_bounds__(kRadixThreads)
               int64_t capacity, Tails tails) {
   using Key = core::ordered_key_t<T>;
   using Run = Vector<scalar_t, kRun>;
-  Key* const region = reinterpret_cast<Key*>(dynamic_shared_memory()) + warp() * kRegion;
+  Key* const region = reinterpret_cast<Key*>(dynamic_shared_memory()) + warp() * kRegion<Key>;
   const Losses& in = source.in;
   const int64_t row = blockIdx.y, chunk = blockIdx.x;
   Bracket<Key>& bracket = brackets[row];
@@ -566,13 +570,13 @@ __global__ void __launch_bounds__(kRadixThreads)
     used = 0;
   };
 
-  Count present = 0, above = 0, at_high = 0, at_low = 0;
+  unsigned present = 0, above = 0, at_high = 0, at_low = 0;  // of a thread: 2^32 are not to come
   double sum_above = 0, sum_between = 0;
   Key first = ~Key(0), last = kAbsent;
-  const auto take = [&](const Key(&keys)[kTake]) {
+  const auto take = [&](const Key(&keys)[kTake<Key>]) {
     unsigned inside = 0;  // a bit for each key in the bracket
 #pragma unroll
-    for (int i = 0; i < kTake; ++i) {
+    for (int i = 0; i < kTake<Key>; ++i) {
       present += keys[i] != kAbsent ? 1 : 0;
       above += keys[i] > high ? 1 : 0;
       if (keys[i] > high) sum_above += static_cast<double>(core::from_ordered_key<T>(keys[i]));
@@ -581,7 +585,7 @@ __global__ void __launch_bounds__(kRadixThreads)
     if (!__any_sync(kAllLanes, inside != 0)) return;
     unsigned between = 0;
 #pragma unroll
-    for (int i = 0; i < kTake; ++i) {
+    for (int i = 0; i < kTake<Key>; ++i) {
       if (!(inside >> i & 1)) continue;
       const Key key = keys[i];
       at_high += key == high ? 1 : 0;
@@ -600,7 +604,7 @@ __global__ void __launch_bounds__(kRadixThreads)
     }
     Key* place = region + used + through - __popc(between);
 #pragma unroll
-    for (int i = 0; i < kTake; ++i) {
+    for (int i = 0; i < kTake<Key>; ++i) {
       if (between >> i & 1) *place++ = keys[i];
     }
     used += __shfl_sync(kAllLanes, through, kWarp - 1);
@@ -611,22 +615,22 @@ __global__ void __launch_bounds__(kRadixThreads)
   constexpr int64_t kStep = static_cast<int64_t>(kRadixThreads) * kRun;
   const auto* const losses =
       static_cast<const scalar_t*>(in.losses.data) + row * in.losses.row_stride;
-  for (int64_t tile = begin; tile < end; tile += kLoads * kStep) {
+  for (int64_t tile = begin; tile < end; tile += kLoads<Key> * kStep) {
     const int64_t mine = tile + static_cast<int64_t>(threadIdx.x) * kRun;
-    Key keys[kTake];
-    if (source.runs && in.mask.data == nullptr && tile + kLoads * kStep <= end) {
-      Run loads[kLoads];
+    Key keys[kTake<Key>];
+    if (source.runs && in.mask.data == nullptr && tile + kLoads<Key> * kStep <= end) {
+      Run loads[kLoads<Key>];
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
+      for (int i = 0; i < kLoads<Key>; ++i) {
         loads[i] = *reinterpret_cast<const Run*>(losses + mine + i * kStep);
       }
 #pragma unroll
-      for (int i = 0; i < kTake; ++i) {
+      for (int i = 0; i < kTake<Key>; ++i) {
         keys[i] = key_of(static_cast<T>(loads[i / kRun].values[i % kRun]));
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) {
+      for (int i = 0; i < kLoads<Key>; ++i) {
         Key run[kRun];
         unsigned masses[kRun];
         read_run<T, Counted>(in, source.runs, row, mine + i * kStep, run, masses);
@@ -635,26 +639,24 @@ __global__ void __launch_bounds__(kRadixThreads)
       }
     }
     take(keys);
-    if (used >= kRegion / 2) empty_region();
+    if (used >= kRegion<Key> / 2) empty_region();
   }
   if (used > 0) empty_region();
 
   sum_above = block_sum(sum_above);
   sum_between = block_sum(sum_between);
-  present = block_sum(present);
-  above = block_sum(above);
-  at_high = block_sum(at_high);
-  at_low = block_sum(at_low);
+  const Count all_present = block_sum<Count>(present), all_above = block_sum<Count>(above);
+  const Count all_at_high = block_sum<Count>(at_high), all_at_low = block_sum<Count>(at_low);
   first = block_reduce(first, ~Key(0), Minimum());
   last = block_reduce(last, Key(kAbsent), Maximum());
   double* const sums_of_row = sums + row * chunks.per_row * 2;
   if (threadIdx.x == 0) {
     sums_of_row[chunk] = sum_above;
     sums_of_row[chunks.per_row + chunk] = sum_between;
-    atomicAdd(&bracket.total, present);
-    atomicAdd(&bracket.above, above);
-    atomicAdd(&bracket.at_high, at_high);
-    atomicAdd(&bracket.at_low, at_low);
+    atomicAdd(&bracket.total, all_present);
+    atomicAdd(&bracket.above, all_above);
+    atomicAdd(&bracket.at_high, all_at_high);
+    atomicAdd(&bracket.at_low, all_at_low);
     // Keys as the integers that atomics know; ~first, because all begins with 0
     using Atomic = std::conditional_t<sizeof(Key) == 8, Count, unsigned>;
     atomicMax(reinterpret_cast<Atomic*>(&bracket.first), static_cast<Atomic>(~first));

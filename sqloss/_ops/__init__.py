@@ -80,18 +80,18 @@ def cuda_build() -> str:
 _warned: set[tuple[str, str]] = set()  # operations and device types
 
 
-def warn_without_kernel(operation: str, device: torch.device, why_not_cuda: str) -> None:
+def warn_without_kernel(operation: str, device: torch.device) -> None:
     """Says once that an operation runs in plain PyTorch on this type of device."""
     if (operation, device.type) in _warned:
         return
     _warned.add((operation, device.type))
     why = "sqloss has kernels for the CPU and for CUDA"
     if device.type == "cuda":
-        why = why_not_cuda if _build_info.cuda_toolkit is not None else cuda_build()
+        why = cuda_build()
     warnings.warn(
         f"sqloss: {operation} has no kernel for device type {device.type} here and runs in plain "
         f"PyTorch, with the same results but slower ({why})",
-        stacklevel=4,
+        stacklevel=3,
     )
 
 

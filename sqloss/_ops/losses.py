@@ -311,17 +311,13 @@ torch.library.register_fake(
 # --- devices without a kernel ---------------------------------------------------------------------
 
 
-def _warn(device: torch.device) -> None:
-    warn_without_kernel("losses", device, "it has no kernels for CUDA yet")
-
-
 def _as_empty_like(gradient: Tensor, tensor: Tensor) -> Tensor:
     """With the strides that the fake tensor has."""
     return torch.empty_like(tensor).copy_(gradient)
 
 
 def _pointwise_losses_reference(loss: str, input: Tensor, *args: Any) -> Tensor:
-    _warn(input.device)
+    warn_without_kernel("losses", input.device)
     return reference.pointwise_losses(loss, input, *args).contiguous()
 
 
@@ -334,7 +330,7 @@ def _pointwise_losses_backward_reference(
     other: Tensor | None,
     *args: Any,
 ) -> tuple[Tensor, ...]:
-    _warn(input.device)
+    warn_without_kernel("losses", input.device)
     gradients = reference.pointwise_losses_backward(
         grad_losses, loss, input, target, weight, other, *args
     )
@@ -348,7 +344,7 @@ def _pointwise_losses_backward_reference(
 
 
 def _cross_entropy_losses_reference(input: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    _warn(input.device)
+    warn_without_kernel("losses", input.device)
     losses, log_sum_exp = reference.cross_entropy_losses(input, *args)
     return losses.contiguous(), log_sum_exp.contiguous()
 
@@ -356,7 +352,7 @@ def _cross_entropy_losses_reference(input: Tensor, *args: Any) -> tuple[Tensor, 
 def _cross_entropy_losses_backward_reference(
     grad_losses: Tensor, input: Tensor, *args: Any
 ) -> Tensor:
-    _warn(input.device)
+    warn_without_kernel("losses", input.device)
     gradient = reference.cross_entropy_losses_backward(grad_losses, input, *args)
     return _as_empty_like(gradient, input)
 

@@ -281,12 +281,8 @@ if torch.__version__ < "2.14":  # compared as versions
 # --- devices without a kernel ---------------------------------------------------------------------
 
 
-def _warn(device: torch.device) -> None:
-    warn_without_kernel("student_t_rsample_kl", device, "it has no CUDA kernels yet")
-
-
 def _reference_forward(df: Tensor | None, loc: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    _warn(loc.device)
+    warn_without_kernel("student_t_rsample_kl", loc.device)
     z, kl = reference.student_t_rsample_kl(df, loc, *args)
     return z.contiguous(), kl.contiguous()
 
@@ -294,13 +290,13 @@ def _reference_forward(df: Tensor | None, loc: Tensor, *args: Any) -> tuple[Tens
 def _reference_backward(
     grad_z: Tensor | None, grad_kl: Tensor | None, df: Tensor | None, loc: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
-    _warn(loc.device)
+    warn_without_kernel("student_t_rsample_kl", loc.device)
     gradients = reference.student_t_rsample_kl_backward(grad_z, grad_kl, df, loc, *args)
     return tuple(gradient.contiguous() for gradient in gradients)
 
 
 def _reference_noise(loc: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    _warn(loc.device)
+    warn_without_kernel("student_t_rsample_kl", loc.device)
     energy, cosine = reference.student_t_noise(loc, *args)
     return energy.contiguous(), cosine.contiguous()
 

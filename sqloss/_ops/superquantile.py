@@ -201,19 +201,15 @@ torch.library.register_fake("sqloss::superquantile_backward", _superquantile_bac
 # --- devices without a kernel ---------------------------------------------------------------------
 
 
-def _warn(device: torch.device) -> None:
-    warn_without_kernel("superquantile", device, "its forward pass on CUDA is not written yet")
-
-
 def _reference_forward(losses: Tensor, *args: Any) -> Outputs:
-    _warn(losses.device)
+    warn_without_kernel("superquantile", losses.device)
     return reference.superquantile(losses, *args)
 
 
 def _reference_backward(
     grad_value: Tensor | None, grad_threshold: Tensor | None, losses: Tensor, *args: Any
 ) -> Tensor:
-    _warn(losses.device)
+    warn_without_kernel("superquantile", losses.device)
     gradient = reference.superquantile_backward(grad_value, grad_threshold, losses, *args)
     return torch.empty_like(losses).copy_(gradient)  # with the strides that the fake tensor has
 

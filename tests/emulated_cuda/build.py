@@ -14,8 +14,9 @@ OPERATIONS = sorted(path.parent.name for path in CSRC.glob("*/cuda.cu"))
 
 def load(operations=OPERATIONS):
     """From now on sqloss's operators run these operations' CUDA kernels on CPU tensors."""
-    import sqloss  # noqa: F401  (registers the operators first)
     from torch.utils.cpp_extension import load as compile_and_load
+
+    import sqloss  # noqa: F401  (registers the operators first)
 
     os.environ.setdefault("MAX_JOBS", "2")
     for operation in operations:
