@@ -57,6 +57,11 @@ TORCH_LIBRARY_FRAGMENT(sqloss, m) {
       "cross_entropy_losses_backward(Tensor grad_losses, Tensor input, Tensor target, "
       "Tensor? weight, Tensor log_sum_exp, int ignore_index, float label_smoothing) -> Tensor",
       {at::Tag::pt2_compliant_tag});
+  // As pointwise_losses_cvar
+  m.def(
+      "cross_entropy_losses_cvar(Tensor tail_fraction, Tensor? extra, Tensor input, Tensor target, "
+      "Tensor? weight, int ignore_index, float label_smoothing) -> (Tensor value, Tensor losses, "
+      "Tensor log_sum_exp, Tensor threshold, Tensor counts)");
 }
 
 TORCH_LIBRARY_FRAGMENT(sqloss, m) {
@@ -122,6 +127,8 @@ TORCH_LIBRARY_IMPL(sqloss, CUDA, m) {
          core::On<cross_entropy_losses::forward, cross_entropy_losses::cuda_kernels>::call);
   m.impl("cross_entropy_losses_backward",
          core::On<cross_entropy_losses::backward, cross_entropy_losses::cuda_kernels>::call);
+  m.impl("cross_entropy_losses_cvar",
+         core::On<cross_entropy_losses::forward_cvar, cross_entropy_losses::cuda_kernels>::call);
   m.impl("student_t_rsample_kl", core::On<student_t::forward, student_t::cuda_kernels>::call);
   m.impl("student_t_rsample_kl_backward",
          core::On<student_t::backward, student_t::cuda_kernels>::call);
@@ -232,6 +239,16 @@ ValueAndLosses cvar_cross_entropy(double tail_fraction, const std::optional<at::
                                   const at::Tensor& input, const at::Tensor& target,
                                   const std::optional<at::Tensor>& weight, int64_t ignore_index,
                                   double label_smoothing, bool return_losses) {
+  static const auto op =
+      core::find_operator<core::Operator<decltype(cross_entropy_losses::forward_cvar)>>(
+          "sqloss::cross_entropy_losses_cvar");
+  const int64_t losses = input.dim() >= 2 && input.size(1) > 0 ? input.numel() / input.size(1) : 0;
+  if (finds_tail(op, losses, extra, {&input, &target, pointer(weight)})) {
+    auto [value, all, log_sum_exp, threshold, counts] =
+        op.call(scalar(tail_fraction), extra, input, target, weight, ignore_index, label_smoothing);
+    if (!return_losses) return {std::move(value), std::nullopt};
+    return {std::move(value), std::move(all)};
+  }
   std::optional<at::Tensor> mask;
   if (!target.is_floating_point()) mask = target != ignore_index;
   return cvar_of(cross_entropy_losses_eager(input, target, weight, ignore_index, label_smoothing),
