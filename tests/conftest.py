@@ -18,6 +18,7 @@ if os.environ.get("ATEN_CPU_CAPABILITY"):
 
 # Derandomized: the same examples on every machine. No deadline: machines are shared.
 settings.register_profile("sqloss", deadline=None, derandomize=True, max_examples=150)
+settings.register_profile("emulated", settings.get_profile("sqloss"), max_examples=20)
 settings.load_profile("sqloss")
 
 
@@ -35,6 +36,7 @@ def pytest_configure(config):
         from emulated_cuda.build import load
 
         load()
+        settings.load_profile("emulated")
 
 
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)  # what `.ci/gpu test` runs
