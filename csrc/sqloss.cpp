@@ -175,13 +175,12 @@ at::Tensor cross_entropy_losses_eager(const at::Tensor& input, const at::Tensor&
 
 // Whether an eager call takes the operator that finds the tail of its losses as well: it has a
 // kernel for this input, and nobody traces the call or wants a derivative that the operator lacks.
-bool finds_tail(const c10::OperatorHandle& op, int64_t losses,
-                const std::optional<at::Tensor>& extra,
+// Sizes are for the caller to look at, and only then: those of traced tensors may be symbols.
+bool finds_tail(const c10::OperatorHandle& op, const std::optional<at::Tensor>& extra,
                 std::initializer_list<const at::Tensor*> input_and_others) {  // null if absent
   const at::Tensor& input = **input_and_others.begin();
   if (!op.hasKernelForDispatchKey(
           c10::computeDispatchKey(std::nullopt, input.layout(), input.device())) ||
-      losses < 1 || losses > superquantile::kMostFusedLosses ||
       c10::impl::TorchDispatchModeTLS::any_modes_set() ||
       c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) {
     return false;
@@ -197,6 +196,8 @@ bool finds_tail(const c10::OperatorHandle& op, int64_t losses,
   }
   return !extra || (plain(*extra) && extra->scalar_type() == dtype);
 }
+
+bool are_few(int64_t losses) { return 1 <= losses && losses <= superquantile::kMostFusedLosses; }
 
 const at::Tensor* pointer(const std::optional<at::Tensor>& tensor) {
   return tensor ? &*tensor : nullptr;
@@ -221,9 +222,10 @@ ValueAndLosses cvar_pointwise(double tail_fraction, const std::optional<at::Tens
   static const auto op =
       core::find_operator<core::Operator<decltype(pointwise_losses::forward_cvar)>>(
           "sqloss::pointwise_losses_cvar");
-  const int64_t losses = c10::multiply_integers(input.sizes().slice(0, sample_dims));
-  if (finds_tail(op, losses, extra, {&input, &target, pointer(weight), pointer(other)}) &&
-      0 < input.numel() && input.numel() <= losses * pointwise_losses::kMostFusedElements) {
+  const auto losses = [&] { return c10::multiply_integers(input.sizes().slice(0, sample_dims)); };
+  if (finds_tail(op, extra, {&input, &target, pointer(weight), pointer(other)}) &&
+      are_few(losses()) && 0 < input.numel() &&
+      input.numel() <= losses() * pointwise_losses::kMostFusedElements) {
     auto [value, all, threshold, counts] =
         op.call(scalar(tail_fraction), extra, loss, input, target, weight, other, parameter, full,
                 sample_dims, mean);
@@ -242,8 +244,8 @@ ValueAndLosses cvar_cross_entropy(double tail_fraction, const std::optional<at::
   static const auto op =
       core::find_operator<core::Operator<decltype(cross_entropy_losses::forward_cvar)>>(
           "sqloss::cross_entropy_losses_cvar");
-  const int64_t losses = input.dim() >= 2 && input.size(1) > 0 ? input.numel() / input.size(1) : 0;
-  if (finds_tail(op, losses, extra, {&input, &target, pointer(weight)})) {
+  if (finds_tail(op, extra, {&input, &target, pointer(weight)}) && input.dim() >= 2 &&
+      input.size(1) > 0 && are_few(input.numel() / input.size(1))) {
     auto [value, all, log_sum_exp, threshold, counts] =
         op.call(scalar(tail_fraction), extra, input, target, weight, ignore_index, label_smoothing);
     if (!return_losses) return {std::move(value), std::nullopt};
