@@ -57,6 +57,11 @@ TORCH_LIBRARY_FRAGMENT(sqloss, m) {
       "cross_entropy_losses_backward(Tensor grad_losses, Tensor input, Tensor target, "
       "Tensor? weight, Tensor log_sum_exp, int ignore_index, float label_smoothing) -> Tensor",
       {at::Tag::pt2_compliant_tag});
+  // As pointwise_losses_cvar
+  m.def(
+      "cross_entropy_losses_cvar(Tensor tail_fraction, Tensor? extra, Tensor input, Tensor target, "
+      "Tensor? weight, int ignore_index, float label_smoothing) -> (Tensor value, Tensor losses, "
+      "Tensor log_sum_exp, Tensor threshold, Tensor counts)");
 }
 
 TORCH_LIBRARY_FRAGMENT(sqloss, m) {
@@ -122,6 +127,8 @@ TORCH_LIBRARY_IMPL(sqloss, CUDA, m) {
          core::On<cross_entropy_losses::forward, cross_entropy_losses::cuda_kernels>::call);
   m.impl("cross_entropy_losses_backward",
          core::On<cross_entropy_losses::backward, cross_entropy_losses::cuda_kernels>::call);
+  m.impl("cross_entropy_losses_cvar",
+         core::On<cross_entropy_losses::forward_cvar, cross_entropy_losses::cuda_kernels>::call);
   m.impl("student_t_rsample_kl", core::On<student_t::forward, student_t::cuda_kernels>::call);
   m.impl("student_t_rsample_kl_backward",
          core::On<student_t::backward, student_t::cuda_kernels>::call);
@@ -168,13 +175,12 @@ at::Tensor cross_entropy_losses_eager(const at::Tensor& input, const at::Tensor&
 
 // Whether an eager call takes the operator that finds the tail of its losses as well: it has a
 // kernel for this input, and nobody traces the call or wants a derivative that the operator lacks.
-bool finds_tail(const c10::OperatorHandle& op, int64_t losses,
-                const std::optional<at::Tensor>& extra,
+// Sizes are for the caller to look at, and only then: those of traced tensors may be symbols.
+bool finds_tail(const c10::OperatorHandle& op, const std::optional<at::Tensor>& extra,
                 std::initializer_list<const at::Tensor*> input_and_others) {  // null if absent
   const at::Tensor& input = **input_and_others.begin();
   if (!op.hasKernelForDispatchKey(
           c10::computeDispatchKey(std::nullopt, input.layout(), input.device())) ||
-      losses < 1 || losses > superquantile::kMostFusedLosses ||
       c10::impl::TorchDispatchModeTLS::any_modes_set() ||
       c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) {
     return false;
@@ -190,6 +196,8 @@ bool finds_tail(const c10::OperatorHandle& op, int64_t losses,
   }
   return !extra || (plain(*extra) && extra->scalar_type() == dtype);
 }
+
+bool are_few(int64_t losses) { return 1 <= losses && losses <= superquantile::kMostFusedLosses; }
 
 const at::Tensor* pointer(const std::optional<at::Tensor>& tensor) {
   return tensor ? &*tensor : nullptr;
@@ -214,9 +222,10 @@ ValueAndLosses cvar_pointwise(double tail_fraction, const std::optional<at::Tens
   static const auto op =
       core::find_operator<core::Operator<decltype(pointwise_losses::forward_cvar)>>(
           "sqloss::pointwise_losses_cvar");
-  const int64_t losses = c10::multiply_integers(input.sizes().slice(0, sample_dims));
-  if (finds_tail(op, losses, extra, {&input, &target, pointer(weight), pointer(other)}) &&
-      0 < input.numel() && input.numel() <= losses * pointwise_losses::kMostFusedElements) {
+  const auto losses = [&] { return c10::multiply_integers(input.sizes().slice(0, sample_dims)); };
+  if (finds_tail(op, extra, {&input, &target, pointer(weight), pointer(other)}) &&
+      are_few(losses()) && 0 < input.numel() &&
+      input.numel() <= losses() * pointwise_losses::kMostFusedElements) {
     auto [value, all, threshold, counts] =
         op.call(scalar(tail_fraction), extra, loss, input, target, weight, other, parameter, full,
                 sample_dims, mean);
@@ -232,6 +241,16 @@ ValueAndLosses cvar_cross_entropy(double tail_fraction, const std::optional<at::
                                   const at::Tensor& input, const at::Tensor& target,
                                   const std::optional<at::Tensor>& weight, int64_t ignore_index,
                                   double label_smoothing, bool return_losses) {
+  static const auto op =
+      core::find_operator<core::Operator<decltype(cross_entropy_losses::forward_cvar)>>(
+          "sqloss::cross_entropy_losses_cvar");
+  if (finds_tail(op, extra, {&input, &target, pointer(weight)}) && input.dim() >= 2 &&
+      input.size(1) > 0 && are_few(input.numel() / input.size(1))) {
+    auto [value, all, log_sum_exp, threshold, counts] =
+        op.call(scalar(tail_fraction), extra, input, target, weight, ignore_index, label_smoothing);
+    if (!return_losses) return {std::move(value), std::nullopt};
+    return {std::move(value), std::move(all)};
+  }
   std::optional<at::Tensor> mask;
   if (!target.is_floating_point()) mask = target != ignore_index;
   return cvar_of(cross_entropy_losses_eager(input, target, weight, ignore_index, label_smoothing),

@@ -138,7 +138,9 @@ def assert_cross_entropy_matches_torch(tensors, alpha, **options):
     mask = None
     if not tensors["target"].is_floating_point():
         mask = tensors["target"] != options.get("ignore_index", -100)
-    assert torch.equal(value, sqloss.cvar(losses, alpha, mask=mask))
+    eps = torch.finfo(dtype).eps  # as above
+    tail = sqloss.cvar(losses, alpha, mask=mask)
+    torch.testing.assert_close(value, tail, rtol=eps, atol=eps * scale)
 
     q = sqloss.tail_weights(losses, alpha, mask=mask)
     (gradient,) = torch.autograd.grad(value, leaves["input"])
@@ -860,6 +862,61 @@ def test_one_operator_does_what_two_do(device, case, dtype, shape):
         torch.testing.assert_close(results[0][1:], results[1][1:])
 
 
+CROSS_ENTROPY_OPTIONS = {
+    "classes": {},
+    "smoothed": {"label_smoothing": 0.1, "weight": True},
+    "probabilities": {"probabilities": True},
+}
+
+
+@pytest.mark.parametrize("options", CROSS_ENTROPY_OPTIONS.values(), ids=CROSS_ENTROPY_OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *((1, 5), (33, 1), (700, 3), (6, 700), (3, 2100), (4096, 2), (4097, 2)),  # by sample
+        *((2, 64, 3), (8, 19, 4, 16), (4, 3, 1024), (3, 3, 1366)),  # by class
+    ],
+)
+def test_one_operator_does_what_two_do_of_the_cross_entropy(device, shape, dtype, options):
+    options = dict(options)
+    given = {name: options.pop(name, False) for name in ("probabilities", "weight")}
+    tensors = draw_classes(*shape, dtype=dtype, device=device, **given)
+    tensors["input"] = tensors["input"].round()
+    mask = None
+    if not given["probabilities"]:
+        mask = torch.rand(tensors["target"].shape, device=device) < 0.7
+        mask.view(-1)[0] = True
+        tensors["target"][~mask] = -100
+    size = tensors["input"].numel() // shape[1]
+    given_extra = torch.randn(shape[0], *shape[2:], dtype=dtype, device=device).round()
+    for extra, alpha in ((None, 0.3), (given_extra, 0.8), (given_extra, 0.0)):
+        results = []
+        for in_one in (True, False):
+            leaves = with_gradients(tensors, ["input"])
+            inputs = [leaves["input"]]
+            if extra is not None:
+                inputs.append(extra.requires_grad_())
+            if in_one:
+                arguments = {**leaves, **options, "alpha": alpha, "extra": extra}
+                value, losses = sqloss.cvar_cross_entropy(**arguments, return_losses=True)
+                fused = size <= 4096 and has_kernel("cross_entropy_losses_cvar", device)
+                assert ("Cvar" in value.grad_fn.name()) == fused
+                assert not losses.requires_grad
+                assert torch.equal(sqloss.cvar_cross_entropy(**arguments), value)
+            else:
+                losses = sqloss.losses.cross_entropy(**leaves, **options)
+                losses = losses if extra is None else losses + extra
+                value = sqloss.cvar(losses, alpha, mask=mask)
+            gradients = torch.autograd.grad(value, inputs, create_graph=True)
+            second = torch.autograd.grad(
+                sum(gradient.square().sum() for gradient in gradients), inputs, allow_unused=True
+            )
+            results.append((losses.detach(), value.detach(), gradients, second))
+        assert torch.equal(results[0][0], results[1][0])
+        torch.testing.assert_close(results[0][1:], results[1][1:])
+
+
 @pytest.mark.parametrize("number", [NAN, INF, -INF])
 def test_one_operator_ranks_what_is_not_finite(device, number):
     losses = torch.tensor([3.0, 1.0, number, 2.0, 5.0], device=device)
@@ -871,7 +928,17 @@ def test_one_operator_ranks_what_is_not_finite(device, number):
         other = losses.clone().requires_grad_()
         expected = sqloss.cvar(other, alpha)
         torch.testing.assert_close(value, expected, equal_nan=True)
-        torch.testing.assert_close(gradient, torch.autograd.grad(expected, other)[0])
+        (of_expected,) = torch.autograd.grad(expected, other)
+        torch.testing.assert_close(gradient, of_expected)
+        # of one class, whose loss is 0, and beside an ignored sample
+        leaf = torch.cat([losses, losses.new_full((1,), NAN)]).requires_grad_()
+        target = torch.tensor([0, 0, 0, 0, 0, -100], device=device)
+        logits = torch.zeros(6, 1, device=device)
+        value = sqloss.cvar_cross_entropy(logits, target, alpha=alpha, extra=leaf)
+        (gradient,) = torch.autograd.grad(value, leaf)
+        torch.testing.assert_close(value, expected, equal_nan=True)
+        torch.testing.assert_close(gradient[:5], of_expected)
+        assert gradient[5] == 0
 
 
 def test_one_operator_says_what_it_takes(device):
@@ -903,6 +970,31 @@ def test_one_operator_says_what_it_takes(device):
         lambda x: sqloss.cvar_mse_loss(x, torch.zeros_like(x), alpha=0.5), (x,), (x,)
     )
     torch.testing.assert_close(tangent, 2 * value)
+
+
+def test_one_operator_says_what_it_takes_of_the_cross_entropy(device):
+    if not has_kernel("cross_entropy_losses_cvar", device):
+        pytest.skip("two operators on this device")
+
+    def call(x, extra=None, fraction=0.5):
+        fraction = torch.tensor(fraction, dtype=torch.float64)
+        target = torch.zeros(x.shape[:1], dtype=torch.int64, device=device)
+        return torch.ops.sqloss.cross_entropy_losses_cvar(
+            fraction, extra, x, target, None, -100, 0.0
+        )
+
+    x = torch.randn(6, 3, device=device)
+    for arguments, message in (
+        ((x.new_zeros(4097, 1),), "input: expected 1 to 4096 losses, got 4097"),
+        ((x.new_zeros(0, 3),), "input: expected 1 to 4096 losses, got 0"),
+        ((x, x.new_zeros(6).double()), "extra: expected Float .*, got Double"),
+        ((x, x.new_zeros(5)), r"extra: expected Float of shape \[6\] .*, got Float of shape \[5\]"),
+        ((x, None, 1.5), r"tail_fraction: expected a number in \(0, 1\], got 1.5"),
+    ):
+        with pytest.raises(ValueError, match="cross_entropy_losses_cvar: " + message):
+            call(*arguments)
+    with pytest.raises(NotImplementedError, match="expected tensors without tangents"):
+        torch.func.jvp(lambda x: call(x)[0], (x,), (x,))
 
 
 # --- the same bits every time ---------------------------------------------------------------------
@@ -1455,11 +1547,13 @@ def test_fake_tensors_and_tracing():
         (value + sqloss.cvar_cross_entropy(x, classes, alpha=0.5)).backward()
         assert x.grad.shape == (3, 5, 2)
     x, y, classes = torch.randn(8, 4), torch.rand(8, 4), torch.randint(4, (8,))
-    for f in (
-        lambda x: sqloss.cvar_mse_loss(x, y, alpha=0.5),
-        lambda x: sqloss.cvar_cross_entropy(x, classes, alpha=0.5),
+    for f, other in (
+        (lambda x, y: sqloss.cvar_mse_loss(x, y, alpha=0.5), y),
+        (lambda x, classes: sqloss.cvar_cross_entropy(x, classes, alpha=0.5), classes),
     ):
-        assert torch.equal(make_fx(f)(x)(x), f(x))
+        for mode in ("real", "fake", "symbolic"):  # in the last one sizes are no numbers
+            traced = make_fx(f, tracing_mode=mode)(x, other)
+            torch.testing.assert_close(traced(x, other), f(x, other))
 
 
 @every_case

@@ -649,7 +649,8 @@ void backward_typed(const Inputs& in, const T* grad_losses, const double* log_su
                      : backward_by_class(in, coefficients, grad_losses, log_sum_exp, grad_input);
 }
 
-void forward(const Inputs& in, at::ScalarType dtype, void* losses, double* log_sum_exp) {
+void forward(const Inputs& in, at::ScalarType dtype, void* losses, double* log_sum_exp,
+             const superquantile::FusedTail*) {
   dtype == at::kDouble ? forward_typed(in, static_cast<double*>(losses), log_sum_exp)
                        : forward_typed(in, static_cast<float*>(losses), log_sum_exp);
 }

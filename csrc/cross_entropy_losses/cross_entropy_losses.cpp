@@ -102,9 +102,25 @@ Outputs forward(const Kernels& kernels, const at::Tensor& input, const at::Tenso
   const auto& [losses, log_sum_exp] = outputs;
   if (samples.inputs.samples > 0) {
     kernels.forward(samples.inputs, samples.dtype, losses.data_ptr(),
-                    static_cast<double*>(log_sum_exp.data_ptr()));
+                    static_cast<double*>(log_sum_exp.data_ptr()), nullptr);
   }
   return outputs;
+}
+
+CvarOutputs forward_cvar(const Kernels& kernels, const at::Tensor& tail_fraction,
+                         const OptionalTensor& extra, const at::Tensor& input,
+                         const at::Tensor& target, const OptionalTensor& weight,
+                         int64_t ignore_index, double label_smoothing) {
+  const c10::OptionalDeviceGuard guard(input.device());
+  const Samples samples(input, target, weight, ignore_index, label_smoothing);
+  at::Tensor losses = core::empty(samples.sizes, samples.dtype, input);
+  at::Tensor log_sum_exp = core::empty(samples.sizes, at::kDouble, input);
+  const superquantile::FusedTailOutputs outputs("cross_entropy_losses_cvar", tail_fraction, extra,
+                                                losses);
+  kernels.forward(samples.inputs, samples.dtype, losses.data_ptr(),
+                  static_cast<double*>(log_sum_exp.data_ptr()), &outputs.tail);
+  return {outputs.value, std::move(losses), std::move(log_sum_exp), outputs.threshold,
+          outputs.counts};
 }
 
 at::Tensor backward(const Kernels& kernels, const at::Tensor& grad_losses, const at::Tensor& input,

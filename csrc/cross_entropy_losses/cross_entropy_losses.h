@@ -19,6 +19,7 @@
 #include <tuple>
 
 #include "core/strided.h"
+#include "superquantile/fused_tail.h"
 
 namespace sqloss::cross_entropy_losses {
 
@@ -42,7 +43,10 @@ struct Inputs {
 // `dtype` is that of the computation, the losses and their gradient [samples]. A target that is no
 // class is an IndexError, on CUDA a device-side assertion.
 struct Kernels {
-  void (*forward)(const Inputs&, at::ScalarType dtype, void* losses, double* log_sum_exp);
+  // On CUDA finds the tail of up to kMostFusedLosses as well, of samples that are not ignored;
+  // null: none is wanted.
+  void (*forward)(const Inputs&, at::ScalarType dtype, void* losses, double* log_sum_exp,
+                  const superquantile::FusedTail*);
   // Samples of zero gradient get zeros, whatever is in them. They are not read, but by class beside
   // samples that have a gradient.
   void (*backward)(const Inputs&, at::ScalarType dtype, const void* grad_losses,
@@ -78,6 +82,14 @@ using Outputs = std::tuple<at::Tensor, at::Tensor>;
 Outputs forward(const Kernels&, const at::Tensor& input, const at::Tensor& target,
                 const std::optional<at::Tensor>& weight, int64_t ignore_index,
                 double label_smoothing);
+
+// The losses + extra and the tail of those that are not ignored, in one. `extra` has the shape and
+// dtype of the losses. Returns value, losses, log_sum_exp, threshold, counts.
+using CvarOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+CvarOutputs forward_cvar(const Kernels&, const at::Tensor& tail_fraction,
+                         const std::optional<at::Tensor>& extra, const at::Tensor& input,
+                         const at::Tensor& target, const std::optional<at::Tensor>& weight,
+                         int64_t ignore_index, double label_smoothing);
 
 // The gradient of input.
 at::Tensor backward(const Kernels&, const at::Tensor& grad_losses, const at::Tensor& input,

@@ -19,7 +19,8 @@
 //            forward, a team of lanes has several samples one after the other where there are
 //            many, so that what is done once for a sample is done by all lanes at once.
 //
-// Who adds what depends on the sizes alone, and so do the bits of the results.
+// Of few samples the last block of forward to finish finds the tail. Who adds what depends on the
+// sizes alone, and so do the bits of the results.
 #define CPU_CAPABILITY CUDA
 
 #include <c10/macros/Macros.h>
@@ -28,25 +29,34 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 
 #include "core/cuda.h"
 #include "core/vector_math.h"
 #include "cross_entropy_losses/cross_entropy_losses.h"
 #include "cross_entropy_losses/cross_entropy_losses_math.h"
+#include "superquantile/cuda_selection.h"
 
 namespace sqloss::cross_entropy_losses::CUDA {
 namespace {
 
 using namespace core::cuda;
+using superquantile::CUDA::Finish;
 
 constexpr int kThreads = 256;  // of a block
 constexpr int kWarps = kThreads / kWarp;
 
-// Blocks that a multiprocessor shall hold at once, for which a thread must do with fewer registers:
-// as many as it can where it computes in float.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
+constexpr int kMostBlocks = 1024 / kThreads;  // that a multiprocessor holds
+#else
+constexpr int kMostBlocks = 1536 / kThreads;
+#endif
+
+// Blocks that a multiprocessor shall hold at once, for which a thread must do with fewer registers,
+// those of find_tail included: as many as it can where it computes in float.
 template <typename T>
 constexpr int blocks_at_once(int of_float) {
-  return sizeof(T) == sizeof(float) ? of_float : 1;
+  return sizeof(T) == sizeof(float) ? std::min(of_float, kMostBlocks) : 1;
 }
 
 // --- one sample ----------------------------------------------------------------------------------
@@ -202,6 +212,16 @@ __device__ __forceinline__ Outcome<T> outcome(const Arguments& in, const Sums<T,
   }
   const bool ignored = in.target.data != nullptr && !has_target;
   return {ignored ? T(0) : static_cast<T>(loss), log_sum_exp_of(m, log_sum)};
+}
+
+// The tail of the samples that are not ignored, once all threads of the grid have written their
+// losses. Not inlined, so that no registers are kept for it.
+template <typename T>
+[[gnu::noinline]] __device__ void find_tail(const Finish& finish, const Arguments& in, T* losses) {
+  superquantile::CUDA::finish_tail(finish, gridDim.x, losses, in.samples, [&](int i) {
+    if (in.target.data == nullptr) return true;
+    return in.target.as<const int64_t>()[in.target.offset(i)] != in.ignore_index;
+  });
 }
 
 // --- by class ------------------------------------------------------------------------------------
@@ -410,8 +430,10 @@ struct Slice {
 
 template <typename T, bool kAny, bool kAdjacent>
 __global__ void __launch_bounds__(kThreads, blocks_at_once<T>(kAny ? 2 : 3))
-    forward_by_class(const Arguments in, const Columns columns, T* losses,  // [samples]
-                     double* log_sum_exp) {                                 // [samples]
+    forward_by_class(const __grid_constant__ Arguments in, const Columns columns,
+                     T* losses,            // [samples]
+                     double* log_sum_exp,  // [samples]
+                     const __grid_constant__ Finish finish) {
   const Share<kAdjacent> share(columns, in.samples, kForwardClasses);
   const int classes = static_cast<int>(in.classes);
   const Column<kAdjacent> input(in.input, share);
@@ -447,8 +469,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<T>(kAny ? 2 : 3))
 #pragma unroll
     for (int i = 0; i < kSamples; ++i) shared[thread * kSamples + i] = slices[i];
     __syncthreads();
-    if (share.begin > 0) return;
-    for (int slice = 1; slice < columns.slices; ++slice) {
+    for (int slice = 1; share.begin == 0 && slice < columns.slices; ++slice) {
 #pragma unroll
       for (int i = 0; i < kSamples; ++i) {
         const int other = thread + slice * (kThreads / columns.slices);
@@ -457,16 +478,19 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<T>(kAny ? 2 : 3))
       }
     }
   }
-  T loss[kSamples];
-  double exponent[kSamples];
+  if (share.begin == 0) {
+    T loss[kSamples];
+    double exponent[kSamples];
 #pragma unroll
-  for (int i = 0; i < kSamples; ++i) {
-    const Outcome<T> of_sample = outcome(in, slices[i].sums, targets[i], slices[i].logit);
-    loss[i] = of_sample.loss;
-    exponent[i] = of_sample.log_sum_exp;
+    for (int i = 0; i < kSamples; ++i) {
+      const Outcome<T> of_sample = outcome(in, slices[i].sums, targets[i], slices[i].logit);
+      loss[i] = of_sample.loss;
+      exponent[i] = of_sample.log_sum_exp;
+    }
+    write_each(losses, share, loss);
+    write_each(log_sum_exp, share, exponent);
   }
-  write_each(losses, share, loss);
-  write_each(log_sum_exp, share, exponent);
+  if (finish.ticket != nullptr) find_tail(finish, in, losses);
 }
 
 template <typename T, bool kAdjacent>
@@ -729,9 +753,13 @@ __device__ __forceinline__ int64_t read_target(const Arguments& in, int64_t samp
 
 // `rounds` samples to a team, of which each lane finishes one.
 template <typename T, bool kAny, int kRun>
-__global__ void __launch_bounds__(kThreads, blocks_at_once<T>(kAny ? 2 : 3))
-    forward_by_sample(const Arguments in, int team_size, int rounds, T* losses,  // [samples]
-                      double* log_sum_exp) {                                     // [samples]
+__global__ void __launch_bounds__(kThreads, blocks_at_once<T>(kAny       ? 2
+                                                              : kRun > 1 ? 4
+                                                                         : 5))
+    forward_by_sample(const __grid_constant__ Arguments in, int team_size, int rounds,
+                      T* losses,            // [samples]
+                      double* log_sum_exp,  // [samples]
+                      const __grid_constant__ Finish finish) {
   const Team team(team_size);
   const int64_t begin = team.number() * rounds;
   const int64_t own = begin + team.rank(), last = in.samples - 1;
@@ -771,10 +799,12 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<T>(kAny ? 2 : 3))
     }
     if (round == team.rank()) own_sums = sums;
   }
-  if (!exists) return;
-  const Outcome<T> of_sample = outcome(in, own_sums, target, logit);
-  losses[own] = of_sample.loss;
-  log_sum_exp[own] = of_sample.log_sum_exp;
+  if (exists) {
+    const Outcome<T> of_sample = outcome(in, own_sums, target, logit);
+    losses[own] = of_sample.loss;
+    log_sum_exp[own] = of_sample.log_sum_exp;
+  }
+  if (finish.ticket != nullptr) find_tail(finish, in, losses);
 }
 
 template <typename T, int kRun>
@@ -892,8 +922,13 @@ int64_t blocks_for(int64_t samples, int64_t of_block) {
 }
 
 template <typename T>
-void forward_typed(const Inputs& in, T* losses, double* log_sum_exp) {
+void forward_typed(const Inputs& in, T* losses, double* log_sum_exp,
+                   const superquantile::FusedTail* tail) {
   const Arguments arguments(in);
+  std::optional<Ticket> ticket;
+  if (tail != nullptr) ticket.emplace();
+  const Finish finish = tail == nullptr ? Finish() : Finish(*tail, *ticket);
+  const size_t of_tail = tail == nullptr ? 0 : Finish::shared_bytes<T>(in.samples);
   const bool any = arguments.any();
   if (walk_by_sample(in)) {
     const int team = team_size_of(in);
@@ -901,17 +936,17 @@ void forward_typed(const Inputs& in, T* losses, double* log_sum_exp) {
     const auto one_by_one = any ? forward_by_sample<T, true, 1> : forward_by_sample<T, false, 1>;
     const int rounds = rounds_of(in, team);
     launch(walk_in_runs(in) ? in_runs : one_by_one,
-           grid(blocks_for(in.samples, int64_t(kThreads / team) * rounds)), kThreads, 0, arguments,
-           team, rounds, losses, log_sum_exp);
+           grid(blocks_for(in.samples, int64_t(kThreads / team) * rounds)), kThreads, of_tail,
+           arguments, team, rounds, losses, log_sum_exp, finish);
   } else {
     const bool adjacent = in_vectors(in.input) && in_vectors(in.probabilities);
     const auto in_fours = any ? forward_by_class<T, true, true> : forward_by_class<T, false, true>;
     const auto singly = any ? forward_by_class<T, true, false> : forward_by_class<T, false, false>;
     const Columns columns = columns_of(in);
     const size_t of_slice = any ? sizeof(Slice<T, true>) : sizeof(Slice<T, false>);
+    const size_t of_slices = columns.slices > 1 ? kThreads * kSamples * of_slice : 0;
     launch(adjacent ? in_fours : singly, grid(blocks_for(in.samples, columns.samples_of_block())),
-           kThreads, columns.slices > 1 ? kThreads * kSamples * of_slice : 0, arguments, columns,
-           losses, log_sum_exp);
+           kThreads, std::max(of_slices, of_tail), arguments, columns, losses, log_sum_exp, finish);
   }
 }
 
@@ -935,9 +970,10 @@ void backward_typed(const Inputs& in, const T* grad_losses, const double* log_su
   }
 }
 
-void forward(const Inputs& in, at::ScalarType dtype, void* losses, double* log_sum_exp) {
-  dtype == at::kDouble ? forward_typed(in, static_cast<double*>(losses), log_sum_exp)
-                       : forward_typed(in, static_cast<float*>(losses), log_sum_exp);
+void forward(const Inputs& in, at::ScalarType dtype, void* losses, double* log_sum_exp,
+             const superquantile::FusedTail* tail) {
+  dtype == at::kDouble ? forward_typed(in, static_cast<double*>(losses), log_sum_exp, tail)
+                       : forward_typed(in, static_cast<float*>(losses), log_sum_exp, tail);
 }
 
 void backward(const Inputs& in, at::ScalarType dtype, const void* grad_losses,
