@@ -1265,6 +1265,10 @@ def losses_like(kind, n, device, dtype):
         "one huge": lambda: torch.randn_like(ramp).index_fill(
             0, torch.tensor([n // 2], device=device), torch.finfo(dtype).max / 4
         ),
+        "one low": lambda: (1 + torch.randn_like(ramp)).index_fill(
+            0, torch.tensor([n // 2], device=device), -torch.finfo(dtype).max / 4
+        ),
+        "two scales": lambda: torch.where(ramp % 10 < 8, ramp / n * 1e-6, ramp / n + 100),
         "not finite": lambda: torch.tensor([1.0, NAN, INF, -INF, -2.0, 3.0, 0.5], device=device)[
             torch.randint(7, (n,), device=device)
         ],
@@ -1281,7 +1285,7 @@ KINDS += ["one huge", "one low", "two scales", "not finite"]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_twin_where_the_kernels_change(device, n, kind, dtype):
     losses = losses_like(kind, n, device, dtype)
-    for alpha in (0.3, 0.8, 0.999):
+    for alpha in (1e-4, 0.3, 0.8, 0.999):
         assert_matches_twin(losses, alpha)
     if n <= 2**14 + 1:
         assert_matches_twin(torch.stack([losses, losses.flip(0)]), 0.8, dim=1)
