@@ -202,7 +202,9 @@ def extension_and_command():
         "-fvisibility=hidden",
         *openmp,
     ]
-    flags = {"cxx": common, "nvcc": ["-std=c++20", "-O3", "--expt-relaxed-constexpr"]}
+    # As for the CPU: no fused multiply-adds but those that are written
+    nvcc = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "--fmad=false"]
+    flags = {"cxx": common, "nvcc": nvcc}
     settings = {
         "include_dirs": [os.path.abspath("csrc")],
         "extra_compile_args": flags,

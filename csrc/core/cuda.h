@@ -1,9 +1,9 @@
 // What the CUDA kernels share: launches, memory, reductions in a fixed order, tensors of any dtype
 // and stride. Included by csrc/*/cuda.cu alone.
 //
-// No result depends on the grid or the device: work is cut into chunks that depend on sizes alone,
-// and what chunks add up is added in their order. Blocks never wait for one another; what all have
-// to be done for, the last one of them does (last_block).
+// No result depends on how blocks are scheduled: work is cut into chunks that depend on sizes,
+// strides and alignment alone, and what chunks add up is added in their order. Blocks never wait
+// for one another; what all have to be done for, the last one of them does (last_block).
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -30,6 +30,8 @@ namespace sqloss::core::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffff;
 constexpr int kMaxThreads = 1024;  // of a block
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // --- host ----------------------------------------------------------------------------------------
 
@@ -206,9 +208,14 @@ template <typename T>
 __device__ __forceinline__ T warp_max(T value) {
   return warp_reduce(value, Maximum());
 }
-template <typename T>
-__device__ __forceinline__ T warp_min(T value) {
-  return warp_reduce(value, Minimum());
+
+// Of groups of `lanes` adjacent lanes, a power of 2 and the same for all of the warp.
+template <typename T, typename Operation>
+__device__ __forceinline__ T lanes_reduce(T value, int lanes, Operation operation) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    value = operation(value, __shfl_xor_sync(kAllLanes, value, distance));
+  }
+  return value;
 }
 
 // Of all threads of a block of whole warps, in every thread. All threads have to call it.

@@ -100,7 +100,7 @@ SQLOSS_INLINE T atanh_series(T z) {
 }
 
 // exp(x), not of numbers near kExpOfMoreIsInfinite, as 2^n * exp(x - n ln 2), |x - n ln 2| <= ln 2
-// / 2; 0 below kExpOfLessIsZero.
+// / 2; below kExpOfLessIsZero 0, or of float on a GPU less than a normal number.
 template <typename T>
 SQLOSS_INLINE T exp_small(T x) {
 #ifdef __CUDA_ARCH__

@@ -282,9 +282,7 @@ __global__ void __launch_bounds__(kThreads, kWeighted ? 3 : 4)
   }
   if (!groups.one_element) {
     if (group.threads <= kWarp) {
-      for (int distance = group.threads / 2; distance > 0; distance /= 2) {
-        sum += __shfl_xor_sync(kAllLanes, sum, distance);
-      }
+      sum = lanes_reduce(sum, group.threads, Sum());
     } else {
       sum = block_sum(sum);
     }
@@ -370,8 +368,6 @@ __global__ void __launch_bounds__(kThreads, kOfInput ? (kWeighted ? 3 : 4) : 2)
 }
 
 // --- launches ------------------------------------------------------------------------------------
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Samples of up to kWhole elements are one chunk; of longer ones chunks are so short as to be many.
 // So few threads take a chunk that each has kVectors or more, because those without a last one

@@ -13,8 +13,8 @@
 // times its weight. The derivative of gaussian_nll in var is taken as if it were not clamped.
 // Elements are computed in float, or in double where one of the tensors is of it; sums are in
 // double and in an order that depends on sizes and strides alone: the same bits on every
-// repetition, for any number of threads, any GPU and any CPU capability (but those without fused
-// multiply-add). CPU and CUDA may differ in the last places.
+// repetition, for any number of threads and any CPU capability (but those without fused
+// multiply-add). The CPU and GPUs of different architectures may differ in the last places.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -33,6 +33,7 @@ namespace sqloss::student_t::CUDA {
 namespace {
 
 using core::Strided;
+using core::cuda::divide_up;
 using core::cuda::kAllLanes;
 using core::cuda::kWarp;
 using core::cuda::Memory;
@@ -46,8 +47,6 @@ constexpr int64_t kRowBlocks = 2048;
 
 template <typename T>
 constexpr int kColumns = 16 / sizeof(T);
-
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How rows and columns are dealt to threads: by sizes alone.
 struct Grid {
