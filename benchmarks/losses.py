@@ -36,11 +36,14 @@ def case(
     bars: dict[str, float] | None = None,
     gpu_bars: dict[str, float] | None = None,
     leaves: Sequence[int] = (0,),
+    capturable: bool = True,
     *,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Case:
-    """``loss(*inputs, reduction=)`` of F; ``price`` also reduces the elements of a sample."""
+    """``loss(*inputs, reduction=)`` of F; ``price`` also reduces the elements of a sample, and
+    ``capturable`` is of F's loss.
+    """
     gpu = device.type == "cuda"
 
     def losses(*inputs: Tensor) -> Tensor:
@@ -48,12 +51,13 @@ def case(
         return elements.sum(1) if price == "sum" else elements.mean(1)
 
     k = tail_size(samples, alpha)
+    # in halves torch rounds every step, and overflows: shown, not judged
+    peer = partial(Contender, exact=False, capturable=capturable)
     return Case(
         shape=shape,
         inputs=make,
         contenders=[
-            # in halves torch rounds every step, and overflows: shown, not judged
-            Contender(MEAN, partial(loss, reduction=price), exact=False),
+            peer(MEAN, partial(loss, reduction=price)),
             Contender(
                 FUSED,
                 fused,
@@ -61,8 +65,8 @@ def case(
                 bars={in_graph(BOTH): gpu_bars or {}} if gpu else {BOTH: bars or {}},
                 extra_bytes=EXTRA_BYTES + EXTRA_BYTES_PER_SAMPLE * samples,
             ),
-            Contender(UNFUSED, lambda *x: losses(*x).topk(k).values.mean(), twin, exact=False),
-            Contender(HALF_FUSED, lambda *x: sqloss.cvar(losses(*x), alpha), twin, exact=False),
+            peer(UNFUSED, lambda *x: losses(*x).topk(k).values.mean(), twin),
+            peer(HALF_FUSED, lambda *x: sqloss.cvar(losses(*x), alpha), twin),
         ],
         leaves=leaves,
         modes=[BOTH, in_graph(BOTH)] if gpu else [BOTH],
@@ -125,6 +129,7 @@ def gaussian_nll_loss(n: int, **like: Any) -> Case:
         [n, PIXELS],
         n,
         leaves=[0, 2],
+        capturable=False,  # F looks for a negative var in Python
         **like,
     )
 

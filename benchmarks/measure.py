@@ -57,7 +57,9 @@ class Contender:
     repeatable: bool = True
     """False for a peer that draws other random numbers on every call: it has no errors."""
     capturable: bool = True
-    """False for a peer that waits for the device, which a CUDA graph can't."""
+    """False for a peer that waits for the device: no CUDA graph holds it. A capture that fails ends
+    the run, for torch can't go on after it.
+    """
     bars: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """What it may cost: ``{BOTH: {"mean": 1.2}}`` is 1.2 times forward + backward of the mean."""
     extra_bytes: int | None = None
@@ -99,7 +101,7 @@ def measure(
     device: torch.device,
     seconds: float,
     progress: Callable[[str], None] = lambda what: None,
-) -> list[Row]:
+) -> Iterator[Row]:
     """A row for every mode and contender; ``seconds`` are for the rounds of one mode."""
     torch.manual_seed(0)
     pools = _pools(case, device)
@@ -110,7 +112,6 @@ def measure(
     gradients_wanted = {mode: GRAPHS.get(mode, mode) == BOTH for mode in case.modes}
     _require_grad(leaves, any(gradients_wanted.values()))
     checks = _checks(case, {name: pool[0] for name, pool in inputs.items()})
-    rows = []
     for mode in case.modes:
         progress(mode)
         both = gradients_wanted[mode]
@@ -121,7 +122,7 @@ def measure(
         sound = [c for c in case.contenders if status[c.name] == "ok"]
         calls = {c.name: _call(c, inputs[c.name][0], both) for c in sound}
         if mode in GRAPHS:
-            times = in_graphs(calls, inputs, device, seconds, status)
+            times = in_graphs(calls, inputs, device, seconds)
         else:
             times = interleaved(calls, inputs, device, seconds)
         for c in case.contenders:
@@ -142,8 +143,7 @@ def measure(
                 row["peak_bytes"] = peak_bytes(partial(calls[c.name], *first), device)
                 if c.extra_bytes is not None:
                     row["peak_bytes_allowed"] = gradients + c.extra_bytes
-            rows.append(row)
-    return rows
+            yield row
 
 
 def interleaved(
@@ -175,17 +175,9 @@ def in_graphs(
     inputs: Mapping[str, Sequence[Sequence[Tensor]]],
     device: torch.device,
     seconds: float,
-    status: dict[str, str],
 ) -> dict[str, list[float]]:
-    """The same, of calls on all the inputs in a row that are captured once and replayed; the status
-    of what can't be captured becomes why.
-    """
-    replays = {}
-    for name, call in calls.items():
-        try:
-            replays[name] = captured(call, inputs[name])
-        except RuntimeError as error:
-            status[name] = str(error).partition("\n")[0]
+    """The same, of calls on all the inputs in a row that are captured once and replayed."""
+    replays = {name: captured(call, inputs[name]) for name, call in calls.items()}
     times = interleaved(replays, {name: [()] for name in replays}, device, seconds)
     return {name: [t / len(inputs[name]) for t in of_name] for name, of_name in times.items()}
 

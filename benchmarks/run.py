@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "config": config(),
         "dtype": args.dtype,
         "device": args.device,
-        "complete": True,
+        "complete": False,
         "bandwidth": {},
         "rows": [],
     }
@@ -61,9 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for name in [name for name in of_file if name in args.op]:
                     rows = rows_of(file, name, of_file[name], threads, device, args)
                     report["rows"].extend(rows)
+                    write_json(report, args)  # a kill leaves these
+        report["complete"] = True
     except KeyboardInterrupt:
-        report["complete"] = False
-    write(report, args)
+        pass
+    finally:
+        write(report, args)
     return int(any(is_wrong(row) for row in report["rows"]) or not report["complete"])
 
 
@@ -102,6 +105,7 @@ def sizes_of(operation: Operation, device: torch.device, quick: bool) -> Sequenc
 
 
 def write(report: Report, args: argparse.Namespace) -> None:
+    write_json(report, args)
     pictures = []
     if args.plot:
         stem = args.output.stem if args.output else report["machine"]["name"]
@@ -111,12 +115,15 @@ def write(report: Report, args: argparse.Namespace) -> None:
             path = args.plot / f"{stem}-{name}.png"
             write_atomically(path, picture.getbuffer())
             pictures.append(os.path.relpath(path, args.output.parent if args.output else "."))
-    if args.json:
-        write_atomically(args.json, as_json(report))
     text = markdown(report, pictures)
     if args.output:
         write_atomically(args.output, text.encode())
     print(text)
+
+
+def write_json(report: Report, args: argparse.Namespace) -> None:
+    if args.json:
+        write_atomically(args.json, as_json(report))
 
 
 def parse(arguments: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespace:

@@ -1,3 +1,4 @@
+import fcntl
 import os
 import subprocess
 import sys
@@ -57,6 +58,18 @@ def device(request):
 def gpu(request):
     """For what a CPU does not have: streams, graphs, a memory of its own."""
     return device_of(request)
+
+
+@pytest.fixture
+def roomy_gpu(gpu):
+    """For tests that take 32 GiB: one at a time, where several processes run tests."""
+    with (Path(tempfile.gettempdir()) / f"sqloss-gpu-{os.getuid()}").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info()[0] < 32 * 2**30:
+            pytest.skip("expected 32 GiB of free memory on the GPU")
+        yield gpu
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

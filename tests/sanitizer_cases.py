@@ -4,7 +4,7 @@
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +100,21 @@ def student_t(draw: Draw) -> Iterator[Call]:
         yield lambda x=loc, seed=seed: torch.ops.sqloss.student_t_noise(x, seed, None, 2)
 
 
+def gradients(outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Of all that was drawn for them."""
+    wanted = [t for t in outputs if t.requires_grad]
+    if not wanted:
+        return ()
+    nodes = {t.grad_fn for t in wanted}
+    unseen = list(nodes)
+    while unseen:
+        above = {node for node, _ in unseen.pop().next_functions if node} - nodes
+        nodes |= above
+        unseen.extend(above)
+    leaves = [node.variable for node in nodes if hasattr(node, "variable")]
+    return torch.autograd.grad(wanted, leaves, [torch.ones_like(t) for t in wanted])
+
+
 def run(device: torch.device) -> int:
     """How many calls there were."""
     generator, calls = torch.Generator().manual_seed(0), 0
@@ -114,10 +129,7 @@ def run(device: torch.device) -> int:
             for call in cases(draw):
                 outputs = call()
                 outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-                wanted = [t for t in outputs if t.requires_grad]
-                if wanted:
-                    torch.autograd.backward(wanted, [torch.ones_like(t) for t in wanted])
-                for t in outputs:
+                for t in (*outputs, *gradients(outputs)):
                     t.cpu()  # that something was written everywhere
                 calls += 1
     return calls

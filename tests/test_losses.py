@@ -1,6 +1,8 @@
 """The fused losses against torch.nn.functional, their twins, and every way torch calls them."""
 
 import math
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -1973,11 +1975,24 @@ def test_cross_entropy_where_the_kernels_change(device, n, dtype, probabilities)
         assert_cross_entropy_matches_torch(tensors, 0.5, label_smoothing=0.1)
 
 
-def test_more_elements_than_32_bits_can_count(gpu):
+def test_a_class_out_of_range_asserts_on_a_gpu(gpu, tmp_path):
+    """In a process of its own, for CUDA's context ends with it."""
+    program = """
+import torch
+import sqloss
+target = torch.tensor([0, 3], device="cuda")
+sqloss.losses.cross_entropy(torch.zeros(2, 3, device="cuda"), target)
+torch.cuda.synchronize()
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert said.returncode != 0 and "device-side assert" in said.stderr
+
+
+def test_more_elements_than_32_bits_can_count(roomy_gpu):
     n, elements = 2**16 + 1, 2**15
-    if torch.cuda.mem_get_info()[0] < 32 * 2**30:
-        pytest.skip("expected 32 GiB of free memory on the GPU")
-    x = torch.zeros(n, elements, dtype=torch.bfloat16, device=gpu)
+    x = torch.zeros(n, elements, dtype=torch.bfloat16, device=roomy_gpu)
     x[-1] = 2
     x.requires_grad_()
     value, losses = sqloss.cvar_mse_loss(
@@ -1989,7 +2004,7 @@ def test_more_elements_than_32_bits_can_count(gpu):
     assert gradient[:-1].count_nonzero() == 0
     del gradient, losses, value
 
-    target = torch.zeros(n, dtype=torch.int64, device=gpu)
+    target = torch.zeros(n, dtype=torch.int64, device=roomy_gpu)
     target[-1] = elements - 1
     with torch.no_grad():
         x[-1, -1] = -20  # the least likely of its classes
