@@ -18,23 +18,22 @@ def load(operations=OPERATIONS):
 
     import sqloss  # noqa: F401  (registers the operators first)
 
+    build = CSRC.parent / "build" / "emulated_cuda"
+    build.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MAX_JOBS", "2")
-    for operation in operations:
-        build = CSRC.parent / "build" / "emulated_cuda" / operation
-        build.mkdir(parents=True, exist_ok=True)
-        compile_and_load(
-            f"emulated_{operation}",
-            [str(FOLDER / "emulation.cpp"), str(FOLDER / f"{operation}.cpp")],
-            # First the emulation's headers, in the place of torch's of the same names
-            extra_include_paths=[str(FOLDER / "include"), str(CSRC)],
-            extra_cflags=[
-                *("-std=c++20", "-O1", "-mavx2", "-mfma", "-ffp-contract=off"),
-                "-DSQLOSS_LONG_ROW=16384",  # so that tests are quick to have some
-                *("-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-w"),
-            ],
-            build_directory=str(build),
-            is_python_module=False,
-        )
+    compile_and_load(
+        "emulated_cuda",
+        [str(FOLDER / f"{name}.cpp") for name in ("emulation", *operations)],
+        # First the emulation's headers, in the place of torch's of the same names
+        extra_include_paths=[str(FOLDER / "include"), str(CSRC)],
+        extra_cflags=[
+            *("-std=c++20", "-O1", "-mavx2", "-mfma", "-ffp-contract=off"),
+            "-DSQLOSS_LONG_ROW=16384",  # so that tests are quick to have some
+            *("-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-w"),
+        ],
+        build_directory=str(build),
+        is_python_module=False,
+    )
 
 
 if __name__ == "__main__":
