@@ -19,8 +19,8 @@
 //            forward, a team of lanes has several samples one after the other where there are
 //            many, so that what is done once for a sample is done by all lanes at once.
 //
-// Of few samples the last block of forward to finish finds the tail. Who adds what depends on sizes,
-// strides and alignment alone, and so do the bits of the results.
+// Of few samples the last block of forward to finish finds the tail. Who adds what depends on
+// sizes, strides and alignment alone, and so do the bits of the results.
 #define CPU_CAPABILITY CUDA
 
 #include <c10/macros/Macros.h>
