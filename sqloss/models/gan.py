@@ -1,10 +1,11 @@
 """A generative adversarial network by the guidelines of DCGAN (Radford, Metz & Chintala, 2016).
 
 Images are in [-1, 1]. The discriminator halves them by strided convolutions, at least twice and
-until no side is above 4, and one convolution covers what is left; the generator is its mirror image, from the latent to
-the first map by one transposed convolution. There is neither pooling nor a fully connected layer.
-Sides of any length work: a halved one is rounded up, and each side of a kernel is 4 where that side
-of the larger map is even and 3 where it is odd, so that nothing is cropped or padded further.
+until no side is above 4, and one convolution covers what is left; the generator is its mirror
+image, from the latent to the first map by one transposed convolution. There is neither pooling nor
+a fully connected layer. Sides of any length work: a halved one is rounded up, and each side of a
+kernel is 4 where that side of the larger map is even and 3 where it is odd, so that nothing is
+cropped or padded further.
 
 A generator may be told a class, as one-hot beside the latent, and continuous codes, which are to
 become visible in the image (InfoGAN). How discriminator and generator are trained, and with which

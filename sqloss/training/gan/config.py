@@ -8,7 +8,7 @@ from typing import ClassVar
 from sqloss.models.gan_losses import GAN_LOSSES
 from sqloss.training.config import RunConfig, as_flag, expanded, flag
 from sqloss.training.errors import UserError
-from sqloss.training.risk import Risk, risk
+from sqloss.training.risk import Risk, risk, risk_name
 
 TAILS_OF = {"d": ("d",), "g": ("g",), "both": ("d", "g")}  # the players that train on a tail
 
@@ -86,6 +86,18 @@ class GANConfig(RunConfig):
         """The risk that each player of a contender minimises."""
         alpha = self.alphas[contender]
         return {p: risk(alpha if p in TAILS_OF[self.tail_of] else 0.0) for p in ("d", "g")}
+
+    @property
+    def risk_names(self) -> dict[str, str]:
+        """The contenders' risks in words."""
+        return {
+            name: " and the ".join(
+                f"{risk_name(alpha if player in TAILS_OF[self.tail_of] else 0.0)} of the {words}'s"
+                for player, words in (("d", "discriminator"), ("g", "generator"))
+            )
+            + " losses"
+            for name, alpha in self.alphas.items()
+        }
 
     @property
     def classifier_file(self) -> Path | None:
