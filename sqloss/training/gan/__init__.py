@@ -1,0 +1,1 @@
+"""The GAN: what it generates, and how that is judged."""
