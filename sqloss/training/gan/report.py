@@ -103,9 +103,9 @@ def latest_losses(history: Sequence[Row], name: str) -> dict[str, float]:
 def failed(history: Sequence[Row], name: str, config: GANConfig) -> dict[str, list[int]]:
     """The epochs in which something was wrong with a model, by what that was."""
     epochs: dict[str, list[int]] = {}
-    for row in history:
-        for words in failures(row, config.loss) if row["model"] == name else []:
-            epochs.setdefault(words, []).append(row["epoch"])
+    for epoch, found in failures(history, name, config.loss).items():
+        for words in found:
+            epochs.setdefault(words, []).append(epoch)
     return epochs
 
 
