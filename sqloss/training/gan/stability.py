@@ -18,8 +18,9 @@ def is_lost(rows: Sequence[Row]) -> bool:
 
 
 FAILURES: dict[str, Callable[[Sequence[Row]], bool]] = {
-    f"the discriminator has told every generated image from every real one for {EPOCHS_LOST} "
-    "epochs, the generator may learn nothing more (try a smaller --lr-d, or --g-steps 2)": is_lost,
+    "the discriminator has told nearly every generated image from nearly every real one for "
+    f"{EPOCHS_LOST} epochs, the generator may learn nothing more (try a smaller --lr-d, or "
+    "--g-steps 2)": is_lost,
     "the discriminator has collapsed: it gives all images the same logit": lambda rows: (
         rows[-1]["d_spread"] <= CONSTANT
     ),
