@@ -17,10 +17,16 @@ from sqloss.training.config import RunConfig, as_flag, expanded
 from sqloss.training.data import Dataset, load_dataset
 from sqloss.training.errors import UserError, require
 from sqloss.training.files import as_csv, write_atomically
+from sqloss.training.gan import plots as gan_plots
+from sqloss.training.gan import report as gan_report
+from sqloss.training.gan.config import GANConfig
+from sqloss.training.gan.loop import GANTraining
+from sqloss.training.gan.loop import begin as begin_gan
+from sqloss.training.gan.metrics import require_fid
 from sqloss.training.loop import Training, fit
 from sqloss.training.progress import Progress
 from sqloss.training.run import Run
-from sqloss.training.shares import classifier_of
+from sqloss.training.shares import classifier_of, kept_classifier
 from sqloss.training.threads import set_threads
 from sqloss.training.vae.bounds import BoundsConfig, bounds_table, measure_bounds, write_bounds
 from sqloss.training.vae.comparison import (
@@ -106,6 +112,11 @@ def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
+def gan() -> int:
+    """The command ``gan``, which is ``sqloss gan``."""
+    return main(["gan", *sys.argv[1:]])
+
+
 def vae() -> int:
     """The command ``vae``, which is ``sqloss vae``."""
     return main(["vae", *sys.argv[1:]])
@@ -114,6 +125,11 @@ def vae() -> int:
 def train_vae(output_dir: Path | None = None, resume: Path | None = None, **given: Any) -> int:
     """Train VAEs on the mean and on the tail of the loss, side by side, and report on them."""
     return train(VAEConfig, begin_vae, report_on_vae, output_dir, resume, given)
+
+
+def train_gan(output_dir: Path | None = None, resume: Path | None = None, **given: Any) -> int:
+    """Train GANs on the mean and on the tail of their losses, side by side, and report on them."""
+    return train(GANConfig, begin_gan, report_on_gan, output_dir, resume, given)
 
 
 def train(
@@ -127,7 +143,7 @@ def train(
     """Start a run, or take it up again, and report on it once it is trained."""
     run = Run.resumed(kind, resume, given) if resume else Run.new(output_dir, kind(**given))
     config, device = run.config, run.config.torch_device
-    require_what_the_report_needs()
+    require_what_the_report_needs(config)
 
     whole = load_dataset(config.dataset, config.source)
     data = whole.imbalanced(config.imbalance, config.seed).to(device)
@@ -254,6 +270,25 @@ def report_on_vae(
     say(f"how to read this, and the pictures: {directory / 'report.md'}")
 
 
+def report_on_gan(
+    training: GANTraining, whole: Dataset, data: Dataset, config: GANConfig, directory: Path
+) -> None:
+    """Measure, draw and tell what the training has come to."""
+    device, path = config.torch_device, config.classifier_file
+    classifier = (
+        kept_classifier(path, whole, device, config.seed)
+        if path
+        else classifier_of(whole, device, config.seed)
+    )
+    generators, history = training.generators, training.history
+    report = gan_report.make_report(generators, history, classifier, whole, data, config)
+    gan_report.write_report(directory, report)
+    gan_plots.draw_pictures(directory, training.models, generators, history, data, config)
+    print(gan_report.tables(report))
+    say(f"the classifier gets {report['classifier_test_accuracy']:.1%} of the test images right")
+    say(f"how to read this, and the pictures: {directory / 'report.md'}")
+
+
 def evaluate_run(run_dir: Path, **given: Any) -> int:
     """Measure the VAEs of a run by their -ELBO and importance-weighted bound on test images."""
     require("scipy.stats")
@@ -277,10 +312,15 @@ def show_config() -> int:
     return 0
 
 
-def require_what_the_report_needs() -> None:
+def require_what_the_report_needs(config: RunConfig) -> None:
     """Fail before the training where the report would fail after it."""
     require("matplotlib.figure")
     require("scipy.stats")
+    if isinstance(config, GANConfig):
+        require("sklearn.neighbors")
+        require("torchmetrics")
+        if config.fid_weights_file:
+            require_fid(config.fid_weights_file)
 
 
 def announce(directory: Path, data: Dataset, device: torch.device) -> None:
@@ -310,6 +350,7 @@ def parser() -> argparse.ArgumentParser:
     subcommands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (subcommand, add_flags) in {
         "vae": (train_vae, add_vae_flags),
+        "gan": (train_gan, add_gan_flags),
         "evaluate": (evaluate_run, add_evaluate_flags),
         "impute": (impute, add_impute_flags),
         "config": (show_config, None),
@@ -324,6 +365,10 @@ def parser() -> argparse.ArgumentParser:
 
 def add_vae_flags(vae: argparse.ArgumentParser) -> None:
     add_run_flags(vae, VAEConfig)
+
+
+def add_gan_flags(gan: argparse.ArgumentParser) -> None:
+    add_run_flags(gan, GANConfig)
 
 
 def add_run_flags(part: argparse.ArgumentParser, kind: type[RunConfig]) -> None:

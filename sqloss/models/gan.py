@@ -1,10 +1,11 @@
 """A generative adversarial network by the guidelines of DCGAN (Radford, Metz & Chintala, 2016).
 
-Images are in [-1, 1]. The discriminator halves them by strided convolutions until no side is above
-4, and one convolution covers what is left; the generator is its mirror image, from the latent to
-the first map by one transposed convolution. There is neither pooling nor a fully connected layer.
-Sides of any length work: a halved one is rounded up, and each side of a kernel is 4 where that side
-of the larger map is even and 3 where it is odd, so that nothing is cropped or padded further.
+Images are in [-1, 1]. The discriminator halves them by strided convolutions, at least twice and
+until no side is above 4, and one convolution covers what is left; the generator is its mirror
+image, from the latent to the first map by one transposed convolution. There is neither pooling nor
+a fully connected layer. Sides of any length work: a halved one is rounded up, and each side of a
+kernel is 4 where that side of the larger map is even and 3 where it is odd, so that nothing is
+cropped or padded further.
 
 A generator may be told a class, as one-hot beside the latent, and continuous codes, which are to
 become visible in the image (InfoGAN). How discriminator and generator are trained, and with which
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAST_SIDE = 4  # of the maps deepest inside, at most
+LEAST_HALVINGS = 2  # with one hidden layer, 8 x 8 digits do not become digits
 LEAKY_SLOPE = 0.2
 WEIGHT_STD = 0.02
 # The likelihood of codes that are read without error has no bound, and its gradient grows with the
@@ -234,7 +236,7 @@ def _initialise(module: nn.Module) -> None:
 def _halvings(height: int, width: int) -> list[tuple[int, int]]:
     """The sides of the image and of every map after it."""
     sides = [(height, width)]
-    while max(sides[-1]) > LAST_SIDE:
+    while max(sides[-1]) > LAST_SIDE or len(sides) <= LEAST_HALVINGS:
         height, width = (height + 1) // 2, (width + 1) // 2
         sides.append((height, width))
     return sides

@@ -1,6 +1,8 @@
 """How often each class is generated, as a small classifier sees it."""
 
+import io
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +10,8 @@ from torch import Tensor
 
 from sqloss.models.classifier import Classifier, train_classifier
 from sqloss.training.data import Dataset
-from sqloss.training.errors import require
+from sqloss.training.errors import UserError, require
+from sqloss.training.files import write_atomically
 from sqloss.training.tables import CONFIDENCE
 
 GENERATED_BATCH_SIZE = 1000
@@ -18,6 +21,30 @@ def classifier_of(whole: Dataset, device: torch.device, seed: int) -> Classifier
     """The classifier that has learnt the classes of these training images."""
     images, labels = whole.train_images.to(device), whole.train_labels.to(device)
     return train_classifier(images, labels, len(whole.class_names), seed)
+
+
+def kept_classifier(path: Path, whole: Dataset, device: torch.device, seed: int) -> Classifier:
+    """The classifier that a file holds; where there is none, it is trained and written."""
+    data = whole.fingerprint()
+    if not path.exists():
+        classifier = classifier_of(whole, device, seed)
+        content = io.BytesIO()
+        torch.save({"data": data, "classifier": classifier.state_dict()}, content)
+        write_atomically(path, content.getbuffer())
+        return classifier
+    try:
+        stored = torch.load(path, map_location=device, weights_only=True)
+        if stored["data"] != data:
+            raise UserError("its classifier has learnt other images or labels")
+        classifier = Classifier(whole.shape, len(whole.class_names)).to(device)
+        classifier.load_state_dict(stored["classifier"])
+    except Exception as error:  # a file that is no classifier fails in as many ways as files are
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--classifier: expected a file with the classifier of this data set, got {path} "
+            f"({reason})"
+        ) from error
+    return classifier
 
 
 def batch_sizes(count: int) -> list[int]:
