@@ -5,7 +5,7 @@ import dataclasses
 import math
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -13,8 +13,23 @@ from typing import Any, TypeVar
 import torch
 
 import sqloss
-from sqloss.training.bounds import BoundsConfig, bounds_table, measure_bounds, write_bounds
-from sqloss.training.comparison import (
+from sqloss.training.config import RunConfig, as_flag, expanded
+from sqloss.training.data import Dataset, load_dataset
+from sqloss.training.errors import UserError, require
+from sqloss.training.files import as_csv, write_atomically
+from sqloss.training.gan import plots as gan_plots
+from sqloss.training.gan import report as gan_report
+from sqloss.training.gan.config import GANConfig
+from sqloss.training.gan.loop import GANTraining
+from sqloss.training.gan.loop import begin as begin_gan
+from sqloss.training.gan.metrics import require_fid
+from sqloss.training.loop import Training, fit
+from sqloss.training.progress import Progress
+from sqloss.training.run import Run
+from sqloss.training.shares import classifier_of, kept_classifier
+from sqloss.training.threads import set_threads
+from sqloss.training.vae.bounds import BoundsConfig, bounds_table, measure_bounds, write_bounds
+from sqloss.training.vae.comparison import (
     CLASSIFIER_SEED,
     CompareConfig,
     Ledger,
@@ -23,13 +38,10 @@ from sqloss.training.comparison import (
     make_tasks,
     trials,
 )
-from sqloss.training.config import Config, as_flag, expanded
-from sqloss.training.data import Dataset, load_dataset
-from sqloss.training.errors import UserError, require
-from sqloss.training.evaluation import evaluate
-from sqloss.training.files import as_csv, write_atomically
-from sqloss.training.imputation import COLUMNS as IMPUTE_COLUMNS
-from sqloss.training.imputation import (
+from sqloss.training.vae.config import VAEConfig
+from sqloss.training.vae.evaluation import evaluate
+from sqloss.training.vae.imputation import COLUMNS as IMPUTE_COLUMNS
+from sqloss.training.vae.imputation import (
     ImputeConfig,
     as_table,
     baseline_methods,
@@ -38,15 +50,15 @@ from sqloss.training.imputation import (
     measure,
     vae_methods,
 )
-from sqloss.training.imputation_plots import draw_imputations
-from sqloss.training.loop import Training, begin, build_model, fit
-from sqloss.training.plots import draw_pictures
-from sqloss.training.progress import Progress
-from sqloss.training.report import classifier_of, make_report, tables, write_report
-from sqloss.training.run import Run
-from sqloss.training.threads import set_threads
-from sqloss.training.trained import MAY_DIFFER, Trained, load_trained
+from sqloss.training.vae.imputation_plots import draw_imputations
+from sqloss.training.vae.loop import VAETraining
+from sqloss.training.vae.loop import begin as begin_vae
+from sqloss.training.vae.plots import draw_pictures
+from sqloss.training.vae.report import make_report, tables, write_report
+from sqloss.training.vae.trained import MAY_DIFFER, Trained, load_trained
 
+Config = TypeVar("Config", bound=RunConfig)
+State = TypeVar("State", bound=Training)
 Settings = TypeVar("Settings", BoundsConfig, ImputeConfig, CompareConfig)
 
 # How priors are compared where nothing else is asked for.
@@ -100,6 +112,11 @@ def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
+def gan() -> int:
+    """The command ``gan``, which is ``sqloss gan``."""
+    return main(["gan", *sys.argv[1:]])
+
+
 def vae() -> int:
     """The command ``vae``, which is ``sqloss vae``."""
     return main(["vae", *sys.argv[1:]])
@@ -107,27 +124,44 @@ def vae() -> int:
 
 def train_vae(output_dir: Path | None = None, resume: Path | None = None, **given: Any) -> int:
     """Train VAEs on the mean and on the tail of the loss, side by side, and report on them."""
-    run = Run.resumed(resume, given) if resume else Run.new(output_dir, Config(**given))
+    return train(VAEConfig, begin_vae, report_on_vae, output_dir, resume, given)
+
+
+def train_gan(output_dir: Path | None = None, resume: Path | None = None, **given: Any) -> int:
+    """Train GANs on the mean and on the tail of their losses, side by side, and report on them."""
+    return train(GANConfig, begin_gan, report_on_gan, output_dir, resume, given)
+
+
+def train(
+    kind: type[Config],
+    begin: Callable[[Config, Dataset], State],
+    report: Callable[[State, Dataset, Dataset, Config, Path], None],
+    output_dir: Path | None,
+    resume: Path | None,
+    given: dict[str, Any],
+) -> int:
+    """Start a run, or take it up again, and report on it once it is trained."""
+    run = Run.resumed(kind, resume, given) if resume else Run.new(output_dir, kind(**given))
     config, device = run.config, run.config.torch_device
-    require_what_the_report_needs()
+    require_what_the_report_needs(config)
 
     whole = load_dataset(config.dataset, config.source)
     data = whole.imbalanced(config.imbalance, config.seed).to(device)
     set_threads(config, data)
-    training = begin(build_model(config, data.shape).to(device), config)
+    training = begin(config, data)
     recorder = run.start(training, data)
     announce(recorder.directory, data, device)
 
     with recorder, Progress(*steps(training, data, config), config.epochs) as progress:
         finished = fit(training, data, config, recorder.save, progress)
-    resuming = f"sqloss vae --resume {shlex.quote(str(recorder.directory))}"
+    resuming = f"sqloss {config.command} --resume {shlex.quote(str(recorder.directory))}"
     if not finished:
         say(f"stopped and saved after {training.done()}; continue with: {resuming}")
         return INTERRUPTED
 
     say("the training is done and saved; now a small classifier learns the classes, to report")
     try:
-        report_on(training, whole, data, config, recorder.directory)
+        report(training, whole, data, config, recorder.directory)
     except KeyboardInterrupt:
         say(f"\nstopped before the report; the training is saved, make the report with: {resuming}")
         return INTERRUPTED
@@ -178,7 +212,7 @@ def compare_priors(
 ) -> int:
     """Train every arm with every seed, unless it is there already, and compare what they impute."""
     compare_config, given = taken(CompareConfig, given)
-    config = Config(**PLAIN | given)
+    config = VAEConfig(**PLAIN | given)
     if compare_config.jobs > 1 and not config.cpu_threads:
         config = dataclasses.replace(config, threads=1)
     tasks = make_tasks(make_arms(config, compare_config), compare_config.seeds)
@@ -219,8 +253,8 @@ def refuse_all_but(allowed: Sequence[str], given: Mapping[str, Any], where: str)
             raise UserError(f"{as_flag(name)}: expected no such flag {where}, but {flags}")
 
 
-def report_on(
-    training: Training, whole: Dataset, data: Dataset, config: Config, directory: Path
+def report_on_vae(
+    training: VAETraining, whole: Dataset, data: Dataset, config: VAEConfig, directory: Path
 ) -> None:
     """Measure, draw and tell what the training has come to."""
     models = training.models
@@ -232,6 +266,25 @@ def report_on(
     write_report(directory, report)
     draw_pictures(directory, models, losses, training.history, data, config)
     print(tables(report))
+    say(f"the classifier gets {report['classifier_test_accuracy']:.1%} of the test images right")
+    say(f"how to read this, and the pictures: {directory / 'report.md'}")
+
+
+def report_on_gan(
+    training: GANTraining, whole: Dataset, data: Dataset, config: GANConfig, directory: Path
+) -> None:
+    """Measure, draw and tell what the training has come to."""
+    device, path = config.torch_device, config.classifier_file
+    classifier = (
+        kept_classifier(path, whole, device, config.seed)
+        if path
+        else classifier_of(whole, device, config.seed)
+    )
+    generators, history = training.generators, training.history
+    report = gan_report.make_report(generators, history, classifier, whole, data, config)
+    gan_report.write_report(directory, report)
+    gan_plots.draw_pictures(directory, training.models, generators, history, data, config)
+    print(gan_report.tables(report))
     say(f"the classifier gets {report['classifier_test_accuracy']:.1%} of the test images right")
     say(f"how to read this, and the pictures: {directory / 'report.md'}")
 
@@ -259,10 +312,15 @@ def show_config() -> int:
     return 0
 
 
-def require_what_the_report_needs() -> None:
+def require_what_the_report_needs(config: RunConfig) -> None:
     """Fail before the training where the report would fail after it."""
     require("matplotlib.figure")
     require("scipy.stats")
+    if isinstance(config, GANConfig):
+        require("sklearn.neighbors")
+        require("torchmetrics")
+        if config.fid_weights_file:
+            require_fid(config.fid_weights_file)
 
 
 def announce(directory: Path, data: Dataset, device: torch.device) -> None:
@@ -274,7 +332,7 @@ def announce(directory: Path, data: Dataset, device: torch.device) -> None:
     )
 
 
-def steps(training: Training, data: Dataset, config: Config) -> tuple[int, int]:
+def steps(training: Training, data: Dataset, config: RunConfig) -> tuple[int, int]:
     """The steps of the whole training, and those of them done already."""
     per_epoch = math.ceil(len(data.train_images) / config.batch_size)
     return per_epoch * config.epochs, per_epoch * training.epoch + training.step
@@ -292,6 +350,7 @@ def parser() -> argparse.ArgumentParser:
     subcommands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (subcommand, add_flags) in {
         "vae": (train_vae, add_vae_flags),
+        "gan": (train_gan, add_gan_flags),
         "evaluate": (evaluate_run, add_evaluate_flags),
         "impute": (impute, add_impute_flags),
         "config": (show_config, None),
@@ -305,15 +364,23 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_vae_flags(vae: argparse.ArgumentParser) -> None:
-    """A flag per field of ``Config``; those not given stay absent, so that --resume can tell."""
-    add_config_flags(vae, Config)
-    place = vae.add_mutually_exclusive_group()
+    add_run_flags(vae, VAEConfig)
+
+
+def add_gan_flags(gan: argparse.ArgumentParser) -> None:
+    add_run_flags(gan, GANConfig)
+
+
+def add_run_flags(part: argparse.ArgumentParser, kind: type[RunConfig]) -> None:
+    """A flag per field of ``kind``; those not given stay absent, so that --resume can tell."""
+    add_config_flags(part, kind)
+    place = part.add_mutually_exclusive_group()
     place.add_argument(
         "--output-dir",
         type=expanded,
         default=argparse.SUPPRESS,
         metavar="DIR",
-        help="where the run goes (default: runs/vae-DATASET-TIME)",
+        help=f"where the run goes (default: runs/{kind.command}-DATASET-TIME)",
     )
     place.add_argument(
         "--resume",
@@ -363,12 +430,12 @@ def add_impute_flags(impute: argparse.ArgumentParser) -> None:
     training = impute.add_argument_group(
         "how --compare trains; with RUN_DIR only " + ", ".join(map(as_flag, MAY_DIFFER))
     )
-    add_config_flags(training, Config, PLAIN, without=NOT_COMPARED)
+    add_config_flags(training, VAEConfig, PLAIN, without=NOT_COMPARED)
 
 
 def add_flags_that_may_differ(part: argparse.ArgumentParser) -> None:
     """Those of the flags of a run that a command on a run of before has too."""
-    for field in dataclasses.fields(Config):
+    for field in dataclasses.fields(VAEConfig):
         if field.name in MAY_DIFFER:
             add_config_flag(part, field, "as in the run")
 

@@ -13,9 +13,10 @@ import sqloss
 from sqloss import cli
 from sqloss.models import classifier
 from sqloss.training import files
-from sqloss.training.config import Config
 from sqloss.training.data import Dataset
 from sqloss.training.threads import set_threads
+from sqloss.training.vae.config import VAEConfig
+from sqloss.training.vae.loop import build_model
 
 for needed in ("matplotlib", "scipy", "sklearn", "tqdm"):
     pytest.importorskip(needed)
@@ -139,11 +140,12 @@ def initial_weights(monkeypatch, *arguments: object) -> torch.Tensor:
     """Those of a run that is stopped as soon as it has them."""
     given = []
 
-    def take(model, _config):
+    def take(config, data):
+        model = build_model(config, data.shape)
         given.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "begin", take)
+    monkeypatch.setattr(cli, "begin_vae", take)
     assert cli.main(["vae", *TINY, *map(str, arguments)]) == 130
     return given[0]
 
@@ -226,7 +228,18 @@ def test_help_tells_every_flag_with_its_default(capsys):
         cli.main(["vae", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     flags = ["dataset", "data-dir", "download", "image-size", "limit", "celeba-attribute"]
-    flags += ["imbalance", "alpha", "tail", "epochs", "batch-size", "lr", "hidden", "latent"]
+    flags += [
+        "imbalance",
+        "sampling",
+        "alone",
+        "alpha",
+        "tail",
+        "epochs",
+        "batch-size",
+        "lr",
+        "hidden",
+        "latent",
+    ]
     flags += ["architecture", "channels", "prior", "df", "learn-df", "iwae-samples", "backend"]
     flags += ["beta", "seed", "device", "threads", "num-samples", "checkpoint-every"]
     assert [flag for flag in [*flags, "output-dir", "resume"] if f"--{flag}" not in text] == []
@@ -319,7 +332,7 @@ def test_threads(threads, side, expected, backend):
     torch.set_num_threads(2)
     images = torch.zeros(1, 1, side, side, dtype=torch.uint8)
     labels = torch.zeros(1, dtype=torch.int64)
-    config = Config(threads=threads, backend=backend)
+    config = VAEConfig(threads=threads, backend=backend)
     with threadpoolctl.threadpool_limits(2, "blas"):
         set_threads(config, Dataset("d", ("a",), images, labels, images, labels))
         blas = threadpoolctl.ThreadpoolController().select(user_api="blas").info()

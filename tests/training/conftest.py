@@ -3,11 +3,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sqloss.training.config import Config
 from sqloss.training.data import Dataset
-from sqloss.training.loop import Training, begin, build_model, fit
+from sqloss.training.loop import fit
 from sqloss.training.progress import Progress
 from sqloss.training.run import Run
+from sqloss.training.vae.config import VAEConfig
+from sqloss.training.vae.loop import VAETraining, begin
 
 
 @pytest.fixture(autouse=True)
@@ -32,14 +33,14 @@ class Trainer:
             test_images=torch.randint(256, (20, 1, 4, 3), generator=draws, dtype=torch.uint8),
             test_labels=torch.arange(20) % 3,
         )
-        self.config = Config(
+        self.config = VAEConfig(
             epochs=4, batch_size=20, hidden="8", latent=3, num_samples=40, imbalance="none"
         )
 
-    def begin(self, config: Config) -> Training:
-        return begin(build_model(config, self.data.shape), config)
+    def begin(self, config: VAEConfig) -> VAETraining:
+        return begin(config, self.data)
 
-    def train(self, run: Run, progress: Progress | None = None) -> tuple[Training, bool]:
+    def train(self, run: Run, progress: Progress | None = None) -> tuple[VAETraining, bool]:
         """Start or resume a run as the command line does; also, whether it came to its end."""
         training = self.begin(run.config)
         recorder = run.start(training, self.data)

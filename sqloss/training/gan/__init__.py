@@ -1,1 +1,1 @@
-"""The GAN: what it generates, and how that is judged."""
+"""``sqloss gan``: GANs on the mean and on the tail of their losses, and what becomes of classes."""

@@ -7,18 +7,18 @@ import torch
 
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
-from sqloss.training import evaluation
-from sqloss.training.bounds import (
+from sqloss.training.errors import UserError
+from sqloss.training.vae import evaluation
+from sqloss.training.vae.bounds import (
     BoundsConfig,
     bounds_table,
     estimate,
     measure_bounds,
     write_bounds,
 )
-from sqloss.training.errors import UserError
-from sqloss.training.evaluation import evaluate, importance_weighted, largest_layer
-from sqloss.training.loop import build_model
-from sqloss.training.trained import load_trained
+from sqloss.training.vae.evaluation import evaluate, importance_weighted, largest_layer
+from sqloss.training.vae.loop import build_model
+from sqloss.training.vae.trained import load_trained
 
 scipy_stats = pytest.importorskip("scipy.stats")
 
@@ -116,7 +116,7 @@ def test_an_estimate_of_one_image_has_no_interval():
 @pytest.fixture
 def run(trainer, tmp_path, monkeypatch):
     """A run whose data set is the trainer's."""
-    monkeypatch.setattr("sqloss.training.trained.load_dataset", lambda *_: trainer.data)
+    monkeypatch.setattr("sqloss.training.vae.trained.load_dataset", lambda *_: trainer.data)
     trainer.config = dataclasses.replace(trainer.config, epochs=2, prior="t", learn_df=True)
     trainer.train(trainer.run(tmp_path))
     return tmp_path

@@ -10,20 +10,19 @@ from sqloss.models import classifier as classifier_module
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
 from sqloss.training.data import Dataset
-from sqloss.training.evaluation import evaluate
-from sqloss.training.report import (
+from sqloss.training.shares import class_shares, share, share_table
+from sqloss.training.tables import aligned
+from sqloss.training.vae.evaluation import evaluate
+from sqloss.training.vae.report import (
     as_markdown,
     by_class,
-    class_shares,
+    generated,
     make_report,
     overall_table,
-    share,
-    share_table,
     tables,
     worst_class,
     write_report,
 )
-from sqloss.training.tables import aligned
 
 pytest.importorskip("scipy")
 
@@ -117,7 +116,7 @@ def test_generated_images_are_counted_by_class_from_the_same_seeds(trainer):
             return torch.randn(count, generator=torch.Generator().manual_seed(seed.item()))
 
     config = dataclasses.replace(trainer.config, num_samples=1500)
-    first, second = (class_shares(Counter(), Model(), config) for _ in range(2))
+    first, second = (class_shares(Counter(), generated(Model(), config)) for _ in range(2))
     draws = generator(0, "samples")
     seeds = [draw_seed(generator=draws).item() for _ in range(2)]
     assert asked == [(1000, seeds[0]), (500, seeds[1])] * 2
@@ -136,7 +135,7 @@ def test_the_classifier_learns_from_the_data_before_the_imbalance(trainer, losse
         learnt_from.append(labels)
         return classifier_module.Classifier(tuple(images.shape[1:]), classes)
 
-    monkeypatch.setattr("sqloss.training.report.train_classifier", spy)
+    monkeypatch.setattr("sqloss.training.shares.train_classifier", spy)
     models = trainer.begin(trainer.config).models
     rare = trainer.data.imbalanced("1:0", seed=0)
     report = make_report(models, losses, trainer.data, rare, trainer.config)

@@ -11,8 +11,8 @@ from sqloss.models import VAE
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator
 from sqloss.training.data import Dataset
-from sqloss.training.imputation import Imputed, filled, mean_pixels, means_at_draws, name_of
-from sqloss.training.plots import label_rows, mosaic, new_figure, save_picture, show
+from sqloss.training.pictures import label_rows, mosaic, new_figure, save_picture, show
+from sqloss.training.vae.imputation import Imputed, filled, mean_pixels, means_at_draws, name_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,8 +11,8 @@ from sqloss.models import VAE
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
-from sqloss.training.config import Config
 from sqloss.training.data import Dataset
+from sqloss.training.vae.config import VAEConfig
 
 BATCH_SIZE = 1000
 # Importance weights are drawn in blocks of so many, each with a seed of its own, so that a draw
@@ -110,7 +110,7 @@ def learnt_df(model: VAE) -> dict[str, float]:
     return {} if model.free_df is None else {"df": torch.as_tensor(model.df).item()}
 
 
-def objective_values(losses: Mapping[str, Tensor], config: Config) -> dict[str, float]:
+def objective_values(losses: Mapping[str, Tensor], config: VAEConfig) -> dict[str, float]:
     """What every objective of a run comes to, whichever of them the model was trained on."""
     return {
         f"objective_{name}": objective(losses).item()

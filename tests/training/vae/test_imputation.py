@@ -12,9 +12,12 @@ from sqloss.models import VAE, classifier
 from sqloss.models.classifier import Classifier
 from sqloss.models.seeding import generator
 from sqloss.training import UserError
-from sqloss.training.config import Config
 from sqloss.training.data import Source, load_dataset
-from sqloss.training.imputation import (
+from sqloss.training.loop import fit
+from sqloss.training.progress import Silence
+from sqloss.training.run import Run
+from sqloss.training.vae.config import VAEConfig
+from sqloss.training.vae.imputation import (
     COLUMNS,
     ImputeConfig,
     baseline_methods,
@@ -30,10 +33,8 @@ from sqloss.training.imputation import (
     structural_similarity,
     vae_methods,
 )
-from sqloss.training.imputation_plots import MISSING_COLOUR, draws_of_one_image, grid
-from sqloss.training.loop import begin, build_model, fit
-from sqloss.training.progress import Silence
-from sqloss.training.run import Run
+from sqloss.training.vae.imputation_plots import MISSING_COLOUR, draws_of_one_image, grid
+from sqloss.training.vae.loop import begin
 
 for needed in ("joblib", "matplotlib", "scipy", "sklearn", "tqdm"):
     pytest.importorskip(needed)
@@ -381,10 +382,10 @@ TRAINING = ["--limit", "200", "--hidden", "8", "--latent", "3", "--epochs", "1"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
-    config = Config(limit=200, hidden="8", latent=3, epochs=1, prior="t", df=4.0, num_samples=20)
+    config = VAEConfig(limit=200, hidden="8", latent=3, epochs=1, prior="t", df=4.0, num_samples=20)
     run = Run.new(directory, config)
     data = load_dataset("digits", config.source).imbalanced(config.imbalance, config.seed)
-    training = begin(build_model(config, data.shape), config)
+    training = begin(config, data)
     recorder = run.start(training, data)
     assert fit(training, data, config, recorder.save, Silence())
     return directory

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from sqloss.models import VAE
-from sqloss.training.config import Config
 from sqloss.training.errors import require
+from sqloss.training.vae.config import VAEConfig
 
 
 class Backend(Protocol):
@@ -26,7 +26,7 @@ class Backend(Protocol):
 class Torch:
     """Adam on what autograd makes of the model's losses."""
 
-    def __init__(self, model: VAE, contender: str, config: Config) -> None:
+    def __init__(self, model: VAE, contender: str, config: VAEConfig) -> None:
         self.model = model
         self.iwae_samples = config.iwae_samples
         self.objective = config.objectives[contender]
@@ -58,7 +58,7 @@ class NumPy:
     The noise is a function of the step's seed as it is in torch, but has other bits.
     """
 
-    def __init__(self, model: VAE, contender: str, config: Config) -> None:
+    def __init__(self, model: VAE, contender: str, config: VAEConfig) -> None:
         require("numpy")
         from sqloss.models import numpy_vae
 
@@ -84,4 +84,4 @@ class NumPy:
             raise ValueError("the state of an optimiser that SGD does not have")
 
 
-BACKENDS: dict[str, Callable[[VAE, str, Config], Backend]] = {"torch": Torch, "numpy": NumPy}
+BACKENDS: dict[str, Callable[[VAE, str, VAEConfig], Backend]] = {"torch": Torch, "numpy": NumPy}

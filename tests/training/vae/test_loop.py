@@ -14,11 +14,12 @@ from sqloss.models.seeding import generator, initialisation
 from sqloss.student_t import draw_seed, normal_rsample_kl
 from sqloss.training import checkpoint
 from sqloss.training.errors import UserError
-from sqloss.training.evaluation import evaluate
-from sqloss.training.loop import COLUMNS
 from sqloss.training.progress import Progress
 from sqloss.training.run import Run
 from sqloss.training.stop import StopSignal
+from sqloss.training.vae.config import VAEConfig
+from sqloss.training.vae.evaluation import evaluate
+from sqloss.training.vae.loop import COLUMNS
 
 STEPS_PER_EPOCH = 3
 
@@ -166,7 +167,7 @@ def test_the_models_of_another_alpha_differ(trainer, tmp_path):
 def test_two_and_two_epochs_are_four(trainer, tmp_path, whole):
     short = dataclasses.replace(trainer.config, epochs=2)
     trainer.train(Run.new(tmp_path / "parts", short))
-    trainer.train(Run.resumed(tmp_path / "parts", {"epochs": 4}))
+    trainer.train(Run.resumed(VAEConfig, tmp_path / "parts", {"epochs": 4}))
     assert_same_run(tmp_path / "parts", whole)
 
 
@@ -180,7 +181,7 @@ def test_an_interrupted_run_goes_on_where_it_was(trainer, tmp_path, whole, after
     newest = checkpoint.load(parts / "checkpoints")
     assert (newest["epoch"], newest["step"]) == (epoch, step)
 
-    trainer.train(Run.resumed(parts, {}))
+    trainer.train(Run.resumed(VAEConfig, parts, {}))
     assert not finished
     assert_same_run(parts, whole)
 
@@ -191,7 +192,7 @@ def test_every_kind_of_run_goes_on_where_it_was(trainer, tmp_path, variant):
     trainer.config = dataclasses.replace(trainer.config, **changes)
     trainer.train(trainer.run(tmp_path / "whole"))
     trainer.train(trainer.run(tmp_path / "parts"), Signalling(5))
-    trainer.train(Run.resumed(tmp_path / "parts", {}))
+    trainer.train(Run.resumed(VAEConfig, tmp_path / "parts", {}))
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
@@ -231,15 +232,15 @@ def test_a_run_interrupted_again_and_again_is_the_same(trainer, tmp_path, whole)
     parts = tmp_path / "parts"
     trainer.train(trainer.run(parts), Signalling(1))
     for _ in range(3):
-        trainer.train(Run.resumed(parts, {}), Signalling(3))
-    trainer.train(Run.resumed(parts, {}))
+        trainer.train(Run.resumed(VAEConfig, parts, {}), Signalling(3))
+    trainer.train(Run.resumed(VAEConfig, parts, {}))
     assert_same_run(parts, whole)
 
 
 def test_a_run_without_a_checkpoint_yet_starts_from_the_beginning(trainer, tmp_path, whole):
     parts = tmp_path / "parts"
     trainer.run(parts).start(trainer.begin(trainer.config), trainer.data)
-    trainer.train(Run.resumed(parts, {}))
+    trainer.train(Run.resumed(VAEConfig, parts, {}))
     assert_same_run(parts, whole)
 
 
@@ -286,7 +287,7 @@ def test_a_loss_that_is_not_finite_stops_without_saving(trainer, tmp_path, broke
             else:
                 self.training.objective_sums["cvar"] += float("inf")
 
-    run = Run.resumed(tmp_path, {"epochs": 2})
+    run = Run.resumed(VAEConfig, tmp_path, {"epochs": 2})
     training = trainer.begin(run.config)
     trainer.begin = lambda _: training
     for after in (1, 100):  # mid-epoch, on an interruption; and at the epoch's end
@@ -367,7 +368,7 @@ def test_the_evaluation_repeats_itself_and_is_the_bound(trainer, monkeypatch):
     torch.testing.assert_close(
         first["negative_elbo"], (direct["reconstruction"] + direct["kl"]).double()
     )
-    monkeypatch.setattr("sqloss.training.evaluation.BATCH_SIZE", 7)
+    monkeypatch.setattr("sqloss.training.vae.evaluation.BATCH_SIZE", 7)
     again = evaluate(model, trainer.data, seed=0)
     torch.testing.assert_close(first, again)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from sqloss.models import VAE
-from sqloss.training.config import Config
 from sqloss.training.data import Dataset, load_dataset
 from sqloss.training.errors import UserError
-from sqloss.training.loop import begin, build_model
 from sqloss.training.run import MAY_CHANGE, read_config, restore
+from sqloss.training.vae.config import VAEConfig
+from sqloss.training.vae.loop import begin
 
 ARGUMENT = "RUN_DIR"
 MAY_DIFFER = tuple(name for name in MAY_CHANGE if name != "epochs")  # nothing is trained here
@@ -21,7 +21,7 @@ MAY_DIFFER = tuple(name for name in MAY_CHANGE if name != "epochs")  # nothing i
 class Trained:
     """A finished or a stopped run at its newest checkpoint, on the device of its config."""
 
-    config: Config
+    config: VAEConfig
     whole: Dataset  # before the imbalance
     data: Dataset  # that of the training
     models: dict[str, VAE]
@@ -30,12 +30,12 @@ class Trained:
 
 def load_trained(directory: Path, changes: Mapping[str, Any]) -> Trained:
     """The models of a run and their data; ``changes`` are of the fields ``MAY_DIFFER``."""
-    config = read_config(directory / "config.json", ARGUMENT)
+    config = read_config(VAEConfig, directory / "config.json", ARGUMENT)
     config = dataclasses.replace(config, **changes)
     device = config.torch_device
     whole = load_dataset(config.dataset, config.source)
     data = whole.imbalanced(config.imbalance, config.seed).to(device)
-    training = begin(build_model(config, data.shape).to(device), config)
+    training = begin(config, data)
     if not restore(training, directory, data.fingerprint(), ARGUMENT):
         raise UserError(
             f"{ARGUMENT}: expected a run with a checkpoint, got {directory}, which has none yet"

@@ -7,19 +7,23 @@ the same batches and the same missing pixels: their differences are paired by th
 import csv
 import dataclasses
 import json
-import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sqloss.models.classifier import Classifier
-from sqloss.training.config import LARGEST, Config, as_flag, expect, flag, to_stored
+from sqloss.training.config import LARGEST, as_flag, expect, flag, to_stored
 from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError, require
 from sqloss.training.files import as_csv, write_atomically, write_json
-from sqloss.training.imputation import (
+from sqloss.training.loop import fit
+from sqloss.training.progress import Silence
+from sqloss.training.statistics import Paired, mean_interval, paired, paired_table
+from sqloss.training.tables import CONFIDENCE, aligned
+from sqloss.training.threads import set_threads
+from sqloss.training.vae.config import VAEConfig
+from sqloss.training.vae.imputation import (
     COLUMNS,
     METRICS,
     NO_MODEL,
@@ -32,10 +36,7 @@ from sqloss.training.imputation import (
     measure,
     vae_methods,
 )
-from sqloss.training.loop import Training, begin, build_model, fit
-from sqloss.training.progress import Silence
-from sqloss.training.tables import CONFIDENCE, aligned
-from sqloss.training.threads import set_threads
+from sqloss.training.vae.loop import VAETraining, begin
 
 CONTROL = "normal"
 CLASSIFIER_SEED = 0  # not --seed, which may be another when a comparison is taken up again
@@ -84,10 +85,10 @@ class Task(NamedTuple):
     """One arm with one seed; the baselines are an arm too."""
 
     arm: str
-    config: Config
+    config: VAEConfig
 
 
-def make_arms(config: Config, compare_config: CompareConfig) -> dict[str, Config]:
+def make_arms(config: VAEConfig, compare_config: CompareConfig) -> dict[str, VAEConfig]:
     """The control, Student-t priors of each df, and the control with other weights of the KL.
 
     A t prior pulls less than the normal one does; those weights tell whether that is all.
@@ -104,7 +105,7 @@ def make_arms(config: Config, compare_config: CompareConfig) -> dict[str, Config
     return {CONTROL: control} | students | weights
 
 
-def changed(name: str, config: Config, **changes: Any) -> Config:
+def changed(name: str, config: VAEConfig, **changes: Any) -> VAEConfig:
     """A configuration with changes that come from the flag of this name."""
     try:
         return dataclasses.replace(config, **changes)
@@ -112,7 +113,7 @@ def changed(name: str, config: Config, **changes: Any) -> Config:
         raise UserError(f"{as_flag(name)}: {error}") from error
 
 
-def make_tasks(arms: Mapping[str, Config], seeds: int) -> list[Task]:
+def make_tasks(arms: Mapping[str, VAEConfig], seeds: int) -> list[Task]:
     """Seed by seed, so that a comparison that is stopped has whole pairs."""
     first = arms[CONTROL].seed
     return [
@@ -160,9 +161,9 @@ def trials(
     return finished
 
 
-def train(data: Dataset, config: Config) -> Training:
+def train(data: Dataset, config: VAEConfig) -> VAETraining:
     """A training in memory, from its beginning to its end."""
-    training = begin(build_model(config, data.shape).to(config.torch_device), config)
+    training = begin(config, data)
     if not fit(training, data, config, lambda _: None, Silence()):
         raise KeyboardInterrupt
     return training
@@ -174,7 +175,7 @@ def train(data: Dataset, config: Config) -> Training:
 class Ledger:
     """The rows that a directory holds; those of a task come and go as one."""
 
-    def __init__(self, directory: Path, config: Config, impute_config: ImputeConfig) -> None:
+    def __init__(self, directory: Path, config: VAEConfig, impute_config: ImputeConfig) -> None:
         self.path = directory / "compare.csv"
         settings = {k: v for k, v in to_stored(config).items() if k not in NOT_SETTINGS}
         settings |= dataclasses.asdict(impute_config)
@@ -236,7 +237,7 @@ def as_row(texts: Mapping[str, str]) -> Row:
     return {**texts, **numbers, "seed": int(texts["seed"])}
 
 
-# Statistics.
+# Series of values, one per seed.
 
 
 class Key(NamedTuple):
@@ -249,19 +250,6 @@ class Key(NamedTuple):
 
 
 Series = dict[Key, dict[int, float]]
-
-
-class Paired(NamedTuple):
-    """The mean difference of a series from another, with its interval and its p value."""
-
-    key: Key
-    difference: float
-    low: float
-    high: float
-    relative: float  # to the mean of the other series
-    below: int  # seeds in which the difference is below 0
-    seeds: int
-    p: float
 
 
 def series_of(rows: Sequence[Row], metric: str) -> Series:
@@ -278,67 +266,22 @@ def elbo_series(rows: Sequence[Row]) -> Series:
     return series_of(list(models), ELBO)
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """The mean with its t interval."""
-    if are_equal(values):
-        return values[0], values[0], values[0]
-    interval = require("scipy.stats").ttest_1samp(values, 0).confidence_interval(CONFIDENCE)
-    return statistics.fmean(values), float(interval.low), float(interval.high)
-
-
-def are_equal(values: Sequence[float]) -> bool:
-    """Whether all are one number but for rounding: a t test would take that for its spread."""
-    return math.isclose(min(values), max(values), rel_tol=1e-9, abs_tol=1e-12)
-
-
-def paired(key: Key, values: Mapping[int, float], others: Mapping[int, float]) -> Paired:
-    """Compare two series over the seeds that both have, by a paired t test."""
-    seeds = sorted(values.keys() & others.keys())
-    left, right = [values[seed] for seed in seeds], [others[seed] for seed in seeds]
-    differences = [a - b for a, b in zip(left, right, strict=True)]
-    mean, low, high = mean_interval(differences)
-    if are_equal(differences):
-        p = 1.0  # a t test knows nothing of differences without spread
-    else:
-        p = float(require("scipy.stats").ttest_rel(left, right).pvalue)
-    return Paired(
-        key=key,
-        difference=mean,
-        low=low,
-        high=high,
-        relative=mean / statistics.fmean(right) if any(right) else math.nan,
-        below=sum(difference < 0 for difference in differences),
-        seeds=len(seeds),
-        p=p,
-    )
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) step-down correction, in the order given."""
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    corrected, highest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = highest
-    return corrected
-
-
-def against_control(series: Series) -> list[Paired]:
+def against_control(series: Series) -> dict[Key, Paired]:
     """Every arm of a VAE against the control of the same model, method and mask."""
-    return [
-        paired(key, values, series[key._replace(arm=CONTROL)])
+    return {
+        key: paired(values, series[key._replace(arm=CONTROL)])
         for key, values in series.items()
         if key.arm not in (CONTROL, NO_MODEL)
-    ]
+    }
 
 
-def against_one_shot(series: Series) -> list[Paired]:
+def against_one_shot(series: Series) -> dict[Key, Paired]:
     """Pseudo-Gibbs imputation against one-shot imputation by the same models."""
-    return [
-        paired(key, values, series[key._replace(method=ONE_SHOT)])
+    return {
+        key: paired(values, series[key._replace(method=ONE_SHOT)])
         for key, values in series.items()
         if key.method == PSEUDO_GIBBS
-    ]
+    }
 
 
 # The report.
@@ -366,9 +309,9 @@ def sections(series: Series, metric: str) -> Iterator[str]:
     label = LABELS[metric]
     yield f"## {label}\n\n" + table(means_table(series, metric))
     if differences := against_control(series):
-        yield f"{label}: difference from {CONTROL}\n\n" + table(paired_table(differences, metric))
+        yield f"{label}: difference from {CONTROL}\n\n" + differences_table(differences, metric)
     if differences := against_one_shot(series):
-        yield f"{label}: {PSEUDO_GIBBS} - {ONE_SHOT}\n\n" + table(paired_table(differences, metric))
+        yield f"{label}: {PSEUDO_GIBBS} - {ONE_SHOT}\n\n" + differences_table(differences, metric)
 
 
 def table(rows: Iterator[list[str]]) -> str:
@@ -390,19 +333,9 @@ def means_table(series: Series, metric: str) -> Iterator[list[str]]:
         yield [name_of(key), *cells]
 
 
-def paired_table(differences: Sequence[Paired], metric: str) -> Iterator[list[str]]:
-    yield ["", "difference", "relative", "below 0", "p", "p (Holm)"]
-    digits = DIGITS.get(metric, USUAL_DIGITS)
-    corrected = holm([difference.p for difference in differences])
-    for d, p in zip(differences, corrected, strict=True):
-        yield [
-            name_of(d.key),
-            f"{d.difference:+.{digits}f} [{d.low:+.{digits}f}, {d.high:+.{digits}f}]",
-            f"{d.relative:+.1%}",
-            f"{d.below}/{d.seeds}",
-            f"{d.p:.2g}",
-            f"{p:.2g}",
-        ]
+def differences_table(differences: Mapping[Key, Paired], metric: str) -> str:
+    named = {name_of(key): difference for key, difference in differences.items()}
+    return table(paired_table(named, DIGITS.get(metric, USUAL_DIGITS)))
 
 
 def name_of(key: Key) -> str:

@@ -1,9 +1,8 @@
-"""The pictures of a run. Figures are made without pyplot: no global state, no display needed."""
+"""The pictures of a run of ``sqloss vae``."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,25 +12,24 @@ from sqloss.models import VAE
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
-from sqloss.training.config import Config
 from sqloss.training.data import Dataset
-from sqloss.training.errors import require
-from sqloss.training.files import write_atomically
 from sqloss.training.loop import Row
+from sqloss.training.pictures import (
+    STYLES,
+    edges,
+    label_rows,
+    mosaic,
+    new_figure,
+    save_picture,
+    show,
+)
+from sqloss.training.vae.config import VAEConfig
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DPI = 150
-# Of Okabe and Ito's palette, told apart with any colour vision; the line styles differ too.
-STYLES: dict[str, dict[str, Any]] = {
-    "standard": {"color": "#0072B2", "linestyle": "-"},
-    "cvar": {"color": "#D55E00", "linestyle": "--"},
-}
 SAMPLES_PER_SIDE = 8
 RECONSTRUCTIONS = 8  # of the first test images, and as many of the worst
-BINS = 40
 
 
 def draw_pictures(
@@ -40,7 +38,7 @@ def draw_pictures(
     losses: Mapping[str, Mapping[str, Tensor]],
     history: Sequence[Row],
     data: Dataset,
-    config: Config,
+    config: VAEConfig,
 ) -> None:
     """Write every picture of a run into its directory."""
     figures = {
@@ -97,12 +95,6 @@ def loss_distribution(losses: Mapping[str, Mapping[str, Tensor]], alpha: float) 
     return figure
 
 
-def edges(lowest: float, highest: float) -> list[float]:
-    """Of the bins from the lowest to the highest value, which are counted themselves too."""
-    inner = torch.linspace(lowest, highest, BINS + 1, dtype=torch.float64)[1:-1]
-    return [lowest, *inner.tolist(), highest]  # rounding would leave the extremes outside
-
-
 @torch.no_grad()
 def samples(models: Mapping[str, VAE], seed: int) -> "Figure":
     """Images that each model generates from the same latent noise."""
@@ -137,34 +129,3 @@ def reconstructions(
         axes.set_title(title)
         label_rows(axes, labels, height=data.shape[1])
     return figure
-
-
-def save_picture(path: Path, figure: "Figure") -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=DPI, bbox_inches="tight")
-    write_atomically(path, picture.getbuffer())
-
-
-def new_figure(width: float, height: float) -> "Figure":
-    figure: Figure = require("matplotlib.figure").Figure((width, height))
-    figure.set_layout_engine("constrained", wspace=0.06)
-    return figure
-
-
-def mosaic(images: Tensor, columns: int) -> Tensor:
-    """Images [N, C, H, W] row by row, a white line between them: [rows, columns, C]."""
-    bordered = torch.nn.functional.pad(images, (0, 1, 0, 1), value=1.0)
-    channels, height, width = bordered.shape[1:]
-    grid = bordered.reshape(-1, columns, channels, height, width).permute(0, 3, 1, 4, 2)
-    return grid.reshape(-1, columns * width, channels)[:-1, :-1]
-
-
-def label_rows(axes: "Axes", labels: Sequence[str], height: int) -> None:
-    """Name the rows of a mosaic of images of this height."""
-    axes.set_yticks([(height + 1) * i + (height - 1) / 2 for i in range(len(labels))], labels)
-
-
-def show(axes: "Axes", image: Tensor) -> None:
-    axes.imshow(image.cpu().numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.tick_params(length=0)
-    axes.set(xticks=[], yticks=[], frame_on=False)

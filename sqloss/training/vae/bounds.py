@@ -11,11 +11,11 @@ from torch import Tensor
 from sqloss.models.seeding import generator
 from sqloss.training.config import LARGEST, expect, flag
 from sqloss.training.errors import require
-from sqloss.training.evaluation import importance_weighted, learnt_df
 from sqloss.training.files import write_json
 from sqloss.training.progress import counted
 from sqloss.training.tables import CONFIDENCE, aligned, nats
-from sqloss.training.trained import Trained
+from sqloss.training.vae.evaluation import importance_weighted, learnt_df
+from sqloss.training.vae.trained import Trained
 
 IMAGES_SEED = 0  # not the run's: runs with different seeds are measured on the same images
 

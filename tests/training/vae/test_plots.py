@@ -5,14 +5,12 @@ import torch
 from PIL import Image
 
 from sqloss.models import VAE
-from sqloss.training.evaluation import evaluate
-from sqloss.training.plots import (
-    BINS,
+from sqloss.training.pictures import BINS, edges, mosaic
+from sqloss.training.vae.evaluation import evaluate
+from sqloss.training.vae.plots import (
     draw_pictures,
-    edges,
     loss_curves,
     loss_distribution,
-    mosaic,
     reconstructions,
     samples,
 )
