@@ -69,6 +69,8 @@ USER_ERROR = 2
 SMALLER = {
     "vae": "; use a smaller --batch-size, --hidden, --channels, --latent, --iwae-samples, "
     "--image-size, --limit or --num-samples",
+    "gan": "; use a smaller --batch-size, --width, --latent, --image-size, --limit or "
+    "--num-samples",
     "impute": "; use a smaller --test-images, --draws or --neighbour-images",
 }
 INTERRUPTED = 130  # what a shell returns for it: 128 + SIGINT
@@ -146,6 +148,8 @@ def train(
     require_what_the_report_needs(config)
 
     whole = load_dataset(config.dataset, config.source)
+    if isinstance(config, GANConfig):
+        gan_report.refuse_what_cannot_be_reported(whole, config)
     data = whole.imbalanced(config.imbalance, config.seed).to(device)
     set_threads(config, data)
     training = begin(config, data)
@@ -159,7 +163,7 @@ def train(
         say(f"stopped and saved after {training.done()}; continue with: {resuming}")
         return INTERRUPTED
 
-    say("the training is done and saved; now a small classifier learns the classes, to report")
+    say("the training is done and saved; now a small classifier judges, for the report")
     try:
         report(training, whole, data, config, recorder.directory)
     except KeyboardInterrupt:
