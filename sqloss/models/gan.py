@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LAST_SIDE = 4  # of the maps deepest inside, at most
-LEAST_HALVINGS = 2  # with one hidden layer, 8 x 8 digits do not become digits
+LEAST_HALVINGS = 2  # one hidden layer draws the 8 x 8 digits far worse
 LEAKY_SLOPE = 0.2
 WEIGHT_STD = 0.02
 # The likelihood of codes that are read without error has no bound, and its gradient grows with the
