@@ -67,6 +67,8 @@ USER_ERROR = 2
 SMALLER = {
     "vae": "; use a smaller --batch-size, --hidden, --channels, --latent, --iwae-samples, "
     "--image-size, --limit or --num-samples",
+    "gan": "; use a smaller --batch-size, --width, --latent, --image-size, --limit or "
+    "--num-samples",
     "impute": "; use a smaller --test-images, --draws or --neighbour-images",
 }
 INTERRUPTED = 130  # what a shell returns for it: 128 + SIGINT
@@ -150,7 +152,7 @@ def train(
         say(f"stopped and saved after {done}; continue with: {resuming}")
         return INTERRUPTED
 
-    say("the training is done and saved; now a small classifier learns the classes, to report")
+    say("the training is done and saved; now a small classifier judges, for the report")
     try:
         report = work.report()
     except KeyboardInterrupt:

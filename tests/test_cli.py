@@ -368,7 +368,7 @@ def test_the_home_folder_is_understood(capsys, tmp_path, monkeypatch):
 
 def test_ctrl_c_while_the_report_is_made(capsys, tmp_path, monkeypatch):
     def interrupted(*_: object) -> None:
-        assert "now a small classifier learns" in capsys.readouterr().err
+        assert "now a small classifier judges" in capsys.readouterr().err
         raise KeyboardInterrupt
 
     monkeypatch.setattr(vae_report, "make_report", interrupted)

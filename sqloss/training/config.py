@@ -29,6 +29,9 @@ class RunConfig:
     """The hyper-parameters that runs of every command have, valid by construction."""
 
     command: ClassVar[str]
+    paths: ClassVar[tuple[str, ...]] = ("data_dir",)  # the fields that name files and folders
+    # On resuming: what does not make it another run.
+    may_change: ClassVar[tuple[str, ...]] = ("epochs", "device", "threads", "data_dir", "download")
 
     dataset: str = flag("digits", "the data set", choices=tuple(READERS))
     data_dir: str = flag("data", "the folder with the data", metavar="DIR")
@@ -185,8 +188,9 @@ def expanded(path: str) -> Path:
 
 def to_stored(config: RunConfig) -> dict[str, Any]:
     """What ``config.json`` stores, which means the same from every working directory."""
-    data_dir = str(expanded(config.data_dir).absolute())
-    return {"command": config.command} | dataclasses.asdict(config) | {"data_dir": data_dir}
+    named = {name: getattr(config, name) for name in config.paths}
+    absolute = {name: str(expanded(path).absolute()) for name, path in named.items() if path}
+    return {"command": config.command} | dataclasses.asdict(config) | absolute
 
 
 def from_stored(values: dict[str, Any], kind: type[Config]) -> Config:
@@ -194,7 +198,8 @@ def from_stored(values: dict[str, Any], kind: type[Config]) -> Config:
     command = values.get("command")
     if command != kind.command:
         raise UserError(f"expected a run of sqloss {kind.command}, got one of sqloss {command}")
-    types = {name: hint for name, hint in get_type_hints(kind).items() if name != "command"}
+    hints = get_type_hints(kind)
+    types = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
     values = {name: value for name, value in values.items() if name != "command"}
     if values.keys() != types.keys():
         differing = ", ".join(sorted(values.keys() ^ types.keys()))

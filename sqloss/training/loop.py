@@ -118,6 +118,7 @@ def fit(
     progress: Progress,
 ) -> bool:
     """Train until ``config.epochs``, saving at epochs' ends; False where told to stop."""
+    saved = training.done() if training.epoch or training.step else ""
     with StopSignal() as stop:
         while training.epoch < config.epochs:
             ended = train_epoch(training, data, config, progress, stop)
@@ -129,10 +130,11 @@ def fit(
             due = training.epoch % config.checkpoint_every == 0 or training.epoch == config.epochs
             if due or stop.requested:
                 save(training)
+                saved = training.done()
             if ended:
-                saved = "this epoch" if due else "the last checkpoint before this epoch"
+                kept = f"saved is what it was after {saved}" if saved else "nothing is saved yet"
                 for alarm in training.alarms():
-                    progress.tell(f"{alarm}; {saved} is saved")
+                    progress.tell(f"{alarm}; {kept}")
             if stop.requested:
                 return False
     return True

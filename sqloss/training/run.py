@@ -25,7 +25,6 @@ from sqloss.training.files import (
 from sqloss.training.loop import NonFiniteError, Row, Training
 
 CHECKPOINTS = "checkpoints"
-MAY_CHANGE = ("epochs", "device", "threads", "data_dir", "download")  # on resuming
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,8 @@ class Run(Generic[Config]):
         """The run that a directory holds, with changes that do not make it another run."""
         stored = read_config(kind, directory / "config.json", "--resume")
         for name, value in changes.items():
-            if name not in MAY_CHANGE and value != getattr(stored, name):
-                allowed = ", ".join(map(as_flag, MAY_CHANGE))
+            if name not in kind.may_change and value != getattr(stored, name):
+                allowed = ", ".join(map(as_flag, kind.may_change))
                 raise UserError(
                     f"{as_flag(name)}: expected {getattr(stored, name)}, with which {directory} "
                     f"was started, got {value}; with --resume only {allowed} may change"

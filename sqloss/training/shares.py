@@ -25,16 +25,28 @@ def classifier_of(whole: Dataset, device: torch.device, seed: int) -> Classifier
 
 def kept_classifier(path: Path, whole: Dataset, device: torch.device, seed: int) -> Classifier:
     """The classifier that a file holds; where there is none, it is trained and written."""
-    data = whole.fingerprint()
-    if not path.exists():
-        classifier = classifier_of(whole, device, seed)
-        content = io.BytesIO()
-        torch.save({"data": data, "classifier": classifier.state_dict()}, content)
-        write_atomically(path, content.getbuffer())
-        return classifier
+    if path.exists():
+        return read_classifier(path, whole, device)
+    classifier = classifier_of(whole, device, seed)
+    content = io.BytesIO()
+    torch.save({"data": whole.fingerprint(), "classifier": classifier.state_dict()}, content)
+    write_atomically(path, content.getbuffer())
+    return classifier
+
+
+def refuse_classifier_file(path: Path, whole: Dataset) -> None:
+    """Raise the UserError that ``kept_classifier`` would raise: call it before the training."""
+    if path.exists():
+        read_classifier(path, whole, torch.device("cpu"))
+    elif not path.parent.is_dir():
+        raise UserError(f"--classifier: expected a file in a folder that is there, got {path}")
+
+
+def read_classifier(path: Path, whole: Dataset, device: torch.device) -> Classifier:
+    """The classifier of a data set that a file holds."""
     try:
         stored = torch.load(path, map_location=device, weights_only=True)
-        if stored["data"] != data:
+        if stored["data"] != whole.fingerprint():
             raise UserError("its classifier has learnt other images or labels")
         classifier = Classifier(whole.shape, len(whole.class_names)).to(device)
         classifier.load_state_dict(stored["classifier"])

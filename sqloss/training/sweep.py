@@ -27,6 +27,7 @@ from sqloss.training.threads import set_threads
 from sqloss.training.trainers import (
     TRAINERS,
     RunUnderWay,
+    refuse_what_cannot_be_reported,
     require_what_the_report_needs,
 )
 
@@ -329,6 +330,7 @@ def prepare(sweep: Sweep) -> None:
     for task in {task.arm: task for task in missing}.values():
         config, data = task.config, data_of(task.config)
         require_what_the_report_needs(config)
+        refuse_what_cannot_be_reported(data, config)
         run_in(task.directory, config)
         data = data.imbalanced(config.imbalance, config.seed).to(config.torch_device)
         TRAINERS[sweep.command].begin(config, data)
@@ -367,6 +369,4 @@ def run_in(directory: Path, config: RunConfig) -> Run[Any]:
     """The run of this configuration, taken up again where the directory has it."""
     if not (directory / "config.json").exists():
         return Run.new(directory, config)
-    # the place of the classifier is no setting: a sweep may move
-    fields = {k: v for k, v in dataclasses.asdict(config).items() if k != "classifier"}
-    return dataclasses.replace(Run.resumed(type(config), directory, fields), config=config)
+    return Run.resumed(type(config), directory, dataclasses.asdict(config))

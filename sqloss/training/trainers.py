@@ -98,6 +98,12 @@ def require_what_the_report_needs(config: RunConfig) -> None:
             require_fid(config.fid_weights_file)
 
 
+def refuse_what_cannot_be_reported(whole: Dataset, config: RunConfig) -> None:
+    """As ``require_what_the_report_needs``, of the data."""
+    if isinstance(config, GANConfig):
+        gan_report.refuse_what_cannot_be_reported(whole, config)
+
+
 class RunUnderWay:
     """A run that has its directory, with its training where that has it."""
 
@@ -105,6 +111,7 @@ class RunUnderWay:
         self.trainer = trainer
         self.config = run.config
         self.whole = whole
+        refuse_what_cannot_be_reported(whole, run.config)
         self.data = whole.imbalanced(run.config.imbalance, run.config.seed).to(
             run.config.torch_device
         )

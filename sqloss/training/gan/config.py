@@ -18,6 +18,8 @@ class GANConfig(RunConfig):
     """The hyper-parameters of a run, valid by construction."""
 
     command: ClassVar[str] = "gan"
+    paths: ClassVar[tuple[str, ...]] = (*RunConfig.paths, "classifier", "fid_weights")
+    may_change: ClassVar[tuple[str, ...]] = (*RunConfig.may_change, "classifier", "fid_weights")
 
     epochs: int = flag(50, "passes over the training images", metavar="N")
     batch_size: int = flag(32, "images per step", metavar="N")
@@ -70,6 +72,7 @@ class GANConfig(RunConfig):
         for name in ("beta1", "ema"):
             self._expect(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
         self._expect_whole(1, "d_steps", "g_steps", "width", "latent")
+        self._expect_whole(2, "num_samples")  # a distance is one of distributions
         self._expect_whole(0, "info_codes")
         self._refuse_without_effect()
 
@@ -78,6 +81,7 @@ class GANConfig(RunConfig):
         for name, is_used, needed in (
             ("penalty", self.loss == "wgan-gp", "--loss wgan-gp"),
             ("info_weight", self.info_codes > 0, "--info-codes above 0"),
+            ("tail_of", self.alpha > 0, "--alpha above 0"),
         ):
             if not is_used and getattr(self, name) != getattr(GANConfig, name):
                 raise UserError(f"{as_flag(name)}: expected {needed} with it, got none")

@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import sqloss
 from sqloss.models.augment import Augmentation, augment, draw_augmentation
-from sqloss.models.gan import GAN, Generator
+from sqloss.models.gan import GAN, LAST_SIDE, Generator
 from sqloss.models.gan_losses import (
     code_losses,
     fake_losses,
@@ -26,9 +26,11 @@ from sqloss.training.gan.generation import Noise, draw_noise
 from sqloss.training.gan.stability import alarms
 from sqloss.training.loop import Row, Training
 
-# Means over the steps of an epoch, of both models alike whatever they are trained on.
+# Means over the steps of an epoch, each weighted by its images; of both models alike, whatever they
+# are trained on.
 D_METRICS = ("d_loss_mean", "d_loss_cvar", "d_accuracy", "d_spread")
 G_METRICS = ("g_loss_mean", "g_loss_cvar", "g_spread")
+NO_SPREAD = 1e-6  # of pixels in [-1, 1]: the images of a batch are one
 COLUMNS = ("epoch", "model", *D_METRICS, *G_METRICS)
 
 
@@ -84,6 +86,10 @@ class Contender:
         self._count("d", len(real), self._d_metrics(of_real, of_fake, real_logits, fake_logits))
 
     def generator_step(self, real: Tensor, noise: Noise, shift: Augmentation) -> None:
+        """Move the generator, and of the discriminator nothing but the statistics of batch norm.
+
+        As in its own step, these see the generated images; only pictures are made with them.
+        """
         fake = self.model.generator(*noise)
         seen = augment(fake, shift) if self.config.augment else fake
         logits, of_codes = self._judge(seen, noise)
@@ -125,7 +131,7 @@ class Contender:
         return [
             losses.mean(),
             sqloss.cvar(losses, self.config.metric_alpha),
-            spread(fake) / spread(real).clamp_min(1e-6),
+            (spread(fake) + NO_SPREAD) / (spread(real) + NO_SPREAD),  # of a single image 1
         ]
 
     def _count(self, player: str, images: int, metrics: list[Tensor]) -> None:
@@ -246,6 +252,11 @@ def build_model(config: GANConfig, data: Dataset) -> GAN:
 
 def begin(config: GANConfig, data: Dataset) -> GANTraining:
     """A training at its beginning, on the device of the data."""
+    if min(data.shape[1:]) <= LAST_SIDE:
+        raise UserError(
+            f"--image-size: expected images of at least {LAST_SIDE + 1} pixels a side, got "
+            f"{data.shape[1]} x {data.shape[2]}"
+        )
     model = build_model(config, data).to(data.train_images.device)
     batches = -(-len(data.train_images) // config.batch_size)
     if config.d_steps > batches:

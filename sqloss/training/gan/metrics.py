@@ -70,7 +70,7 @@ def measure_images(
 def floor(
     count: int, train_images: Tensor, test_images: Tensor, classifier: Classifier, seed: int
 ) -> Metrics:
-    """What ``count`` real images get in the place of the generated ones: no generator does better.
+    """What ``count`` real images get in the place of generated ones: the best to be hoped for.
 
     They are drawn from the training images (from before any imbalance, unless that is to be part
     of the floor), of which all are taken where there are no more. The dictionary has
@@ -274,7 +274,7 @@ def true_fid(generated: Tensor, test_images: Tensor, weights: Path) -> float:
     for batch in test_images.split(FID_BATCH_SIZE):
         metric.update(_coloured(batch), real=True)
     for batch in generated.split(FID_BATCH_SIZE):
-        # torchmetrics' own conversion, normalize=True, would round 8-bit pixels down by one
+        # rounded: torchmetrics' own conversion, normalize=True, would cut off
         metric.update(_coloured((batch * 255).round().byte()), real=False)
     return float(metric.compute())
 

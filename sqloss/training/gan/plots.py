@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 SAMPLES_PER_SIDE = 8
 CLASSES_SHOWN = 10
 NEAREST = 10
+CODES_SHOWN = 20
 CODE_STEPS = 9  # from -1 to 1
 JUDGED = 1000  # images of each kind in the distributions
 
@@ -157,24 +158,25 @@ def nearest(generators: Mapping[str, Generator], data: Dataset, seed: int) -> "F
 
 def codes(generators: Mapping[str, Generator], seed: int) -> "Figure":
     """A row per code: it goes from -1 to 1, and all else stays."""
-    figure = new_figure(4.6 * len(generators), 0.8 + 0.5 * next(iter(generators.values())).codes)
+    rows = min(next(iter(generators.values())).codes, CODES_SHOWN)
+    figure = new_figure(4.6 * len(generators), 0.8 + 0.5 * rows)
     panels = figure.subplots(1, len(generators), squeeze=False)[0]
     for axes, (name, model) in zip(panels, generators.items(), strict=True):
-        images = generate(model, noise_by_code(model, seed))
+        images = generate(model, noise_by_code(model, rows, seed))
         show(axes, mosaic(images, columns=CODE_STEPS))
-        label_rows(axes, [f"code {i + 1}" for i in range(model.codes)], height=images.shape[2])
+        label_rows(axes, [f"code {i + 1}" for i in range(rows)], height=images.shape[2])
         axes.set_title(name)
     figure.suptitle("One code per row, from -1 to 1")
     return figure
 
 
-def noise_by_code(model: Generator, seed: int) -> Noise:
-    """Of one image, with each code in turn at CODE_STEPS values and the others at 0."""
-    count = model.codes * CODE_STEPS
+def noise_by_code(model: Generator, rows: int, seed: int) -> Noise:
+    """Of one image, with each of the first codes at CODE_STEPS values and the others at 0."""
+    count = rows * CODE_STEPS
     one = draw_noise(1, model, stream(seed, "codes"))
     values = torch.linspace(-1, 1, CODE_STEPS, device=one.z.device)
-    varied = torch.zeros(model.codes, CODE_STEPS, model.codes, device=one.z.device)
-    for code in range(model.codes):
+    varied = torch.zeros(rows, CODE_STEPS, model.codes, device=one.z.device)
+    for code in range(rows):
         varied[code, :, code] = values
     labels = None if one.labels is None else one.labels.expand(count)
     return Noise(one.z.expand(count, -1), labels, varied.flatten(0, 1))

@@ -12,15 +12,16 @@ from sqloss.models.classifier import Classifier, accuracy
 from sqloss.models.gan import Generator
 from sqloss.models.seeding import generator as stream
 from sqloss.training.data import Dataset
+from sqloss.training.errors import UserError
 from sqloss.training.files import write_atomically, write_json
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import generate_many
 from sqloss.training.gan.loop import D_METRICS, G_METRICS
-from sqloss.training.gan.metrics import floor, measure_images, true_fid
+from sqloss.training.gan.metrics import LEAST_IMAGES, floor, measure_images, true_fid
 from sqloss.training.gan.stability import failures
 from sqloss.training.loop import Row
 from sqloss.training.progress import counted
-from sqloss.training.shares import class_shares, share, share_table
+from sqloss.training.shares import class_shares, refuse_classifier_file, share, share_table
 from sqloss.training.tables import CONFIDENCE, aligned
 
 Report = dict[str, Any]
@@ -32,6 +33,17 @@ QUALITY = {
     "label_entropy": "label entropy",
     "modes": "modes",
 }
+
+
+def refuse_what_cannot_be_reported(whole: Dataset, config: GANConfig) -> None:
+    """Fail before the training where the report would fail after it."""
+    for kind, images in (("training", whole.train_images), ("test", whole.test_images)):
+        if len(images) < LEAST_IMAGES:
+            raise UserError(
+                f"--dataset: expected at least {LEAST_IMAGES} {kind} images, got {len(images)}"
+            )
+    if config.classifier_file:
+        refuse_classifier_file(config.classifier_file, whole)
 
 
 def make_report(
@@ -103,9 +115,9 @@ def latest_losses(history: Sequence[Row], name: str) -> dict[str, float]:
 def failed(history: Sequence[Row], name: str, config: GANConfig) -> dict[str, list[int]]:
     """The epochs in which something was wrong with a model, by what that was."""
     epochs: dict[str, list[int]] = {}
-    for row in history:
-        for words in failures(row, config.loss) if row["model"] == name else []:
-            epochs.setdefault(words, []).append(row["epoch"])
+    for epoch, found in failures(history, name, config.loss).items():
+        for words in found:
+            epochs.setdefault(words, []).append(epoch)
     return epochs
 
 
@@ -124,6 +136,19 @@ def as_markdown(report: Report) -> str:
         "gan_nearest.png": "Generated images and their nearest training images",
     } | ({"gan_codes.png": "One code per row"} if config["info_codes"] else {})
     shown = "\n".join(f"![{words}]({name})" for name, words in pictures.items())
+    classes_note = (
+        "\n- Classes were asked for with equal probability, however rare they are in the training:"
+        "\n  their shares tell how well the generator obeys, and no more."
+        if config["conditional"]
+        else ""
+    )
+    losses_note = (
+        " Those of two models are of two\n  discriminators, and say nothing of which generates"
+        " better images; `gan_loss_distribution.png`\n  has both models' images before one"
+        " discriminator."
+        if len(report["models"]) > 1
+        else ""
+    )
     return f"""\
 # GAN on {config["dataset"]}
 
@@ -146,12 +171,11 @@ Every setting is in `config.json`.
   the images show, to the classifier with a probability of 0.9.
 - That classifier was trained on the training images before the imbalance, and gets
   {report["classifier_test_accuracy"]:.1%} of the test images right. The intervals are Wilson's at
-  {CONFIDENCE:.0%}; they cover the number of generated images, not the classifier's errors.
-- Losses are means over the steps of the last epoch. Those of two models are of two discriminators,
-  and say nothing of which generates better images; `gan_loss_distribution.png` has both models'
-  images before one discriminator. Accuracy is the share of pairs of a real and a generated image
-  of which the real one has the higher logit: 50 % is all that a discriminator gets of images that
-  it cannot tell apart.
+  {CONFIDENCE:.0%}; they cover the number of generated images, not the classifier's
+  errors.{classes_note}
+- Losses are means over the steps of the last epoch, weighted by their images.{losses_note}
+  Accuracy is the share of pairs of a real and a generated image of a step of which the real one has
+  the higher logit: 50 % is all that a discriminator gets of images that it cannot tell apart.
 - A generator that has learnt its training images by heart makes images much nearer to them than the
   held-out ones are.
 - This is one run with one seed. A difference between the models on one seed is not evidence for one
@@ -198,7 +222,7 @@ def quality_table(report: Report) -> Iterator[list[str]]:
         yield [label, *(in_digits(metric, column[metric]) for column in columns)]
     if report["config"]["conditional"]:
         shares = [f"{model['label_agreement']['share']:.1%}" for model in models]
-        yield ["of the class asked for", "", *shares]
+        yield [f"of the class asked for, of {report['config']['num_samples']}", "", *shares]
     if report["config"]["fid_weights"]:
         yield ["FID", "", *(f"{model['fid']:.2f}" for model in models)]
 

@@ -9,12 +9,13 @@ from typing import Any
 from sqloss.models import VAE
 from sqloss.training.data import Dataset, load_dataset
 from sqloss.training.errors import UserError
-from sqloss.training.run import MAY_CHANGE, read_config, restore
+from sqloss.training.run import read_config, restore
 from sqloss.training.vae.config import VAEConfig
 from sqloss.training.vae.loop import begin
 
 ARGUMENT = "RUN_DIR"
-MAY_DIFFER = tuple(name for name in MAY_CHANGE if name != "epochs")  # nothing is trained here
+# Nothing is trained here.
+MAY_DIFFER = tuple(name for name in VAEConfig.may_change if name != "epochs")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from sqloss.models.seeding import generator, initialisation
 from sqloss.student_t import draw_seed, normal_rsample_kl
 from sqloss.training import checkpoint
 from sqloss.training.errors import UserError
-from sqloss.training.progress import Progress
 from sqloss.training.run import Run
 from sqloss.training.stop import StopSignal
 from sqloss.training.vae.config import VAEConfig
@@ -22,43 +21,6 @@ from sqloss.training.vae.evaluation import evaluate
 from sqloss.training.vae.loop import COLUMNS
 
 STEPS_PER_EPOCH = 3
-
-
-def assert_same(first, second):
-    """Bit for bit, at any depth."""
-    assert type(first) is type(second)
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second)
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for key in first:
-            assert_same(first[key], second[key])
-    elif isinstance(first, list):
-        assert len(first) == len(second)
-        for a, b in zip(first, second, strict=True):
-            assert_same(a, b)
-    else:
-        assert first == second
-
-
-def assert_same_run(first: Path, second: Path):
-    assert_same(checkpoint.load(first / "checkpoints"), checkpoint.load(second / "checkpoints"))
-    assert (first / "metrics.csv").read_bytes() == (second / "metrics.csv").read_bytes()
-
-
-class Signalling(Progress):
-    """Sends this process a signal after so many steps."""
-
-    def __init__(self, after: int, number: int = signal.SIGINT) -> None:
-        super().__init__(0, 0, 4)
-        self.after = after
-        self.number = number
-
-    def step(self) -> None:
-        self.after -= 1
-        if self.after == 0:
-            signal.raise_signal(self.number)
-
 
 VARIANTS = {
     "t": {"prior": "t", "df": 3.0, "tail": "reconstruction"},
@@ -83,7 +45,7 @@ def whole(trainer, tmp_path) -> Path:
     return tmp_path / "whole"
 
 
-def test_all_models_start_alike(trainer):
+def test_all_models_start_alike(trainer, assert_same):
     models = trainer.begin(trainer.config).models
     assert list(models) == ["standard", "cvar"]
     assert_same(models["standard"].state_dict(), models["cvar"].state_dict())
@@ -98,7 +60,7 @@ def test_at_alpha_0_there_is_only_the_standard_model(trainer):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.8])
-def test_the_standard_model_is_bit_for_bit_a_plain_training(trainer, tmp_path, alpha):
+def test_the_standard_model_is_bit_for_bit_a_plain_training(trainer, tmp_path, alpha, assert_same):
     config = dataclasses.replace(trainer.config, alpha=alpha)
     training, _ = trainer.train(Run.new(tmp_path, config))
 
@@ -125,7 +87,7 @@ def test_the_standard_model_is_bit_for_bit_a_plain_training(trainer, tmp_path, a
 
 
 @pytest.mark.parametrize("df", [None, 3.0])
-def test_in_numpy_torch_only_measures(trainer, tmp_path, monkeypatch, df):
+def test_in_numpy_torch_only_measures(trainer, tmp_path, monkeypatch, df, assert_same):
     def fail(*_, **__):
         raise AssertionError("autograd")
 
@@ -164,7 +126,7 @@ def test_the_models_of_another_alpha_differ(trainer, tmp_path):
     assert not torch.equal(standard, cvar)
 
 
-def test_two_and_two_epochs_are_four(trainer, tmp_path, whole):
+def test_two_and_two_epochs_are_four(trainer, tmp_path, whole, assert_same_run):
     short = dataclasses.replace(trainer.config, epochs=2)
     trainer.train(Run.new(tmp_path / "parts", short))
     trainer.train(Run.resumed(VAEConfig, tmp_path / "parts", {"epochs": 4}))
@@ -173,9 +135,11 @@ def test_two_and_two_epochs_are_four(trainer, tmp_path, whole):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("after", [1, 4, 5, 2 * STEPS_PER_EPOCH, 4 * STEPS_PER_EPOCH])
-def test_an_interrupted_run_goes_on_where_it_was(trainer, tmp_path, whole, after, number):
+def test_an_interrupted_run_goes_on_where_it_was(
+    trainer, tmp_path, whole, after, number, assert_same_run, signalling
+):
     parts = tmp_path / "parts"
-    training, finished = trainer.train(trainer.run(parts), Signalling(after, number))
+    training, finished = trainer.train(trainer.run(parts), signalling(after, number))
     epoch, step = training.epoch, training.step
     assert epoch * STEPS_PER_EPOCH + step == after
     newest = checkpoint.load(parts / "checkpoints")
@@ -187,11 +151,13 @@ def test_an_interrupted_run_goes_on_where_it_was(trainer, tmp_path, whole, after
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_kind_of_run_goes_on_where_it_was(trainer, tmp_path, variant):
+def test_every_kind_of_run_goes_on_where_it_was(
+    trainer, tmp_path, variant, assert_same_run, signalling
+):
     changes = VARIANTS[variant] | {"hidden": "6,5"}
     trainer.config = dataclasses.replace(trainer.config, **changes)
     trainer.train(trainer.run(tmp_path / "whole"))
-    trainer.train(trainer.run(tmp_path / "parts"), Signalling(5))
+    trainer.train(trainer.run(tmp_path / "parts"), signalling(5))
     trainer.train(Run.resumed(VAEConfig, tmp_path / "parts", {}))
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
@@ -228,16 +194,20 @@ def test_the_importance_weighted_bound_is_what_is_trained_on(trainer, tmp_path):
     assert standard["test_objective_cvar"] == pytest.approx(sqloss.cvar(tested, 0.8).item())
 
 
-def test_a_run_interrupted_again_and_again_is_the_same(trainer, tmp_path, whole):
+def test_a_run_interrupted_again_and_again_is_the_same(
+    trainer, tmp_path, whole, assert_same_run, signalling
+):
     parts = tmp_path / "parts"
-    trainer.train(trainer.run(parts), Signalling(1))
+    trainer.train(trainer.run(parts), signalling(1))
     for _ in range(3):
-        trainer.train(Run.resumed(VAEConfig, parts, {}), Signalling(3))
+        trainer.train(Run.resumed(VAEConfig, parts, {}), signalling(3))
     trainer.train(Run.resumed(VAEConfig, parts, {}))
     assert_same_run(parts, whole)
 
 
-def test_a_run_without_a_checkpoint_yet_starts_from_the_beginning(trainer, tmp_path, whole):
+def test_a_run_without_a_checkpoint_yet_starts_from_the_beginning(
+    trainer, tmp_path, whole, assert_same_run
+):
     parts = tmp_path / "parts"
     trainer.run(parts).start(trainer.begin(trainer.config), trainer.data)
     trainer.train(Run.resumed(VAEConfig, parts, {}))
@@ -266,7 +236,7 @@ def test_a_second_ctrl_c_acts_at_once():
             signal.raise_signal(signal.SIGINT)
 
 
-def test_training_works_outside_the_main_thread(trainer, tmp_path, whole):
+def test_training_works_outside_the_main_thread(trainer, tmp_path, whole, assert_same_run):
     thread = threading.Thread(target=trainer.train, args=[trainer.run(tmp_path / "thread")])
     thread.start()
     thread.join()
@@ -274,12 +244,14 @@ def test_training_works_outside_the_main_thread(trainer, tmp_path, whole):
 
 
 @pytest.mark.parametrize("broken", ["weights", "loss"])
-def test_a_loss_that_is_not_finite_stops_without_saving(trainer, tmp_path, broken):
+def test_a_loss_that_is_not_finite_stops_without_saving(
+    trainer, tmp_path, broken, assert_same, signalling
+):
     short = dataclasses.replace(trainer.config, epochs=1)
     trainer.train(Run.new(tmp_path, short))
     good = checkpoint.load(tmp_path / "checkpoints")
 
-    class Breaking(Signalling):
+    class Breaking(signalling):
         def step(self) -> None:
             super().step()
             if broken == "weights":
