@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqloss.training.config import LARGEST, RunConfig, as_flag, expanded, expect, flag
+from sqloss.training.config import LARGEST, RunConfig, as_flag, expect, flag
 from sqloss.training.data import Dataset, Source, load_dataset
 from sqloss.training.errors import UserError, require
 from sqloss.training.files import write_json
@@ -259,11 +259,12 @@ def plan(command: str, sweep_config: SweepConfig, output_dir: Path | None, given
     base: dict[str, Any] = {**defaults, "threads": 1, **preset.base, **given}
     name = f"sweep-{sweep_config.preset or command}-{base['dataset']}"
     directory = output_dir or Path("runs") / name
-    common = {"classifier": kept_in(directory, base)} if kind is GANConfig else {}
+    common = dict(base)
+    if kind is GANConfig and not base["classifier"]:  # one judges all runs
+        common["classifier"] = str(directory.absolute() / "classifier.pt")
     origin = "--grid" if sweep_config.grid else "--preset"
     configs = {
-        arm: configure(kind, {**base, **common}, flags, f"{origin}: {arm}")
-        for arm, flags in arms.items()
+        arm: configure(kind, common, flags, f"{origin}: {arm}") for arm, flags in arms.items()
     }
     tasks = make_tasks(directory, configs, sweep_config.seeds)
     settings = {"command": command} | {k: v for k, v in base.items() if k not in NO_SETTINGS}
@@ -289,11 +290,6 @@ def complaint(kind: type[RunConfig], values: Flags) -> str:
     except UserError as error:
         return str(error)
     return ""
-
-
-def kept_in(directory: Path, base: Flags) -> str:
-    """The file of the classifier that judges all runs."""
-    return base["classifier"] or str(expanded(str(directory)).absolute() / "classifier.pt")
 
 
 def make_tasks(directory: Path, configs: Mapping[str, RunConfig], seeds: int) -> list[Task]:

@@ -18,6 +18,8 @@ from sqloss.training.tables import CONFIDENCE, aligned
 from sqloss.training.trainers import Report
 from sqloss.training.vae.report import worst_class
 
+PICTURE = "sweep.png"
+
 # Metrics.
 
 
@@ -228,13 +230,12 @@ def against_first(series: Series) -> dict[tuple[Key, Key], Paired]:
 
 
 def write_report(sweep: Sweep, metric: str) -> None:
+    draw_samples(sweep)
     write_atomically(sweep.directory / "sweep.md", as_markdown(sweep, metric).encode())
-    if sweep.command == "gan":
-        draw_samples(sweep)
 
 
 def draw_samples(sweep: Sweep) -> None:
-    """What every arm generates with the first seed, but for those that have failed with it."""
+    """What GANs of every arm generate with the first seed, but for those that failed with it."""
     seed = sweep.tasks[0].config.seed
     panels = []
     for task in sweep.tasks:
@@ -245,7 +246,7 @@ def draw_samples(sweep: Sweep) -> None:
             panels += [Panel(coverage(row, rows), images[row["model"]]) for row in rows]
     if panels:
         title = f"Generated from the same noise, with seed {seed}"
-        draw_panels(sweep.directory / "sweep.png", panels, title)
+        draw_panels(sweep.directory / PICTURE, panels, title)
 
 
 def coverage(row: Row, rows: Sequence[Row]) -> str:
@@ -260,8 +261,8 @@ def as_markdown(sweep: Sweep, metric: str) -> str:
     rows = rows_of(sweep)
     others = [other for other in present(sweep.command, rows) if other != metric]
     parts += [table for other in others if (table := differences(sweep, rows, other))]
-    if sweep.command == "gan":
-        parts.append("![Samples of every arm](sweep.png)")
+    if (sweep.directory / PICTURE).exists():
+        parts.append(f"![Samples of every arm]({PICTURE})")
     return "\n\n".join(parts) + "\n"
 
 
@@ -270,6 +271,9 @@ Means over seeds, in brackets their {CONFIDENCE:.0%} t intervals. Differences ar
 seed, and relative to the mean of what they are from; p is of the paired t test, and Holm's
 correction is over the rows of its table. The best of many rows is the best by luck too: only the
 differences tell how far it is to be believed, and with one seed nothing does."""
+
+
+HOW_TO_RETRY = f"Failed (a run is tried again once the {FAILED} in its directory is deleted):"
 
 
 def summary(sweep: Sweep, metric: str) -> str:
@@ -292,7 +296,7 @@ def summary(sweep: Sweep, metric: str) -> str:
         if task.has_failed
     ]
     if failed:
-        parts.append("Failed:\n\n" + "\n".join(failed))
+        parts.append(f"{HOW_TO_RETRY}\n\n" + "\n".join(failed))
     return "\n\n".join(filter(None, [*parts, differences(sweep, rows, metric)]))
 
 

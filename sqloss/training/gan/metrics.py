@@ -19,6 +19,7 @@ from sqloss.models.classifier import Classifier
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator, initialisation
 from sqloss.training.errors import UserError, require
+from sqloss.training.loop import NonFiniteError
 
 LEAST_IMAGES = 2  # neither a covariance nor a neighbour is to be had of fewer
 KERNEL_SUBSETS = 50
@@ -243,7 +244,7 @@ def _check(function: str, argument: str, images: Tensor, test_images: Tensor) ->
         )
     broken = int((~images.isfinite()).flatten(1).any(1).sum())
     if broken:
-        raise UserError(
+        raise NonFiniteError(
             f"{function}: {argument}: expected finite pixels, got NaN or infinity in {broken} of "
             f"{len(images)} images"
         )
