@@ -2,10 +2,9 @@
 
 import argparse
 import dataclasses
-import math
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -14,20 +13,26 @@ import torch
 
 import sqloss
 from sqloss.training.config import RunConfig, as_flag, expanded
-from sqloss.training.data import Dataset, load_dataset
+from sqloss.training.data import load_dataset
 from sqloss.training.errors import UserError, require
 from sqloss.training.files import as_csv, write_atomically
-from sqloss.training.gan import plots as gan_plots
-from sqloss.training.gan import report as gan_report
 from sqloss.training.gan.config import GANConfig
-from sqloss.training.gan.loop import GANTraining
-from sqloss.training.gan.loop import begin as begin_gan
-from sqloss.training.gan.metrics import require_fid
-from sqloss.training.loop import Training, fit
 from sqloss.training.progress import Progress
 from sqloss.training.run import Run
-from sqloss.training.shares import classifier_of, kept_classifier
+from sqloss.training.shares import classifier_of
+from sqloss.training.sweep import PRESETS, SweepConfig
+from sqloss.training.sweep import plan as plan_sweep
+from sqloss.training.sweep import prepare as prepare_sweep
+from sqloss.training.sweep import train as train_sweep
+from sqloss.training.sweep_report import MAIN, metric_to_choose_by, outcome, summary, write_csv
+from sqloss.training.sweep_report import write_report as write_sweep_report
 from sqloss.training.threads import set_threads
+from sqloss.training.trainers import (
+    TRAINERS,
+    RunUnderWay,
+    Trainer,
+    require_what_the_report_needs,
+)
 from sqloss.training.vae.bounds import BoundsConfig, bounds_table, measure_bounds, write_bounds
 from sqloss.training.vae.comparison import (
     CLASSIFIER_SEED,
@@ -39,7 +44,6 @@ from sqloss.training.vae.comparison import (
     trials,
 )
 from sqloss.training.vae.config import VAEConfig
-from sqloss.training.vae.evaluation import evaluate
 from sqloss.training.vae.imputation import COLUMNS as IMPUTE_COLUMNS
 from sqloss.training.vae.imputation import (
     ImputeConfig,
@@ -51,15 +55,9 @@ from sqloss.training.vae.imputation import (
     vae_methods,
 )
 from sqloss.training.vae.imputation_plots import draw_imputations
-from sqloss.training.vae.loop import VAETraining
-from sqloss.training.vae.loop import begin as begin_vae
-from sqloss.training.vae.plots import draw_pictures
-from sqloss.training.vae.report import make_report, tables, write_report
 from sqloss.training.vae.trained import MAY_DIFFER, Trained, load_trained
 
-Config = TypeVar("Config", bound=RunConfig)
-State = TypeVar("State", bound=Training)
-Settings = TypeVar("Settings", BoundsConfig, ImputeConfig, CompareConfig)
+Settings = TypeVar("Settings", BoundsConfig, ImputeConfig, CompareConfig, SweepConfig)
 
 # How priors are compared where nothing else is asked for.
 PLAIN: dict[str, Any] = {"alpha": 0.0, "imbalance": "none"}
@@ -126,49 +124,64 @@ def vae() -> int:
 
 def train_vae(output_dir: Path | None = None, resume: Path | None = None, **given: Any) -> int:
     """Train VAEs on the mean and on the tail of the loss, side by side, and report on them."""
-    return train(VAEConfig, begin_vae, report_on_vae, output_dir, resume, given)
+    return train(TRAINERS["vae"], output_dir, resume, given)
 
 
 def train_gan(output_dir: Path | None = None, resume: Path | None = None, **given: Any) -> int:
     """Train GANs on the mean and on the tail of their losses, side by side, and report on them."""
-    return train(GANConfig, begin_gan, report_on_gan, output_dir, resume, given)
+    return train(TRAINERS["gan"], output_dir, resume, given)
 
 
 def train(
-    kind: type[Config],
-    begin: Callable[[Config, Dataset], State],
-    report: Callable[[State, Dataset, Dataset, Config, Path], None],
+    trainer: Trainer[Any, Any],
     output_dir: Path | None,
     resume: Path | None,
     given: dict[str, Any],
 ) -> int:
     """Start a run, or take it up again, and report on it once it is trained."""
+    kind = trainer.config
     run = Run.resumed(kind, resume, given) if resume else Run.new(output_dir, kind(**given))
-    config, device = run.config, run.config.torch_device
-    require_what_the_report_needs(config)
+    require_what_the_report_needs(run.config)
+    whole = load_dataset(run.config.dataset, run.config.source)
+    work = RunUnderWay(trainer, run, whole)
+    announce(work)
 
-    whole = load_dataset(config.dataset, config.source)
-    if isinstance(config, GANConfig):
-        gan_report.refuse_what_cannot_be_reported(whole, config)
-    data = whole.imbalanced(config.imbalance, config.seed).to(device)
-    set_threads(config, data)
-    training = begin(config, data)
-    recorder = run.start(training, data)
-    announce(recorder.directory, data, device)
-
-    with recorder, Progress(*steps(training, data, config), config.epochs) as progress:
-        finished = fit(training, data, config, recorder.save, progress)
-    resuming = f"sqloss {config.command} --resume {shlex.quote(str(recorder.directory))}"
-    if not finished:
-        say(f"stopped and saved after {training.done()}; continue with: {resuming}")
+    resuming = f"sqloss {run.config.command} --resume {shlex.quote(str(work.directory))}"
+    if not work.fit(Progress(*work.steps(), run.config.epochs)):
+        done = work.training.done()
+        say(f"stopped and saved after {done}; continue with: {resuming}")
         return INTERRUPTED
 
     say("the training is done and saved; now a small classifier judges, for the report")
     try:
-        report(training, whole, data, config, recorder.directory)
+        report = work.report()
     except KeyboardInterrupt:
         say(f"\nstopped before the report; the training is saved, make the report with: {resuming}")
         return INTERRUPTED
+    print(trainer.tables(report))
+    say(f"the classifier gets {report['classifier_test_accuracy']:.1%} of the test images right")
+    say(f"how to read this, and the pictures: {work.directory / 'report.md'}")
+    return 0
+
+
+def sweep(trainer: str, output_dir: Path | None = None, **given: Any) -> int:
+    """Train with several settings and seeds, a run for each, and compare what they come to."""
+    sweep_config, given = taken(SweepConfig, given)
+    metric = metric_to_choose_by(trainer, sweep_config.best_by)
+    whole = plan_sweep(trainer, sweep_config, output_dir, given)
+    missing = whole.missing
+    say(f"sweep: {whole.directory}, {len(missing)} of {len(whole.tasks)} runs to do")
+    try:
+        prepare_sweep(whole)
+        for number, task in enumerate(train_sweep(whole, sweep_config.jobs), 1):
+            write_csv(whole)
+            say(f"{number}/{len(missing)}: {outcome(whole, task, metric)}")
+    except KeyboardInterrupt:
+        say("\nstopped; what is done is kept: the same command does the rest")
+        return INTERRUPTED
+    write_sweep_report(whole, metric)
+    print(summary(whole, metric))
+    say(f"with every metric: {whole.directory / 'sweep.md'}; every number: sweep.csv beside it")
     return 0
 
 
@@ -257,42 +270,6 @@ def refuse_all_but(allowed: Sequence[str], given: Mapping[str, Any], where: str)
             raise UserError(f"{as_flag(name)}: expected no such flag {where}, but {flags}")
 
 
-def report_on_vae(
-    training: VAETraining, whole: Dataset, data: Dataset, config: VAEConfig, directory: Path
-) -> None:
-    """Measure, draw and tell what the training has come to."""
-    models = training.models
-    losses = {
-        name: evaluate(model, data, config.seed, config.iwae_samples)
-        for name, model in models.items()
-    }
-    report = make_report(models, losses, whole, data, config)
-    write_report(directory, report)
-    draw_pictures(directory, models, losses, training.history, data, config)
-    print(tables(report))
-    say(f"the classifier gets {report['classifier_test_accuracy']:.1%} of the test images right")
-    say(f"how to read this, and the pictures: {directory / 'report.md'}")
-
-
-def report_on_gan(
-    training: GANTraining, whole: Dataset, data: Dataset, config: GANConfig, directory: Path
-) -> None:
-    """Measure, draw and tell what the training has come to."""
-    device, path = config.torch_device, config.classifier_file
-    classifier = (
-        kept_classifier(path, whole, device, config.seed)
-        if path
-        else classifier_of(whole, device, config.seed)
-    )
-    generators, history = training.generators, training.history
-    report = gan_report.make_report(generators, history, classifier, whole, data, config)
-    gan_report.write_report(directory, report)
-    gan_plots.draw_pictures(directory, training.models, generators, history, data, config)
-    print(gan_report.tables(report))
-    say(f"the classifier gets {report['classifier_test_accuracy']:.1%} of the test images right")
-    say(f"how to read this, and the pictures: {directory / 'report.md'}")
-
-
 def evaluate_run(run_dir: Path, **given: Any) -> int:
     """Measure the VAEs of a run by their -ELBO and importance-weighted bound on test images."""
     require("scipy.stats")
@@ -316,30 +293,14 @@ def show_config() -> int:
     return 0
 
 
-def require_what_the_report_needs(config: RunConfig) -> None:
-    """Fail before the training where the report would fail after it."""
-    require("matplotlib.figure")
-    require("scipy.stats")
-    if isinstance(config, GANConfig):
-        require("sklearn.neighbors")
-        require("torchmetrics")
-        if config.fid_weights_file:
-            require_fid(config.fid_weights_file)
-
-
-def announce(directory: Path, data: Dataset, device: torch.device) -> None:
-    say(f"run: {directory} on {device}")
+def announce(work: RunUnderWay) -> None:
+    data = work.data
+    say(f"run: {work.directory} on {data.train_images.device}")
     say(
         f"data: {data.name}, {len(data.train_images)} training images of "
         f"{' x '.join(map(str, data.shape))}, per class {data.class_counts()}, "
         f"{len(data.test_images)} test images"
     )
-
-
-def steps(training: Training, data: Dataset, config: RunConfig) -> tuple[int, int]:
-    """The steps of the whole training, and those of them done already."""
-    per_epoch = math.ceil(len(data.train_images) / config.batch_size)
-    return per_epoch * config.epochs, per_epoch * training.epoch + training.step
 
 
 def say(line: str) -> None:
@@ -355,6 +316,7 @@ def parser() -> argparse.ArgumentParser:
     for name, (subcommand, add_flags) in {
         "vae": (train_vae, add_vae_flags),
         "gan": (train_gan, add_gan_flags),
+        "sweep": (sweep, add_sweep_flags),
         "evaluate": (evaluate_run, add_evaluate_flags),
         "impute": (impute, add_impute_flags),
         "config": (show_config, None),
@@ -393,6 +355,30 @@ def add_run_flags(part: argparse.ArgumentParser, kind: type[RunConfig]) -> None:
         metavar="DIR",
         help="continue the run in DIR with its own settings; --epochs raises its total",
     )
+
+
+def add_sweep_flags(sweep: argparse.ArgumentParser) -> None:
+    trainers = sweep.add_subparsers(dest="trainer", required=True, metavar="TRAINER")
+    for name, trainer in TRAINERS.items():
+        description = f"sweep over settings and seeds of sqloss {name}"
+        part = trainers.add_parser(name, help=description, description=description)
+        defaults = {
+            "grid": "none",
+            "preset": f"none; there are {', '.join(PRESETS[name])}",
+            "best_by": MAIN[name][0],
+        }
+        add_config_flags(part, SweepConfig, defaults)
+        part.add_argument(
+            "--output-dir",
+            type=expanded,
+            default=argparse.SUPPRESS,
+            metavar="DIR",
+            help="where the runs, sweep.csv and sweep.md go; runs that are there already are not "
+            f"done again (default: runs/sweep-{name}-DATASET, or with the preset's name)",
+        )
+        own = {"threads": 1, "classifier": "classifier.pt in the directory of the sweep"}
+        training = part.add_argument_group(f"how sqloss {name} trains")
+        add_config_flags(training, trainer.config, own)
 
 
 def add_evaluate_flags(evaluate: argparse.ArgumentParser) -> None:
@@ -461,5 +447,6 @@ def add_config_flag(
 ) -> None:
     """The flag of a field of a configuration, absent where it is not given."""
     kind: dict[str, Any] = {"action": "store_true"} if field.type is bool else {"type": field.type}
-    options = dict(field.metadata) | {"help": f"{field.metadata['help']} (default: {default})"}
-    part.add_argument(as_flag(field.name), default=argparse.SUPPRESS, **kind, **options)
+    options = kind | dict(field.metadata)
+    options["help"] = f"{field.metadata['help']} (default: {default})"
+    part.add_argument(as_flag(field.name), default=argparse.SUPPRESS, **options)

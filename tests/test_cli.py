@@ -16,6 +16,8 @@ from sqloss.models import classifier
 from sqloss.training import files
 from sqloss.training.data import Dataset
 from sqloss.training.threads import set_threads
+from sqloss.training.vae import loop as vae_loop
+from sqloss.training.vae import report as vae_report
 from sqloss.training.vae.config import VAEConfig
 from sqloss.training.vae.loop import build_model
 
@@ -155,12 +157,12 @@ def initial_weights(monkeypatch, *arguments: object) -> torch.Tensor:
     """Those of a run that is stopped as soon as it has them."""
     given = []
 
-    def take(config, data):
-        model = build_model(config, data.shape)
+    def take(config, shape):
+        model = build_model(config, shape)
         given.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "begin_vae", take)
+    monkeypatch.setattr(vae_loop, "build_model", take)
     assert cli.main(["vae", *TINY, *map(str, arguments)]) == 130
     return given[0]
 
@@ -178,7 +180,7 @@ def test_the_classifier_learns_from_the_data_before_the_imbalance(tmp_path, monk
         counts.append((whole.class_counts()[0], data.class_counts()[0]))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "make_report", spy)
+    monkeypatch.setattr(vae_report, "make_report", spy)
     run = ["--output-dir", str(tmp_path / "run"), "--epochs", "1"]
     cli.main(["vae", *TINY, *run, "--imbalance", "0:0.1"])
     [(before, after)] = counts
@@ -517,7 +519,7 @@ def test_ctrl_c_while_the_report_is_made(capsys, tmp_path, monkeypatch):
         assert "now a small classifier judges" in capsys.readouterr().err
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "make_report", interrupted)
+    monkeypatch.setattr(vae_report, "make_report", interrupted)
     run = tmp_path / "run"
     assert cli.main(["vae", *TINY, "--epochs", "1", "--output-dir", str(run)]) == 130
     message = capsys.readouterr().err

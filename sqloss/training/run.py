@@ -156,7 +156,7 @@ class Recorder:
         if error and self.is_new and not kept:
             (self.directory / "config.json").unlink(missing_ok=True)
         if isinstance(error, NonFiniteError):
-            raise UserError(f"{error}; {self._what_remains(kept)}") from error
+            raise NonFiniteError(f"{error}; {self._what_remains(kept)}") from error
 
     def _what_remains(self, kept: list[Path]) -> str:
         if kept:

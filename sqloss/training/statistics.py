@@ -73,7 +73,7 @@ def paired_table(differences: Mapping[str, Paired], digits: int) -> Iterator[lis
         yield [
             name,
             f"{d.difference:+.{digits}f} [{d.low:+.{digits}f}, {d.high:+.{digits}f}]",
-            f"{d.relative:+.1%}",
+            "-" if math.isnan(d.relative) else f"{d.relative:+.1%}",
             f"{d.below}/{d.seeds}",
             f"{d.p:.2g}",
             f"{p:.2g}",

@@ -34,7 +34,7 @@ class GANConfig(RunConfig):
     info_codes: int = flag(
         0, "codes that the discriminator reads from generated images (InfoGAN)", metavar="K"
     )
-    info_weight: float = flag(0.1, "weight of the codes' loss")
+    info_weight: float = flag(1.0, "weight of the codes' loss")
     penalty: float = flag(10.0, "weight of the gradient penalty of --loss wgan-gp")
     d_steps: int = flag(
         1, "discriminator steps, each on a batch of its own, per turn of the generator", metavar="N"

@@ -19,6 +19,7 @@ from sqloss.models.classifier import Classifier
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator, initialisation
 from sqloss.training.errors import UserError, require
+from sqloss.training.loop import NonFiniteError
 
 LEAST_IMAGES = 2  # neither a covariance nor a neighbour is to be had of fewer
 KERNEL_SUBSETS = 50
@@ -70,7 +71,7 @@ def measure_images(
 def floor(
     count: int, train_images: Tensor, test_images: Tensor, classifier: Classifier, seed: int
 ) -> Metrics:
-    """What ``count`` real images get in the place of the generated ones: no generator does better.
+    """What ``count`` real images get in the place of generated ones: the best to be hoped for.
 
     They are drawn from the training images (from before any imbalance, unless that is to be part
     of the floor), of which all are taken where there are no more. The dictionary has
@@ -243,7 +244,7 @@ def _check(function: str, argument: str, images: Tensor, test_images: Tensor) ->
         )
     broken = int((~images.isfinite()).flatten(1).any(1).sum())
     if broken:
-        raise UserError(
+        raise NonFiniteError(
             f"{function}: {argument}: expected finite pixels, got NaN or infinity in {broken} of "
             f"{len(images)} images"
         )
@@ -274,7 +275,7 @@ def true_fid(generated: Tensor, test_images: Tensor, weights: Path) -> float:
     for batch in test_images.split(FID_BATCH_SIZE):
         metric.update(_coloured(batch), real=True)
     for batch in generated.split(FID_BATCH_SIZE):
-        # torchmetrics' own conversion, normalize=True, would round 8-bit pixels down by one
+        # rounded: torchmetrics' own conversion, normalize=True, would cut off
         metric.update(_coloured((batch * 255).round().byte()), real=False)
     return float(metric.compute())
 

@@ -6,7 +6,6 @@ the same batches and the same missing pixels: their differences are paired by th
 
 import csv
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,10 @@ from sqloss.models.classifier import Classifier
 from sqloss.training.config import LARGEST, as_flag, expect, flag, to_stored
 from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError, require
-from sqloss.training.files import as_csv, write_atomically, write_json
+from sqloss.training.files import as_csv, write_atomically
 from sqloss.training.loop import fit
 from sqloss.training.progress import Silence
+from sqloss.training.settings import NO_SETTINGS, keep_settings
 from sqloss.training.statistics import Paired, mean_interval, paired, paired_table
 from sqloss.training.tables import CONFIDENCE, aligned
 from sqloss.training.threads import set_threads
@@ -40,8 +40,7 @@ from sqloss.training.vae.loop import VAETraining, begin
 
 CONTROL = "normal"
 CLASSIFIER_SEED = 0  # not --seed, which may be another when a comparison is taken up again
-# What arms are made of, and what changes where a result comes from but not what it is.
-NOT_SETTINGS = ("prior", "df", "learn_df", "seed", "device", "threads", "data_dir", "download")
+NOT_SETTINGS = ("prior", "df", "learn_df", *NO_SETTINGS)  # also what arms are made of
 ELBO = "test_negative_elbo"
 COMPARED_COLUMNS = ("arm", "seed", ELBO, *COLUMNS)
 TEXTS = ("arm", "model", "method", "mask")
@@ -179,17 +178,9 @@ class Ledger:
         self.path = directory / "compare.csv"
         settings = {k: v for k, v in to_stored(config).items() if k not in NOT_SETTINGS}
         settings |= dataclasses.asdict(impute_config)
-        stored = directory / "compare.json"
-        if stored.exists() and self.path.exists():  # nothing is lost where nothing was measured
-            refuse_others(stored, settings)
-        self.rows = read_rows(self.path) if self.path.exists() else []
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"--output-dir: cannot make the directory {directory}: {error.strerror}"
-            ) from error
-        write_json(stored, settings)
+        begun = self.path.exists()  # nothing is lost where nothing was measured
+        keep_settings(directory / "compare.json", settings, "comparison", begun)
+        self.rows = read_rows(self.path) if begun else []
 
     def lacks(self, task: Task) -> bool:
         return all((row["arm"], row["seed"]) != (task.arm, task.config.seed) for row in self.rows)
@@ -204,21 +195,6 @@ class Ledger:
         for row in self.rows:
             rows_of.setdefault((row["arm"], row["seed"]), []).append(row)
         return [row for task in tasks for row in rows_of[task.arm, task.config.seed]]
-
-
-def refuse_others(path: Path, settings: Mapping[str, Any]) -> None:
-    try:
-        before = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--output-dir: cannot use {path}: {error}") from error
-    differing = sorted(
-        k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k)
-    )
-    if differing:
-        raise UserError(
-            f"--output-dir: expected a directory without a comparison, or one with these settings, "
-            f"got {path.parent}, where these differ: {', '.join(differing)}"
-        )
 
 
 def read_rows(path: Path) -> list[Row]:
