@@ -357,7 +357,8 @@ def train_run(command: str, task: Task) -> Task:
             raise KeyboardInterrupt
         work.report()
     except NonFiniteError as error:
-        write_json(task.directory / FAILED, {"error": str(error)})
+        reason = str(error.__cause__ or error)  # without what a run of its own would leave behind
+        write_json(task.directory / FAILED, {"error": reason})
     return task
 
 
