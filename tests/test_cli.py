@@ -386,7 +386,7 @@ def test_bad_values(capsys, tmp_path):
     ("flags", "message"),
     [
         (["--penalty", 1], "--penalty: expected --loss wgan-gp with it, got none"),
-        (["--info-weight", 1], "--info-weight: expected --info-codes above 0 with it, got none"),
+        (["--info-weight", 2], "--info-weight: expected --info-codes above 0 with it, got none"),
         (["--alpha", 0, "--tail-of", "d"], "--tail-of: expected --alpha above 0 with it, got none"),
         (["--alpha", 0, "--alone"], "--alone: expected an --alpha above 0 with it"),
         (["--lr-g", 0], "--lr-g: expected a number above 0, got 0.0"),

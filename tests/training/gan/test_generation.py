@@ -144,7 +144,7 @@ def test_conditional_samples_of_the_real_mnist(real_mnist):
 
 def test_codes_are_read_back_from_images_that_vary_with_them(digits):
     settings = {"width": 16, "epochs": 4, "lr_d": 1e-3, "lr_g": 1e-3}
-    training = trained(digits, info_codes=2, info_weight=1.0, **settings)
+    training = trained(digits, info_codes=2, **settings)
     model = training.models["standard"]
     noise = draw_noise(500, model.generator, draws())
     with torch.no_grad():
