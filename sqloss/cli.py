@@ -439,7 +439,7 @@ def add_config_flags(
     """A flag per field of a configuration."""
     for field in dataclasses.fields(kind):
         if field.name not in without:
-            add_config_flag(part, field, str(defaults.get(field.name, field.default)))
+            add_config_flag(part, field, str(defaults.get(field.name, field.default)) or "none")
 
 
 def add_config_flag(

@@ -1,3 +1,5 @@
+import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +10,7 @@ import torch
 from sqloss.training import checkpoint
 from sqloss.training.config import RunConfig
 from sqloss.training.data import Dataset
+from sqloss.training.errors import UserError, require
 from sqloss.training.loop import Training, fit
 from sqloss.training.progress import Progress
 from sqloss.training.run import Run
@@ -75,6 +78,21 @@ class Signalling(Progress):
 @pytest.fixture
 def signalling() -> type[Signalling]:
     return Signalling
+
+
+@pytest.fixture
+def real_mnist(tmp_path) -> Path:
+    """A data directory with the archives of MNIST, to be unpacked there."""
+    try:
+        require("torchvision")
+    except UserError as error:
+        pytest.skip(str(error))
+    shared = Path(
+        os.environ.get("SQLOSS_TEST_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")
+    )
+    if not (shared / "MNIST" / "raw").is_dir():
+        pytest.skip("needs MNIST in $SQLOSS_TEST_DATA or in ../shared/data")
+    return Path(shutil.copytree(shared / "MNIST", tmp_path / "MNIST")).parent
 
 
 class Trainer:

@@ -1,7 +1,5 @@
 import dataclasses
-import os
 import pickle
-import shutil
 import struct
 import sys
 from pathlib import Path
@@ -262,18 +260,8 @@ def test_damaged_data_are_a_user_error_too(tmp_path):
         load_dataset("mnist", Source(data_dir=tmp_path))
 
 
-@needs_torchvision
-def test_the_real_mnist(tmp_path):
-    shared = Path(
-        os.environ.get("SQLOSS_TEST_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")
-    )
-    if not (shared / "MNIST" / "raw").is_dir():
-        pytest.skip("needs MNIST in $SQLOSS_TEST_DATA or in ../shared/data")
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for archive in (shared / "MNIST" / "raw").iterdir():
-        shutil.copyfile(archive, raw / archive.name)
-    data = load_dataset("mnist", Source(data_dir=tmp_path, download=True))
+def test_the_real_mnist(real_mnist):
+    data = load_dataset("mnist", Source(data_dir=real_mnist, download=True))
     assert data.train_images.shape == (60_000, 1, 28, 28)
     assert data.test_images.shape == (10_000, 1, 28, 28)
     assert data.train_labels[:5].tolist() == [5, 0, 4, 1, 9]

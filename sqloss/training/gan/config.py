@@ -53,13 +53,13 @@ class GANConfig(RunConfig):
     latent: int = flag(100, "dimensions of the noise", metavar="N")
     classifier: str = flag(
         "",
-        "a file with the classifier that judges the samples; it is made where there is none "
-        "(default: one of this run's seed, not kept)",
+        "a file with the classifier that judges the samples, which is made where it is not there; "
+        "without one, a classifier of this run's seed judges them and is not kept",
         metavar="FILE",
     )
     fid_weights: str = flag(
         "",
-        "torch-fidelity's file of Inception weights, to measure the FID too (default: do not)",
+        "torch-fidelity's file of Inception weights, to measure the FID too",
         metavar="FILE",
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 Row = Mapping[str, Any]
 
 # Of the discriminator's losses of a real and a generated image. An even chance costs 1.4, in hinge
-# 2, in least squares 0.5. Most GANs are near it for an epoch or two at first; where one stays
+# 2, in least squares 0.5. Most GANs come near 0 for an epoch or two at first; where one stays
 # there, its generator has lost.
 ALL_BUT_SURE, EPOCHS_LOST = 0.02, 5
 CONSTANT = 1e-3  # of logits, whose spread is of the order of 1

@@ -45,7 +45,7 @@ def test_a_bad_value_names_its_flag_what_is_expected_and_what_came(name, value, 
     [
         ({"penalty": 1.0}, "--penalty: expected --loss wgan-gp with it"),
         ({"penalty": 1.0, "loss": "hinge"}, "--penalty: expected --loss wgan-gp with it"),
-        ({"info_weight": 1.0}, "--info-weight: expected --info-codes above 0 with it"),
+        ({"info_weight": 2.0}, "--info-weight: expected --info-codes above 0 with it"),
         ({"tail_of": "d", "alpha": 0.0}, "--tail-of: expected --alpha above 0 with it"),
     ],
 )
@@ -57,7 +57,7 @@ def test_a_flag_without_effect(values, needed):
 
 def test_flags_with_effect():
     GANConfig(penalty=1.0, loss="wgan-gp")
-    GANConfig(info_weight=1.0, info_codes=1)
+    GANConfig(info_weight=2.0, info_codes=1)
     GANConfig(tail_of="d", alpha=0.5)
 
 

@@ -3,8 +3,9 @@ import pytest
 from sqloss.models.gan_losses import GAN_LOSSES
 from sqloss.training.gan.stability import alarms, failures
 
-WELL = {"d_accuracy": 0.8, "d_spread": 1.0, "g_spread": 0.7}
-LOST = "has told nearly every generated image from nearly every real one for 5 epochs"
+WELL = {"d_loss_mean": 1.0, "d_spread": 1.0, "g_spread": 0.7}
+SURE = {"d_loss_mean": 0.02}
+LOST = "the discriminator has been all but sure of every image for 5 epochs"
 SAME_LOGIT = "the discriminator has collapsed"
 SAME_IMAGE = "the generator has collapsed"
 
@@ -48,21 +49,20 @@ def test_what_is_no_collapse_yet(change):
 
 
 def test_a_discriminator_that_wins_for_five_epochs_is_told():
-    wins = {"d_accuracy": 0.999}
-    found = told(history({}, *[wins] * 6))
+    found = told(history({}, *[SURE] * 6))
     assert list(found) == [6]
     assert LOST in found[6][0]
     assert "--lr-d" in found[6][0]
 
 
 def test_a_discriminator_that_wins_at_first_is_not():
-    wins = {"d_accuracy": 1.0}
-    assert told(history(*[wins] * 4, {"d_accuracy": 0.998}, *[wins] * 4)) == {}
+    assert told(history(*[SURE] * 4, {"d_loss_mean": 0.021}, *[SURE] * 4)) == {}
 
 
-def test_a_critic_is_to_tell_all_apart():
-    assert told(history(*[{"d_accuracy": 1.0}] * 9), "wgan-gp") == {}
-    assert told(history(*[{"d_accuracy": 1.0}] * 9), "hinge") != {}
+def test_a_critic_has_no_loss_of_0():
+    assert told(history(*[{"d_loss_mean": -3.0}] * 9), "wgan-gp") == {}
+    for loss in set(GAN_LOSSES) - {"wgan-gp"}:
+        assert list(told(history(*[SURE] * 9), loss)) == [5]
 
 
 def test_models_fail_each_by_itself():
