@@ -86,6 +86,7 @@ METRICS = {
     },
     "gan": {
         "cfid": Metric("cFID", 2, "lower", of_quality("cfid")),
+        "cfid_of_real": Metric("cFID of real", 2, "", lambda report, _: report["real"]["cfid"]),
         "ckid": Metric("cKID", 5, "lower", of_quality("ckid")),
         "precision": Metric("precision", 4, "higher", of_quality("precision")),
         "recall": Metric("recall", 4, "higher", of_quality("recall")),
