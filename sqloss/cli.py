@@ -19,12 +19,20 @@ from sqloss.training.files import as_csv, write_atomically
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.progress import Progress
 from sqloss.training.run import Run
+from sqloss.training.settings import alone_in
 from sqloss.training.shares import classifier_of
 from sqloss.training.sweep import PRESETS, SweepConfig
 from sqloss.training.sweep import plan as plan_sweep
 from sqloss.training.sweep import prepare as prepare_sweep
 from sqloss.training.sweep import train as train_sweep
-from sqloss.training.sweep_report import MAIN, metric_to_choose_by, outcome, summary, write_csv
+from sqloss.training.sweep_report import (
+    MAIN,
+    metric_to_choose_by,
+    outcome,
+    refuse_other_tails,
+    summary,
+    write_csv,
+)
 from sqloss.training.sweep_report import write_report as write_sweep_report
 from sqloss.training.threads import set_threads
 from sqloss.training.trainers import (
@@ -38,6 +46,7 @@ from sqloss.training.vae.comparison import (
     CLASSIFIER_SEED,
     CompareConfig,
     Ledger,
+    Task,
     as_markdown,
     make_arms,
     make_tasks,
@@ -141,6 +150,7 @@ def train(
     """Start a run, or take it up again, and report on it once it is trained."""
     kind = trainer.config
     run = Run.resumed(kind, resume, given) if resume else Run.new(output_dir, kind(**given))
+    run.config.refuse_other_machine()
     require_what_the_report_needs(run.config)
     whole = load_dataset(run.config.dataset, run.config.source)
     work = RunUnderWay(trainer, run, whole)
@@ -169,17 +179,19 @@ def sweep(trainer: str, output_dir: Path | None = None, **given: Any) -> int:
     sweep_config, given = taken(SweepConfig, given)
     metric = metric_to_choose_by(trainer, sweep_config.best_by)
     whole = plan_sweep(trainer, sweep_config, output_dir, given)
-    missing = whole.missing
-    say(f"sweep: {whole.directory}, {len(missing)} of {len(whole.tasks)} runs to do")
-    try:
-        prepare_sweep(whole)
-        for number, task in enumerate(train_sweep(whole, sweep_config.jobs), 1):
-            write_csv(whole)
-            say(f"{number}/{len(missing)}: {outcome(whole, task, metric)}")
-    except KeyboardInterrupt:
-        say("\nstopped; what is done is kept: the same command does the rest")
-        return INTERRUPTED
-    write_sweep_report(whole, metric)
+    refuse_other_tails(whole, metric)
+    with alone_in(whole.directory, "sweep"):
+        missing = whole.missing
+        say(f"sweep: {whole.directory}, {len(missing)} of {len(whole.tasks)} runs to do")
+        try:
+            prepare_sweep(whole)
+            for number, task in enumerate(train_sweep(whole, sweep_config.jobs), 1):
+                write_csv(whole)
+                say(f"{number}/{len(missing)}: {outcome(whole, task, metric)}")
+        except KeyboardInterrupt:
+            say("\nstopped; what is done is kept: the same command does the rest")
+            return INTERRUPTED
+        write_sweep_report(whole, metric)
     print(summary(whole, metric))
     say(f"with every metric: {whole.directory / 'sweep.md'}; every number: sweep.csv beside it")
     return 0
@@ -234,6 +246,17 @@ def compare_priors(
         config = dataclasses.replace(config, threads=1)
     tasks = make_tasks(make_arms(config, compare_config), compare_config.seeds)
     directory = output_dir or Path("runs") / f"impute-{config.dataset}"
+    with alone_in(directory, "comparison"):
+        return compare_in(directory, tasks, config, impute_config, compare_config.jobs)
+
+
+def compare_in(
+    directory: Path,
+    tasks: Sequence[Task],
+    config: VAEConfig,
+    impute_config: ImputeConfig,
+    jobs: int,
+) -> int:
     ledger = Ledger(directory, config, impute_config)
     missing = [task for task in tasks if ledger.lacks(task)]
     say(f"comparison: {directory}, {len(missing)} of {len(tasks)} trainings to do")
@@ -243,7 +266,7 @@ def compare_priors(
         set_threads(config, whole)
         classifier = classifier_of(whole, config.torch_device, CLASSIFIER_SEED)
         try:
-            for rows in trials(missing, whole, classifier, impute_config, compare_config.jobs):
+            for rows in trials(missing, whole, classifier, impute_config, jobs):
                 ledger.add(rows)
                 say(f"done: {rows[0]['arm']}, seed {rows[0]['seed']}")
         except KeyboardInterrupt:

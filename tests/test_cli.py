@@ -13,7 +13,7 @@ import torch
 import sqloss
 from sqloss import cli
 from sqloss.models import classifier
-from sqloss.training import files
+from sqloss.training import files, pictures
 from sqloss.training.data import Dataset
 from sqloss.training.threads import set_threads
 from sqloss.training.vae import loop as vae_loop
@@ -232,6 +232,7 @@ def test_what_cannot_be_evaluated(capsys, tmp_path):
 def test_a_gan_is_trained_reported_and_resumed(capsys, tmp_path, monkeypatch):
     pytest.importorskip("torchmetrics")
     monkeypatch.setattr(classifier, "STEPS", 5)
+    monkeypatch.setattr(pictures, "DPI", 20)
     run, judge = tmp_path / "run", tmp_path / "judge.pt"
     flags = ["--conditional", "--info-codes", 1, "--ema", 0.5, "--tail-of", "g"]
     given = map(str, [*TINY_GAN, *flags, "--classifier", judge, "--output-dir", run])

@@ -143,6 +143,10 @@ class RunConfig:
         self._expect("threads", self.threads <= most, f"at most {most} on this machine")
         return self.threads
 
+    def refuse_other_machine(self) -> None:
+        """Raise for a device, or for threads, that this machine has not."""
+        _ = self.torch_device, self.cpu_threads
+
     @property
     def uses_numpy(self) -> bool:
         """Whether NumPy computes, beside torch."""
@@ -195,15 +199,16 @@ def to_stored(config: RunConfig) -> dict[str, Any]:
 
 def from_stored(values: dict[str, Any], kind: type[Config]) -> Config:
     """The configuration that a ``config.json`` stores."""
-    command = values.get("command")
+    command = values.get("command", kind.command)
     if command != kind.command:
         raise UserError(f"expected a run of sqloss {kind.command}, got one of sqloss {command}")
     hints = get_type_hints(kind)
     types = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    differing = values.keys() ^ {"command", *types}
+    if differing:
+        listed = ", ".join(sorted(differing))
+        raise UserError(f"missing or unknown in this version of sqloss: {listed}")
     values = {name: value for name, value in values.items() if name != "command"}
-    if values.keys() != types.keys():
-        differing = ", ".join(sorted(values.keys() ^ types.keys()))
-        raise UserError(f"missing or unknown in this version of sqloss: {differing}")
     for name, value in values.items():
         # JSON writes a float that is whole as it came; a bool is an int to Python, but not here.
         allowed = (int, float) if types[name] is float else (types[name],)

@@ -1,11 +1,12 @@
 """Work of many trainings in one directory, which a file of settings there says is one work."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sqloss.training.errors import UserError
+from sqloss.training.errors import UserError, require
 from sqloss.training.files import write_json
 
 # Fields of a configuration that change where a result comes from but not what it is.
@@ -19,13 +20,36 @@ def keep_settings(path: Path, settings: Mapping[str, Any], work: str, begun: boo
     """
     if begun and path.exists():
         refuse_others(path, settings, work)
+    make_directory(path.parent)
+    write_json(path, dict(settings))
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path, work: str) -> Iterator[None]:
+    """Hold a directory for this process; where it ends otherwise, the system lets go of it."""
+    filelock = require("filelock")
+    make_directory(directory)
+    lock = filelock.FileLock(directory / ".lock")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise UserError(
+            f"--output-dir: expected a directory in which no {work} is under way, got {directory}, "
+            "in which another process is at work"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"--output-dir: cannot make the directory {path.parent}: {error.strerror}"
+            f"--output-dir: cannot make the directory {directory}: {error.strerror}"
         ) from error
-    write_json(path, dict(settings))
 
 
 def refuse_others(path: Path, settings: Mapping[str, Any], work: str) -> None:

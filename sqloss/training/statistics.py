@@ -40,6 +40,7 @@ def paired(values: Mapping[int, float], others: Mapping[int, float]) -> Paired:
     left, right = [values[seed] for seed in seeds], [others[seed] for seed in seeds]
     differences = [a - b for a, b in zip(left, right, strict=True)]
     mean, low, high = mean_interval(differences)
+    origin = statistics.fmean(right)
     if are_equal(differences):
         p = 1.0  # a t test knows nothing of differences without spread
     else:
@@ -48,7 +49,7 @@ def paired(values: Mapping[int, float], others: Mapping[int, float]) -> Paired:
         difference=mean,
         low=low,
         high=high,
-        relative=mean / statistics.fmean(right) if any(right) else math.nan,
+        relative=mean / origin if origin else math.nan,
         below=sum(difference < 0 for difference in differences),
         seeds=len(seeds),
         p=p,

@@ -19,6 +19,7 @@ from sqloss.training.errors import UserError, require
 from sqloss.training.files import write_json
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.loop import NonFiniteError
+from sqloss.training.processes import in_processes
 from sqloss.training.progress import Silence
 from sqloss.training.run import Run
 from sqloss.training.settings import NO_SETTINGS, keep_settings
@@ -324,8 +325,10 @@ def prepare(sweep: Sweep) -> None:
     """Raise before the first run what a run would raise at its beginning; make the classifier."""
     missing = sweep.missing
     for task in {task.arm: task for task in missing}.values():
-        config, data = task.config, data_of(task.config)
+        config = task.config
+        config.refuse_other_machine()
         require_what_the_report_needs(config)
+        data = data_of(config)
         refuse_what_cannot_be_reported(data, config)
         run_in(task.directory, config)
         data = data.imbalanced(config.imbalance, config.seed).to(config.torch_device)
@@ -340,12 +343,7 @@ def prepare(sweep: Sweep) -> None:
 
 def train(sweep: Sweep, jobs: int) -> Iterator[Task]:
     """Do what is missing; the tasks as they are done."""
-    joblib = require("joblib")
-    work = joblib.delayed(train_run)
-    finished: Iterator[Task] = joblib.Parallel(jobs, return_as="generator_unordered")(
-        work(sweep.command, task) for task in sweep.missing
-    )
-    return finished
+    return in_processes(train_run, [(sweep.command, task) for task in sweep.missing], jobs)
 
 
 def train_run(command: str, task: Task) -> Task:

@@ -25,10 +25,14 @@ class Panel(NamedTuple):
 
 
 def generated_by(config: GANConfig, whole: Dataset, directory: Path) -> Mapping[str, Tensor]:
-    """Images of every model of a run, of the noise that its seed gives: that of every arm."""
+    """Images of every model of a run, of the noise that its seed gives: that of every arm.
+
+    Of a run whose checkpoints have been deleted there are none.
+    """
     data = whole.imbalanced(config.imbalance, config.seed).to(config.torch_device)
     training = begin(config, data)
-    restore(training, directory, data.fingerprint(), "--output-dir")
+    if not restore(training, directory, data.fingerprint(), "--output-dir"):
+        return {}
     return {
         name: generate(model, draw_noise(COLUMNS, model, stream(config.seed, "samples")))
         for name, model in training.generators.items()

@@ -30,6 +30,7 @@ class Metric(NamedTuple):
     digits: int
     better: str  # "lower", "higher", or "" where neither is
     value: Callable[[Report, Report], float | None]  # of the report, and its part on the model
+    of_tail: bool = False  # of that at the run's own alpha
 
 
 def of_test(loss: str) -> Callable[[Report, Report], float | None]:
@@ -67,21 +68,25 @@ ACCURACY = Metric(
 METRICS = {
     "vae": {
         "test_negative_elbo": Metric("-ELBO", 2, "lower", of_test("negative_elbo")),
-        "test_negative_elbo_cvar": Metric("its CVaR", 2, "lower", of_test("negative_elbo_cvar")),
+        "test_negative_elbo_cvar": Metric(
+            "its CVaR", 2, "lower", of_test("negative_elbo_cvar"), of_tail=True
+        ),
         "test_reconstruction": Metric("reconstruction", 2, "lower", of_test("reconstruction")),
         "test_kl": Metric("KL", 2, "", of_test("kl")),
         "worst_class_negative_elbo": Metric(
             "worst class: -ELBO", 2, "lower", of_worst_class("negative_elbo")
         ),
         "worst_class_negative_elbo_cvar": Metric(
-            "worst class: CVaR", 2, "lower", of_worst_class("negative_elbo_cvar")
+            *("worst class: CVaR", 2, "lower", of_worst_class("negative_elbo_cvar")),
+            of_tail=True,
         ),
         "rare_share": RARE_SHARE,
-        "df": Metric("learnt df", 2, "", lambda _, model: model.get("df")),
+        "learnt_df": Metric("learnt df", 2, "", lambda _, model: model.get("df")),
         "classifier_test_accuracy": ACCURACY,
     },
     "gan": {
         "cfid": Metric("cFID", 2, "lower", of_quality("cfid")),
+        "cfid_of_real": Metric("cFID of real", 2, "", lambda report, _: report["real"]["cfid"]),
         "ckid": Metric("cKID", 5, "lower", of_quality("ckid")),
         "precision": Metric("precision", 4, "higher", of_quality("precision")),
         "recall": Metric("recall", 4, "higher", of_quality("recall")),
@@ -117,6 +122,20 @@ def metric_to_choose_by(command: str, name: str) -> str:
     if name not in allowed:
         raise UserError(f"--best-by: expected one of {', '.join(allowed)}, got {name}")
     return name
+
+
+def is_of_one_tail(sweep: Sweep, metric: str) -> bool:
+    """Whether a metric is the same one in every arm: tails at different alphas do not compare."""
+    alphas = {task.config.metric_alpha for task in sweep.tasks}
+    return len(alphas) == 1 or not METRICS[sweep.command][metric].of_tail
+
+
+def refuse_other_tails(sweep: Sweep, metric: str) -> None:
+    if not is_of_one_tail(sweep, metric):
+        raise UserError(
+            f"--best-by: expected a metric that is the same one in every arm, got {metric}, "
+            "which is of the tail at each arm's own --alpha"
+        )
 
 
 # Rows.
@@ -243,7 +262,11 @@ def draw_samples(sweep: Sweep) -> None:
         if isinstance(config, GANConfig) and config.seed == seed and not task.has_failed:
             rows = rows_of_task(sweep, task)
             images = generated_by(config, data_of(config), task.directory)
-            panels += [Panel(coverage(row, rows), images[row["model"]]) for row in rows]
+            panels += [
+                Panel(coverage(row, rows), images[row["model"]])
+                for row in rows
+                if row["model"] in images
+            ]
     if panels:
         title = f"Generated from the same noise, with seed {seed}"
         draw_panels(sweep.directory / PICTURE, panels, title)
@@ -259,7 +282,7 @@ def coverage(row: Row, rows: Sequence[Row]) -> str:
 def as_markdown(sweep: Sweep, metric: str) -> str:
     parts = [f"# Sweep of sqloss {sweep.command}", HOW_TO_READ, summary(sweep, metric)]
     rows = rows_of(sweep)
-    others = [other for other in present(sweep.command, rows) if other != metric]
+    others = [other for other in present(sweep, rows) if other != metric]
     parts += [table for other in others if (table := differences(sweep, rows, other))]
     if (sweep.directory / PICTURE).exists():
         parts.append(f"![Samples of every arm]({PICTURE})")
@@ -270,7 +293,8 @@ HOW_TO_READ = f"""\
 Means over seeds, in brackets their {CONFIDENCE:.0%} t intervals. Differences are paired by the
 seed, and relative to the mean of what they are from; p is of the paired t test, and Holm's
 correction is over the rows of its table. The best of many rows is the best by luck too: only the
-differences tell how far it is to be believed, and with one seed nothing does."""
+differences tell how far it is to be believed, and with one seed nothing does. The settings that
+all arms share are in `sweep.json`, and those of each run in the `config.json` beside its report."""
 
 
 HOW_TO_RETRY = f"Failed (a run is tried again once the {FAILED} in its directory is deleted):"
@@ -282,7 +306,7 @@ def summary(sweep: Sweep, metric: str) -> str:
     seeds = len({task.config.seed for task in sweep.tasks})
     m = METRICS[sweep.command][metric]
     best = best_of(series_of(rows, metric), m.better, seeds)
-    parts = [table(means_table(sweep.command, rows, metric, best, seeds))]
+    parts = [table(means_table(sweep, rows, metric, best, seeds))]
     if best:
         value = cell(list(series_of(rows, metric)[best].values()), m.digits)
         parts.append(
@@ -300,22 +324,24 @@ def summary(sweep: Sweep, metric: str) -> str:
     return "\n\n".join(filter(None, [*parts, differences(sweep, rows, metric)]))
 
 
-def present(command: str, rows: Sequence[Row]) -> list[str]:
-    """The metrics of the table that some row has."""
-    return [m for m in MAIN[command] if any(row.get(m) is not None for row in rows)]
+def present(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
+    """The metrics of the table that some row has, and that compare."""
+    return [
+        metric
+        for metric in MAIN[sweep.command]
+        if any(row.get(metric) is not None for row in rows) and is_of_one_tail(sweep, metric)
+    ]
 
 
 def means_table(
-    command: str, rows: Sequence[Row], metric: str, best: Key | None, seeds: int
+    sweep: Sweep, rows: Sequence[Row], metric: str, best: Key | None, seeds: int
 ) -> Iterator[list[str]]:
-    metrics = list(dict.fromkeys([metric, *present(command, rows)]))
-    yield ["", "seeds", *(METRICS[command][other].label for other in metrics)]
+    known = METRICS[sweep.command]
+    metrics = list(dict.fromkeys([metric, *present(sweep, rows)]))
+    yield ["", "seeds", *(known[other].label for other in metrics)]
     series = {other: series_of(rows, other) for other in metrics}
     for key in series[metric]:
-        cells = [
-            cell(list(series[other][key].values()), METRICS[command][other].digits)
-            for other in metrics
-        ]
+        cells = [cell(list(series[other][key].values()), known[other].digits) for other in metrics]
         done = sum(Key(row["arm"], row["model"]) == key and "error" not in row for row in rows)
         name = name_of(key, rows)
         if key == best:

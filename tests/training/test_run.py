@@ -231,6 +231,7 @@ def test_a_directory_without_a_run(tmp_path):
         (lambda c: c | {"learning_rate": 1}, "missing or unknown.*learning_rate"),
         (lambda c: {k: v for k, v in c.items() if k != "beta"}, "missing or unknown.*beta"),
         (lambda c: c | {"command": "gan"}, "expected a run of sqloss vae, got one of sqloss gan"),
+        (lambda c: {k: v for k, v in c.items() if k != "command"}, "missing or unknown.*command"),
         (lambda c: c | {"alpha": 2}, "--alpha: expected a number in"),
         (lambda c: c | {"alpha": "much"}, "alpha: expected float, got 'much'"),
         (lambda c: c | {"download": "false"}, "download: expected bool, got 'false'"),

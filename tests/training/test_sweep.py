@@ -26,13 +26,17 @@ from sqloss.training.sweep import (
     swept,
 )
 from sqloss.training.sweep_report import (
+    MAIN,
     METRICS,
     Key,
     against_first,
     as_markdown,
     best_of,
+    draw_samples,
     failed_epochs,
+    present,
     rare_share,
+    refuse_other_tails,
     rows_of,
     series_of,
 )
@@ -279,6 +283,7 @@ def written(tmp_path, cfids, error=""):
                 report = {
                     "config": dataclasses.asdict(task.config),
                     "classifier_test_accuracy": 0.9,
+                    "real": {"cfid": 0.3},
                     "models": {"standard": model},
                 }
                 (task.directory / "report.json").write_text(json.dumps(report))
@@ -480,6 +485,11 @@ def test_processes_come_to_the_same_and_one_classifier_judges(quick, tmp_path):
         (["vae", "--preset", "x"], "--preset: expected one of fashion-vae for sqloss vae, got x"),
         (["gan", "--best-by", "d_accuracy"], "--best-by: expected one of cfid, ckid, "),
         (["vae", "--best-by", "cfid"], "--best-by: expected one of test_negative_elbo, "),
+        (
+            ["vae", "--grid", "alpha=0.5,0.8", "--best-by", "test_negative_elbo_cvar"],
+            "--best-by: expected a metric that is the same one in every arm",
+        ),
+        (["vae", "--device", "tpu", "--dataset", "mnist"], "--device: expected auto or"),
         (["gan", "--preset", "gan-tails", "--alone"], "--alone: expected no such flag where the"),
         (["gan", "--grid", "loss=hinge,x"], "--grid: loss=x: --loss: expected one of"),
         (["gan", "--grid", "alpha=0,0.5", "--alone"], "--grid: alpha=0.0: --alone: expected"),
@@ -496,6 +506,33 @@ def test_errors_come_before_any_work(tmp_path, capsys, arguments, message):
     assert not list((tmp_path / "sweep").glob("*/seed-*"))
 
 
-def test_metrics_to_choose_by_have_a_direction():
-    for metrics in METRICS.values():
-        assert {metric.better for metric in metrics.values()} == {"lower", "higher", ""}
+def test_what_is_compared_has_a_direction():
+    for command, names in MAIN.items():
+        assert all(METRICS[command][name].better in ("lower", "higher") for name in names)
+
+
+def test_no_metric_has_the_name_of_a_flag():
+    for command, metrics in METRICS.items():
+        flags = {field.name for field in dataclasses.fields(TRAINERS[command].config)}
+        assert not flags & metrics.keys(), "both are columns of sweep.csv"
+
+
+def test_tails_at_different_alphas_are_not_compared(tmp_path):
+    cvar = "test_negative_elbo_cvar"
+    row = {"arm": "a", "model": "cvar", "seed": 0, "test_negative_elbo": 1.0, cvar: 2.0}
+    one, other = (
+        plan("vae", SweepConfig(grid=[f"alpha={alphas}"]), tmp_path / alphas, {})
+        for alphas in ("0,0.8", "0.5,0.8")  # 0.8 is what the tail of alpha 0 is measured at
+    )
+    assert present(one, [row]) == ["test_negative_elbo", cvar]
+    assert present(other, [row]) == ["test_negative_elbo"]
+    refuse_other_tails(one, cvar)
+    refuse_other_tails(other, "test_negative_elbo")
+    with pytest.raises(UserError, match=rf"^--best-by: expected .*, got {cvar}, which is of the t"):
+        refuse_other_tails(other, cvar)
+
+
+def test_a_picture_has_the_runs_whose_checkpoints_are_there(tmp_path):
+    sweep = written(tmp_path, {"a": [3.0]})
+    draw_samples(sweep)
+    assert not (tmp_path / "sweep.png").exists()

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 from sqloss.models.classifier import Classifier
 from sqloss.training.config import LARGEST, as_flag, expect, flag, to_stored
 from sqloss.training.data import Dataset
-from sqloss.training.errors import UserError, require
+from sqloss.training.errors import UserError
 from sqloss.training.files import as_csv, write_atomically
 from sqloss.training.loop import fit
+from sqloss.training.processes import in_processes
 from sqloss.training.progress import Silence
 from sqloss.training.settings import NO_SETTINGS, keep_settings
 from sqloss.training.statistics import Paired, mean_interval, paired, paired_table
@@ -152,12 +153,7 @@ def trials(
     jobs: int,
 ) -> Iterator[list[Row]]:
     """The rows of each task, as the tasks are finished."""
-    joblib = require("joblib")
-    work = joblib.delayed(trial)
-    finished: Iterator[list[Row]] = joblib.Parallel(jobs, return_as="generator_unordered")(
-        work(task, whole, classifier, impute_config) for task in tasks
-    )
-    return finished
+    return in_processes(trial, [(task, whole, classifier, impute_config) for task in tasks], jobs)
 
 
 def train(data: Dataset, config: VAEConfig) -> VAETraining:

@@ -174,11 +174,13 @@ def test_all_models_see_the_same_batches_and_noise(trainer, tmp_path, steps, ass
     assert not torch.equal(again.z, noise.z), "each step has noise of its own"
 
 
-@pytest.mark.parametrize("changes", [{}, {"loss": "wgan-gp"}, {"alpha": 0.0}, {"augment": True}])
+@pytest.mark.parametrize(
+    "changes", [{"tail_of": "d"}, {"loss": "wgan-gp"}, {"alpha": 0.0}, {"augment": True}]
+)
 def test_the_standard_model_is_bit_for_bit_a_plain_training(
     trainer, tmp_path, assert_same, changes
 ):
-    config = change(trainer, **changes)
+    config = change(trainer, **changes, epochs=2)
     training, _ = trainer.train(trainer.run(tmp_path))
     plain, _ = train_by_hand(config, trainer.data, mean, mean)
     assert_same(training.models["standard"].state_dict(), plain.state_dict())
@@ -191,12 +193,10 @@ def test_the_standard_model_is_bit_for_bit_a_plain_training(
 def test_the_tail_is_that_of_real_and_of_generated_images_apart(
     trainer, tmp_path, assert_same, loss, tail_of, risks
 ):
-    config = change(trainer, loss=loss, tail_of=tail_of)
+    config = change(trainer, loss=loss, tail_of=tail_of, epochs=2)
     training, _ = trainer.train(trainer.run(tmp_path))
     plain, _ = train_by_hand(config, trainer.data, *risks)
     assert_same(training.models["cvar"].state_dict(), plain.state_dict())
-    mean_trained, _ = train_by_hand(config, trainer.data, mean, mean)
-    assert_same(training.models["standard"].state_dict(), mean_trained.state_dict())
     for player in ("discriminator", "generator"):  # each moves the other, from the second step on
         of_mean, of_tail = (
             next(getattr(model, player).parameters()) for model in training.models.values()
@@ -247,7 +247,7 @@ def test_turns_go_on_after_an_interruption(trainer, tmp_path, steps, signalling)
 def test_the_steps_of_a_turn_are_those_of_a_plain_training(
     trainer, tmp_path, assert_same, d_steps, g_steps
 ):
-    config = change(trainer, d_steps=d_steps, g_steps=g_steps)
+    config = change(trainer, d_steps=d_steps, g_steps=g_steps, epochs=2)
     training, _ = trainer.train(trainer.run(tmp_path))
     for name, risk in (("standard", mean), ("cvar", tail)):
         plain, _ = train_by_hand(config, trainer.data, risk, risk)

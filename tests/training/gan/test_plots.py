@@ -7,6 +7,7 @@ from PIL import Image
 from sqloss.models.gan_losses import fake_losses, real_losses
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator as stream
+from sqloss.training import pictures
 from sqloss.training.gan import plots
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import draw_noise, generate
@@ -79,7 +80,8 @@ def test_every_picture_is_a_png_of_a_sane_size(trainer, train, tmp_path):
             assert len(picture.convert("L").getcolors(256)) > 10, "not blank"
 
 
-def test_colour_images_that_are_no_squares(trainer, tmp_path):
+def test_colour_images_that_are_no_squares(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "DPI", 20)
     images = torch.randint(256, (30, 3, 9, 6), dtype=torch.uint8)
     data = dataclasses.replace(
         trainer.data, train_images=images, train_labels=torch.arange(30) % 3, test_images=images
