@@ -166,9 +166,10 @@ Every setting is in `config.json`.
   classifier has judged. "real" are as many training images, from before the imbalance, in the
   place of the generated ones: the floor.
 - Precision is the share of generated images that are near some test image, recall the share of test
-  images that are near some generated one (Kynkaanniemi et al., 2019). The label entropy is at most
-  {real["label_entropy_max"]:.3f} nats. A mode is a class that at least a tenth of an even share of
-  the images show, to the classifier with a probability of 0.9.
+  images that are near some generated one (Kynkaanniemi et al., 2019). One outlier among the test
+  images can have all generated ones near it, so with few test images even noise may be precise.
+  The label entropy is at most {real["label_entropy_max"]:.3f} nats. A mode is a class that at least
+  a tenth of an even share of the images show, to the classifier with a probability of 0.9.
 - That classifier was trained on the training images before the imbalance, and gets
   {report["classifier_test_accuracy"]:.1%} of the test images right. The intervals are Wilson's at
   {CONFIDENCE:.0%}; they cover the number of generated images, not the classifier's
