@@ -107,7 +107,7 @@ def loss_distribution(
         for (label, values), style in zip(losses.items(), map(STYLES.get, images), strict=True):
             axes.hist(values.tolist(), bins, histtype="step", label=label, **(style or {}))
         axes.set(title=f"before {judge}'s discriminator", xlabel="its loss", ylabel="images")
-        axes.legend()
+        axes.legend(loc="upper right")  # to look for the best place takes longer than all else
     figure.suptitle("All images before one and the same discriminator")
     return figure
 
