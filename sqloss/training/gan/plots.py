@@ -109,7 +109,7 @@ def loss_distribution(
             draw_shares(axes, values, bins, histtype="step", label=label, **STYLES[name])
         title = f"before {judge}'s discriminator"
         axes.set(title=title, xlabel="its loss", ylabel="share of the images")
-        axes.legend()
+        axes.legend(loc="upper right")  # to look for the best place takes longer than all else
     figure.suptitle("All images before one and the same discriminator")
     return figure
 
