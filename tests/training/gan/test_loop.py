@@ -15,6 +15,7 @@ from sqloss.training.errors import UserError
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import Noise, draw_noise, generate
 from sqloss.training.gan.loop import COLUMNS, Contender
+from sqloss.training.gan.stability import EPOCHS_LOST
 from sqloss.training.run import Run
 
 STEPS_PER_EPOCH = 3
