@@ -11,6 +11,7 @@ from sqloss.training.data import parse_imbalance
 from sqloss.training.errors import UserError
 from sqloss.training.files import as_csv, write_atomically
 from sqloss.training.gan.config import GANConfig
+from sqloss.training.progress import counted
 from sqloss.training.statistics import Paired, mean_interval, paired, paired_table
 from sqloss.training.sweep import FAILED, Row, Sweep, Task, as_text, data_of
 from sqloss.training.sweep_plots import Panel, draw_panels, generated_by
@@ -182,11 +183,15 @@ def outcome(sweep: Sweep, task: Task, metric: str) -> str:
     if task.has_failed:
         return f"{name} has failed: {reason(task)}"
     m = METRICS[sweep.command][metric]
-    values = [
-        f"{cell(finite(row[metric]), m.digits)} ({row['model']})"
-        for row in rows_of_task(sweep, task)
+    rows = rows_of_task(sweep, task)
+    values = [f"{cell(finite(row[metric]), m.digits)} ({row['model']})" for row in rows]
+    alarms = [
+        f"; {row['model']}: something was wrong in {counted(row['failed_epochs'], 'epoch')}, "
+        f"see {task.directory / 'report.md'}"
+        for row in rows
+        if row.get("failed_epochs")
     ]
-    return f"{name}: {m.label} {', '.join(values)}"
+    return f"{name}: {m.label} {', '.join(values)}{''.join(alarms)}"
 
 
 # Series of values, one per seed.

@@ -34,6 +34,7 @@ from sqloss.training.sweep_report import (
     best_of,
     draw_samples,
     failed_epochs,
+    outcome,
     present,
     rare_share,
     refuse_other_tails,
@@ -261,7 +262,7 @@ def test_metrics_of_reports():
     assert failed_epochs({}, model) == 3
 
 
-def written(tmp_path, cfids, error=""):
+def written(tmp_path, cfids, error="", failures=None):
     """A sweep of arms with these cFIDs by seed, as its runs would leave it; None has failed."""
     tasks = []
     for arm, by_seed in cfids.items():
@@ -278,7 +279,7 @@ def written(tmp_path, cfids, error=""):
                     "quality": quality | {"cfid": cfid},
                     "generated": [{"share": 0.1}] * 10,
                     "losses": {"d_auc": 0.5},
-                    "failures": {},
+                    "failures": failures or {},
                 }
                 report = {
                     "config": dataclasses.asdict(task.config),
@@ -289,6 +290,17 @@ def written(tmp_path, cfids, error=""):
                 (task.directory / "report.json").write_text(json.dumps(report))
             tasks.append(task)
     return Sweep("gan", tmp_path, [], tasks)
+
+
+def test_what_went_wrong_in_a_run_is_told_when_it_is_done(tmp_path):
+    [well] = written(tmp_path / "well", {"a": [3.0]}).tasks
+    sweep = written(tmp_path / "ill", {"b": [4.0]}, failures={"x": [1, 2], "y": [2]})
+    [ill] = sweep.tasks
+    assert outcome(sweep, well, "cfid") == "a, seed 0: cFID 3.00 (standard)"
+    assert outcome(sweep, ill, "cfid") == (
+        "b, seed 0: cFID 4.00 (standard); standard: something was wrong in 2 epochs, see "
+        f"{ill.directory / 'report.md'}"
+    )
 
 
 def test_the_table_tells_means_intervals_and_the_best(tmp_path):
