@@ -439,6 +439,7 @@ def test_priors_are_compared_and_what_is_done_is_kept(tmp_path, capsys, quick_cl
     first = capsys.readouterr()
     assert "6 of 6 trainings to do" in first.err
     assert sorted(path.name for path in directory.iterdir()) == [
+        ".lock",
         "compare.csv",
         "compare.json",
         "compare.md",

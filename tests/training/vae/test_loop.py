@@ -241,11 +241,14 @@ def test_the_handlers_are_put_back():
 
 
 def test_a_second_ctrl_c_acts_at_once():
+    # Not that of pytest's process: a shell that starts it in the background has it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with StopSignal() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_training_works_outside_the_main_thread(trainer, tmp_path, whole, assert_same_run):
