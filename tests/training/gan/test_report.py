@@ -25,8 +25,10 @@ from sqloss.training.gan.report import (
 from sqloss.training.run import Run
 from sqloss.training.shares import share, share_table
 
-for needed in ("scipy", "sklearn", "torchmetrics"):
+for needed in ("scipy", "sklearn"):
     pytest.importorskip(needed)
+# So fails a torchvision built for another torch.
+pytest.importorskip("torchmetrics", exc_type=(ImportError, RuntimeError))
 
 RARE = "1:0.5"
 

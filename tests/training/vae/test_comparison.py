@@ -26,10 +26,8 @@ from sqloss.training.vae.imputation import NO_MODEL, ImputeConfig, first_test_im
 
 for needed in ("joblib", "sklearn", "scipy", "tqdm"):
     pytest.importorskip(needed)
-try:
-    import torchmetrics  # noqa: F401
-except (ImportError, RuntimeError) as error:  # so fails a torchvision built for another torch
-    pytest.skip(f"torchmetrics cannot be imported here: {error}", allow_module_level=True)
+# So fails a torchvision built for another torch.
+pytest.importorskip("torchmetrics", exc_type=(ImportError, RuntimeError))
 
 SMALL = ImputeConfig(draws=2, iterations=3, burn_in=1, components=3, neighbour_images=50)
 CONFIG = VAEConfig(alpha=0.0, imbalance="none", epochs=1, hidden="8", latent=3, limit=200)

@@ -38,10 +38,8 @@ from sqloss.training.vae.loop import begin
 
 for needed in ("joblib", "matplotlib", "scipy", "sklearn", "tqdm"):
     pytest.importorskip(needed)
-try:
-    import torchmetrics  # noqa: F401
-except (ImportError, RuntimeError) as error:  # so fails a torchvision built for another torch
-    pytest.skip(f"torchmetrics cannot be imported here: {error}", allow_module_level=True)
+# So fails a torchvision built for another torch.
+pytest.importorskip("torchmetrics", exc_type=(ImportError, RuntimeError))
 
 SMALL = ImputeConfig(draws=3, iterations=4, burn_in=2, components=5, neighbour_images=100)
 METHODS = ["one-shot", "pseudo-Gibbs", "mean", "PCA", "kNN"]
