@@ -13,6 +13,11 @@ def signed_pixels(images: Tensor) -> Tensor:
     return images / 127.5 - 1
 
 
+def to_signed(images: Tensor) -> Tensor:
+    """Pixels in [0, 1] as pixels in [-1, 1]."""
+    return 2 * images - 1
+
+
 def from_signed(images: Tensor) -> Tensor:
     """Pixels in [-1, 1] as pixels in [0, 1]."""
     return (images + 1) / 2

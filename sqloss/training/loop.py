@@ -157,6 +157,10 @@ def train_epoch(
     return True
 
 
+def steps_per_epoch(data: Dataset, config: RunConfig) -> int:
+    return math.ceil(len(data.train_images) / config.batch_size)
+
+
 def close_epoch(training: Training, data: Dataset) -> None:
     """Measure every model, and be ready for the next epoch."""
     training.epoch += 1

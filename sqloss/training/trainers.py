@@ -1,6 +1,5 @@
 """The trainers, and a run of any of them from its configuration to its report."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from sqloss.training.gan import plots as gan_plots
 from sqloss.training.gan import report as gan_report
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.metrics import require_fid
-from sqloss.training.loop import Training, fit
+from sqloss.training.loop import Training, fit, steps_per_epoch
 from sqloss.training.progress import Progress
 from sqloss.training.run import Recorder, Run
 from sqloss.training.shares import classifier_of, kept_classifier
@@ -125,7 +124,7 @@ class RunUnderWay:
 
     def steps(self) -> tuple[int, int]:
         """The steps of the whole training, and those of them done already."""
-        per_epoch = math.ceil(len(self.data.train_images) / self.config.batch_size)
+        per_epoch = steps_per_epoch(self.data, self.config)
         done = per_epoch * self.training.epoch + self.training.step
         return per_epoch * self.config.epochs, done
 

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import shutil
 import signal
@@ -139,3 +140,31 @@ def trainer(make_trainer) -> Trainer:
         epochs=4, batch_size=20, hidden="8", latent=3, num_samples=40, imbalance="none"
     )
     return make_trainer(begin, config, (4, 3))
+
+
+@pytest.fixture
+def stops_without_saving(trainer, tmp_path, assert_same):
+    """That a training that ``breaks(training)`` breaks is told with ``advice``, and not saved."""
+
+    def check(breaks: Callable[[Training], None], advice: str) -> None:
+        trainer.train(Run.new(tmp_path, dataclasses.replace(trainer.config, epochs=1)))
+        good = checkpoint.load(tmp_path / "checkpoints")
+        run = Run.resumed(type(trainer.config), tmp_path, {"epochs": 2})
+        training = trainer.begin(run.config)
+        trainer.start = lambda *_: training
+
+        class Breaking(Signalling):
+            def step(self) -> None:
+                super().step()
+                breaks(training)
+
+        for after in (1, 100):  # mid-epoch, on an interruption; and at the epoch's end
+            with pytest.raises(
+                UserError, match=f"the cvar model is no longer finite.*{advice}"
+            ) as raised:
+                trainer.train(run, Breaking(after))
+            newest = tmp_path / "checkpoints" / "epoch-0001.pt"
+            assert f"{newest}, from before, is intact" in str(raised.value)
+            assert_same(checkpoint.load(tmp_path / "checkpoints"), good)
+
+    return check

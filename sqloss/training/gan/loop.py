@@ -24,7 +24,7 @@ from sqloss.training.errors import UserError
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import Noise, draw_noise
 from sqloss.training.gan.stability import alarms
-from sqloss.training.loop import Row, Training
+from sqloss.training.loop import Row, Training, steps_per_epoch
 
 # Means over the steps of an epoch, each weighted by its images; of both models alike, whatever they
 # are trained on.
@@ -184,6 +184,7 @@ class GANTraining(Training):
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
         real = signed_pixels(images)
+        # All is drawn, used or not: with any --loss and --augment a seed gives the same noise.
         noise = self._draw_noise(labels)
         shifts = self._draw_shift(real), self._draw_shift(real)
         mix = torch.rand(len(real), generator=self.noise).to(real.device)
@@ -258,7 +259,7 @@ def begin(config: GANConfig, data: Dataset) -> GANTraining:
             f"{data.shape[1]} x {data.shape[2]}"
         )
     model = build_model(config, data).to(data.train_images.device)
-    batches = -(-len(data.train_images) // config.batch_size)
+    batches = steps_per_epoch(data, config)
     if config.d_steps > batches:
         raise UserError(
             f"--d-steps: expected at most {batches}, the batches of an epoch, after which the "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sqloss.models.gan import GAN, Discriminator, Generator
 from sqloss.models.gan_losses import fake_losses, real_losses
-from sqloss.models.pixels import pixels, signed_pixels
+from sqloss.models.pixels import pixels, signed_pixels, to_signed
 from sqloss.models.seeding import generator as stream
 from sqloss.training.data import Dataset
 from sqloss.training.gan.config import GANConfig
@@ -91,7 +91,7 @@ def loss_distribution(
         name: draw_noise(JUDGED, model, stream(config.seed, "samples"))
         for name, model in generators.items()
     }
-    images = {name: 2 * generate(model, noises[name]) - 1 for name, model in generators.items()}
+    images = {name: to_signed(generate(model, noises[name])) for name, model in generators.items()}
     real, labels = signed_pixels(data.test_images[:JUDGED]), data.test_labels[:JUDGED]
     panels = figure.subplots(1, len(models), squeeze=False)[0]
     for axes, (judge, model) in zip(panels, models.items(), strict=True):

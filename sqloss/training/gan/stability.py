@@ -44,23 +44,31 @@ FAILURES: dict[str, Callable[[Sequence[Row]], bool]] = {
 }
 
 
-def failures(history: Sequence[Row], name: str, loss: str) -> dict[int, list[str]]:
-    """What is wrong with a model after each of its epochs."""
-    rows = [row for row in history if row["model"] == name]
+def failures_after(rows: Sequence[Row], loss: str) -> list[str]:
+    """What is wrong with a model after the last of these epochs, which are its first ones."""
     # A critic's loss is minus a distance, which a good one makes large.
     watched = {w: found for w, found in FAILURES.items() if loss != "wgan-gp" or found != is_lost}
-    return {
-        row["epoch"]: [words for words, found in watched.items() if found(rows[: i + 1])]
-        for i, row in enumerate(rows)
-    }
+    return [words for words, found in watched.items() if rows and found(rows)]
+
+
+def rows_by_model(history: Sequence[Row]) -> dict[str, list[Row]]:
+    rows: dict[str, list[Row]] = {}
+    for row in history:
+        rows.setdefault(row["model"], []).append(row)
+    return rows
+
+
+def failures(history: Sequence[Row], name: str, loss: str) -> dict[int, list[str]]:
+    """What is wrong with a model after each of its epochs."""
+    rows = rows_by_model(history)[name]
+    return {row["epoch"]: failures_after(rows[:i], loss) for i, row in enumerate(rows, 1)}
 
 
 def alarms(history: Sequence[Row], loss: str) -> list[str]:
     """What has gone wrong in the last epoch and was well in the one before."""
     told = []
-    for name in dict.fromkeys(row["model"] for row in history):
-        by_epoch = failures(history, name, loss)
-        last = max(by_epoch)
-        before = by_epoch.get(last - 1, [])
-        told += [f"epoch {last}: {name}: {w}" for w in by_epoch[last] if w not in before]
+    for name, rows in rows_by_model(history).items():
+        before = failures_after(rows[:-1], loss)
+        now = failures_after(rows, loss)
+        told += [f"epoch {rows[-1]['epoch']}: {name}: {w}" for w in now if w not in before]
     return told

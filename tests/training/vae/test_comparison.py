@@ -34,14 +34,6 @@ CONFIG = VAEConfig(alpha=0.0, imbalance="none", epochs=1, hidden="8", latent=3, 
 KEY = Key("t, df 3", "standard", "one-shot", "bottom half")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def digits():
     return first_test_images(load_dataset("digits", Source(limit=200)), 20)

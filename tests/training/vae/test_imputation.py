@@ -46,14 +46,6 @@ METHODS = ["one-shot", "pseudo-Gibbs", "mean", "PCA", "kNN"]
 counts, sides, seeds = st.integers(1, 5), st.integers(1, 12), st.integers(0, 3)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def digits():
     return load_dataset("digits", Source())
