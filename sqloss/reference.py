@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # How far alpha in [0, 1) and 1 - alpha can be from the decimal that was meant, as a share of W.
-_ALPHA_ROUNDING = 2.0**-52
+ALPHA_ROUNDING = 2.0**-52
 # How far a sum of n weights can be from their true sum, as a share of it: n times this.
 _SUM_ROUNDING = 2.0**-53
 
@@ -45,7 +45,7 @@ def superquantile(
     total = reached[..., -1:]
     k = tail_fraction * total
     summed = 0 if weight is None else x.shape[-1]
-    rounding = total * (_ALPHA_ROUNDING + summed * _SUM_ROUNDING)
+    rounding = total * (ALPHA_ROUNDING + summed * _SUM_ROUNDING)
     before = (reached < k - rounding) | (reached == 0)
     index = before.sum(-1, keepdim=True).clamp(max=x.shape[-1] - 1)
     t = ordered.gather(-1, index)
@@ -99,6 +99,35 @@ def superquantile_backward(
     kept, reduced = _split(losses, dim)
     permuted = gradient.reshape([losses.shape[d] for d in kept + reduced])
     return permuted.permute([(kept + reduced).index(d) for d in range(losses.dim())])
+
+
+def tail_indices(
+    losses: Tensor, tail_fraction: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The indices of the tail of losses [N], and their weights in float64.
+
+    With n losses that count and k of them in the tail, these are the first ceil(k) of the losses in
+    descending order, NaN first and ties by index; then sorted by index. Each has 1/k, those at the
+    threshold equal parts of what is left. The size is ceil(k) of all N losses: the rest is index 0,
+    weight 0.
+    """
+    (size,) = losses.shape
+    n = size if mask is None else int(mask.sum())
+    _, threshold, counts = superquantile(losses, tail_fraction, None, mask)
+    above, _, k = counts.tolist()
+
+    def tail_size(n: int) -> int:
+        return max(math.ceil(tail_fraction * n - n * ALPHA_ROUNDING), 1)
+
+    order = (losses.double() + 0.0).argsort(descending=True, stable=True)
+    if mask is not None:
+        order = order[mask[order]]
+    indices = order[: tail_size(n)].sort().values
+    _, is_at = _compare(losses[indices], threshold)
+    weights = torch.full_like(indices, 1 / k, dtype=torch.float64)
+    weights[is_at] = (k - above) / k / (tail_size(n) - above)
+    padding = (0, tail_size(size) - tail_size(n))
+    return F.pad(indices, padding), F.pad(weights, padding)
 
 
 def _split(losses: Tensor, dim: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -87,7 +87,7 @@ def cvar(
         >>> sqloss.cvar(losses.view(2, 5), tail_fraction=0.2, dim=1)
         tensor([16., 81.])
     """
-    fraction, weight, mask, dims = _arguments(
+    fraction, weight, mask, dims = checked_arguments(
         "cvar", losses, alpha, tail_fraction, dim, weight, mask
     )
     return _op.cvar(losses, fraction, weight, mask, dims, keepdim)
@@ -120,7 +120,7 @@ def value_at_risk(
         >>> sqloss.value_at_risk(losses, alpha=0.75)
         tensor(49.)
     """
-    fraction, weight, mask, dims = _arguments(
+    fraction, weight, mask, dims = checked_arguments(
         "value_at_risk", losses, alpha, tail_fraction, dim, weight, mask
     )
     return _op.value_at_risk(losses, fraction, weight, mask, dims, keepdim)
@@ -154,13 +154,13 @@ def tail_weights(
         tensor([0.0000, 0.2000, 0.4000, 0.4000])
     """
     with torch.no_grad():
-        fraction, weight, mask, dims = _arguments(
+        fraction, weight, mask, dims = checked_arguments(
             "tail_weights", losses, alpha, tail_fraction, dim, weight, mask
         )
         return _op.tail_weights(losses, fraction, weight, mask, dims)
 
 
-def _arguments(
+def checked_arguments(
     function: str,
     losses: Tensor,
     alpha: float | None,
