@@ -32,6 +32,7 @@ from sqloss.superquantile import cvar as cvar
 from sqloss.superquantile import superquantile as superquantile
 from sqloss.superquantile import tail_weights as tail_weights
 from sqloss.superquantile import value_at_risk as value_at_risk
+from sqloss.tail import tail_backward as tail_backward
 from sqloss.tail import tail_indices as tail_indices
 from sqloss.tail import tail_loss as tail_loss
 
@@ -52,6 +53,7 @@ __all__ = [
     "student_t_rsample",
     "student_t_rsample_kl",
     "superquantile",
+    "tail_backward",
     "tail_indices",
     "tail_loss",
     "tail_weights",

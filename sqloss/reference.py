@@ -108,8 +108,8 @@ def tail_indices(
 
     With n losses that count and k of them in the tail, these are the first ceil(k) of the losses in
     descending order, NaN first and ties by index; then sorted by index. Each has 1/k, those at the
-    threshold equal parts of what is left. The size is ceil(k) of all N losses: the rest is index 0,
-    weight 0.
+    threshold equal parts of what is left. The size is ceil(k) of all N losses: the rest is the
+    first index, with weight 0.
     """
     (size,) = losses.shape
     n = size if mask is None else int(mask.sum())
@@ -127,7 +127,7 @@ def tail_indices(
     weights = torch.full_like(indices, 1 / k, dtype=torch.float64)
     weights[is_at] = (k - above) / k / (tail_size(n) - above)
     padding = (0, tail_size(size) - tail_size(n))
-    return F.pad(indices, padding), F.pad(weights, padding)
+    return F.pad(indices, padding, value=int(indices[0])), F.pad(weights, padding)
 
 
 def _split(losses: Tensor, dim: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import CellType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -20,7 +20,6 @@ from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils.checkpoint import checkpoint
 
 from sqloss._checks import check_floating, check_tensor, resolve_tail_fraction
 from sqloss._ops import superquantile as _op
@@ -64,7 +63,7 @@ def tail_indices(
         losses: ``[N]``, float16, bfloat16, float32 or float64.
         alpha, tail_fraction: as in :func:`cvar`.
         mask: bool, broadcastable to ``losses``; where it is False the loss does not count. The size
-            is then still that of ``N`` losses: after the tail come indices 0 of weight 0.
+            is then still that of ``N`` losses: after the tail comes its first index, with weight 0.
 
     Returns:
         (Tensor, Tensor): indices, int64, ascending; weights, of the dtype of ``losses`` (float32
@@ -102,7 +101,6 @@ def tail_loss(
     alpha: float | None = None,
     tail_fraction: float | None = None,
     mask: Tensor | None = None,
-    chunk_size: int | None = None,
     check: bool | None = None,
 ) -> Tensor:
     r"""The superquantile of ``fn(*tensors)``, computed with a graph for the rows of its tail alone.
@@ -117,13 +115,9 @@ def tail_loss(
     backward 2, that is :math:`1 + 3 (1 - \alpha)` instead of 3: half of a step on the mean at
     ``alpha=0.8``, and more than a step on all rows below ``alpha=1/3``.
 
-    With ``chunk_size``, no more rows than that run at once, in either pass, and backward runs the
-    chunks of the tail again one by one (as :func:`torch.utils.checkpoint.checkpoint` does), so
-    that the memory for activations is that of ``chunk_size`` rows, however many there are. This
-    costs :math:`1 + 4 (1 - \alpha)`.
-
     Use the result like any loss: gradients reach the parameters of modules, tensors that ``fn``
-    closes over and ``tensors``, any number of times.
+    closes over and ``tensors``, any number of times. :func:`tail_backward` is for batches that are
+    larger than memory.
 
     Args:
         fn: from tensors of some rows to their losses, ``[rows]``: a module or any other callable.
@@ -131,7 +125,6 @@ def tail_loss(
         tensors: of N rows each (their first dimension), at least one.
         alpha, tail_fraction: as in :func:`cvar`.
         mask: bool ``[N]``; where it is False the row does not count.
-        chunk_size: the most rows at once; ``None``: all.
         check: whether to compare the losses of the second pass with those of the first; ``None``:
             on the CPU, since elsewhere the host would wait for the device. Losses that differ by
             more than 1 % of the largest (3 % in half precision) are an error.
@@ -146,17 +139,16 @@ def tail_loss(
     second example). Random numbers from torch's generators, as dropout takes them, are refused, and
     so are modules that let rows depend on each other: batch norms that use the statistics of the
     batch. These are found by name in the first pass, before they run; other dependence, such as
-    attention between the rows, by ``check``. A function under ``torch.compile`` is not checked:
-    call it once without. A module that changes its own state in forward, does so twice.
+    attention between the rows, by ``check``. Under torch.compile nothing is checked: call the
+    function once without. A module that changes its own state in forward, does so twice.
 
-    Tensors that require a gradient have their rows of the tail taken out at once; all others
-    by chunks. They may be on another device than the losses, such as a batch that waits in the
-    host's memory: then choosing rows waits for the losses.
+    The tensors may be on another device than the losses, such as a batch that waits in the host's
+    memory: then choosing rows waits for the losses.
 
     Raises:
         TypeError: ``fn`` not callable or not returning a tensor, no tensors, and as :func:`cvar`.
-        ValueError: tensors of different numbers of rows, losses that are not one per row, a
-            ``chunk_size`` below 1, a module or a function as above, and as :func:`cvar`.
+        ValueError: tensors of different numbers of rows, losses that are not one per row, a module
+            or a function as above, and as :func:`cvar`.
 
     Example::
 
@@ -168,32 +160,105 @@ def tail_loss(
         >>> loss = sqloss.tail_loss(losses, x, y, alpha=0.8)  # was: cvar(losses(x, y), alpha=0.8)
         >>> loss.backward()
 
-    Noise by the numbers of the rows, and no more than 32 of them at once::
+    Noise by the numbers of the rows::
 
         >>> seed = sqloss.draw_seed()
         >>> def losses(x, rows):
         ...     z = sqloss.student_t_rsample(5.0, x, 1.0, seed=seed, rows=rows)
         ...     return model(z).square().sum(1)
-        >>> loss = sqloss.tail_loss(losses, x, torch.arange(128), alpha=0.8, chunk_size=32)
+        >>> loss = sqloss.tail_loss(losses, x, torch.arange(128), alpha=0.8)
         >>> loss.backward()
     """
     name = "tail_loss"
-    fraction = resolve_tail_fraction(name, alpha, tail_fraction)
-    n = _rows_of(name, fn, tensors)
-    if chunk_size is not None:
-        _check_chunk_size(name, chunk_size)
-    with torch.no_grad():
-        losses = _scored(name, fn, tensors, n, chunk_size)
-        _, _, mask, _ = checked_arguments(name, losses, None, fraction, None, None, mask)
-        tail = _select(losses, fraction, mask)
+    losses, tail = _tail_of(name, fn, tensors, alpha, tail_fraction, mask, None)
     if not torch.is_grad_enabled():
         return tail.value
-    of_tail = _losses_at(name, fn, tensors, tail.indices, chunk_size)
-    if check or (check is None and losses.device.type == "cpu" and not is_compiling()):
-        _check_same(name, of_tail.detach(), losses[tail.indices])
+    again = _losses_of(name, fn, [_rows(t, tail.indices) for t in tensors], len(tail.indices))
+    if _is_checked(check, losses):
+        _check_same(name, again.detach(), losses[tail.indices])
     function = _WithGradient if is_compiling() else _WithTangent
-    loss: Tensor = function.apply(tail.value, of_tail, tail.weights)
+    loss: Tensor = function.apply(tail.value, again, tail.weights)
     return loss
+
+
+def tail_backward(
+    fn: LossFunction,
+    *tensors: Tensor,
+    alpha: float | None = None,
+    tail_fraction: float | None = None,
+    mask: Tensor | None = None,
+    chunk_size: int,
+    gradient: Tensor | float = 1.0,
+    check: bool | None = None,
+) -> Tensor:
+    r"""Backward through the superquantile of a batch of any size, in chunks.
+
+    Adds to the ``grad`` of parameters and other leaves what ``tail_loss(fn, *tensors, ...)
+    .backward(gradient)`` would, with no more than ``chunk_size`` rows at once: scores all rows
+    without a graph, selects once, then runs forward and backward on the rows of the tail, chunk by
+    chunk. So the tail is the exact one of a batch of any size, in the memory of ``chunk_size``
+    rows, but for the losses, and the gradients of those ``tensors`` that require one. It costs what
+    :func:`tail_loss` does, where as many steps on the tails of small batches would train on others:
+    the mean of the tails of parts is below that of the whole.
+
+    Args:
+        fn, tensors, alpha, tail_fraction, mask, check: as in :func:`tail_loss`.
+        chunk_size: the most rows at once.
+        gradient: that of the value, as in :meth:`torch.Tensor.backward`, a number or a tensor
+            without dimensions. With an AMP gradient scaler: ``scaler.scale(torch.ones(()))``, on
+            the device of the losses.
+
+    Returns:
+        Tensor: the value, without a graph.
+
+    ``fn`` must not close over tensors that have a graph of their own, which the first chunk's
+    backward would free: give them as ``tensors``. Of those, the graph is gone through once. With
+    DistributedDataParallel call this under ``model.no_sync()``, which would otherwise reduce
+    gradients in each chunk, and reduce them afterwards.
+
+    Raises:
+        TypeError, ValueError: as :func:`tail_loss`; ``chunk_size`` not an int, or below 1.
+        RuntimeError: torch's own, where nothing requires a gradient.
+
+    Example::
+
+        >>> import torch, sqloss
+        >>> model = torch.nn.Linear(10, 3)
+        >>> x, y = torch.randn(2048, 10), torch.randint(3, (2048,))
+        >>> def losses(x, y):
+        ...     return torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+        >>> loss = sqloss.tail_backward(losses, x, y, alpha=0.8, chunk_size=128)
+        >>> loss.requires_grad, model.weight.grad.shape
+        (False, torch.Size([3, 10]))
+    """
+    name = "tail_backward"
+    _check_chunk_size(name, chunk_size)
+    losses, tail = _tail_of(name, fn, tensors, alpha, tail_fraction, mask, chunk_size)
+    weights = torch.where(tail.weights > 0, tail.weights * gradient, 0.0)
+    with torch.enable_grad():
+        # Once: from each chunk they would get a gradient of the size of the tensor
+        taken = {i: _rows(t, tail.indices) for i, t in enumerate(tensors) if t.requires_grad}
+    gradients = {i: torch.empty_like(rows) for i, rows in taken.items()}
+
+    for start in range(0, len(weights), chunk_size):
+        part = slice(start, start + chunk_size)
+        indices = tail.indices[part]
+        rows = [
+            taken[i].detach()[part].requires_grad_() if i in taken else _rows(t, indices)
+            for i, t in enumerate(tensors)
+        ]
+        with torch.enable_grad():
+            again = _losses_of(name, fn, rows, len(indices))
+        if _is_checked(check, losses):
+            _check_same(name, again.detach(), losses[indices])
+        again.backward(weights[part].to(again.dtype))
+        for i, of_tail in gradients.items():
+            of_part = rows[i].grad
+            of_tail[part] = 0.0 if of_part is None else of_part
+        del rows, again  # before there are those of the next chunk
+    if taken:
+        torch.autograd.backward(list(taken.values()), list(gradients.values()))
+    return tail.value
 
 
 def _select(losses: Tensor, fraction: float, mask: Tensor | None) -> _Tail:
@@ -219,7 +284,9 @@ def _select(losses: Tensor, fraction: float, mask: Tensor | None) -> _Tail:
     indices = torch.nonzero_static(chosen, size=size, fill_value=0).squeeze(1)
     weights = torch.where(at[indices], (k - above) / k / ties, 1 / k)
     if mask is not None:
-        weights = torch.where(torch.arange(size, device=losses.device) < wanted, weights, 0.0)
+        is_tail = torch.arange(size, device=losses.device) < wanted
+        indices = torch.where(is_tail, indices, indices[0])
+        weights = torch.where(is_tail, weights, 0.0)
     return _Tail(value, indices, weights)
 
 
@@ -257,49 +324,44 @@ class _WithTangent(_WithGradient):
 # --- the two passes -------------------------------------------------------------------------------
 
 
-def _scored(
-    function: str, fn: LossFunction, tensors: tuple[Tensor, ...], n: int, chunk_size: int | None
-) -> Tensor:
-    """The losses of all rows, where fn is one that treats them independently."""
-    with _refuses_coupling(function, fn), _refuses_random_numbers(function, tensors):
-        if chunk_size is None or n <= chunk_size:
-            losses = _per_row(function, fn(*tensors), n)
-        else:
-            pieces = zip(*(t.split(chunk_size) for t in tensors), strict=True)
-            losses = torch.cat([_per_row(function, fn(*piece), len(piece[0])) for piece in pieces])
-    # Weights that autocast has cast here would have no graph in the second pass
-    torch.clear_autocast_cache()
-    return losses
-
-
-def _losses_at(
+def _tail_of(
     function: str,
     fn: LossFunction,
     tensors: tuple[Tensor, ...],
-    indices: Tensor,
+    alpha: float | None,
+    tail_fraction: float | None,
+    mask: Tensor | None,
     chunk_size: int | None,
-) -> Tensor:
-    """The losses of these rows, with a graph, and with chunk_size without what it saves."""
-    if chunk_size is None or len(indices) <= chunk_size:
-        return _per_row(function, fn(*(_rows(t, indices) for t in tensors)), len(indices))
-    chunks = indices.split(chunk_size)
-    # Taken by chunks, each would have a gradient of the size of the tensor
-    taken = [_rows(t, indices).split(chunk_size) if t.requires_grad else None for t in tensors]
+) -> tuple[Tensor, _Tail]:
+    """The losses of all rows and their tail, from a pass without a graph."""
+    fraction = resolve_tail_fraction(function, alpha, tail_fraction)
+    n = _number_of_rows(function, fn, tensors)
+    with torch.no_grad():
+        with _refuses_coupling(function, fn), _refuses_random_numbers(function, tensors):
+            if chunk_size is None or n <= chunk_size:
+                losses = _losses_of(function, fn, tensors, n)
+            else:
+                parts = zip(*(t.split(chunk_size) for t in tensors), strict=True)
+                losses = torch.cat([_losses_of(function, fn, p, len(p[0])) for p in parts])
+        # Weights that autocast has cast here would have no graph in the second pass
+        torch.clear_autocast_cache()
+        arguments = checked_arguments(function, losses, None, fraction, None, None, mask)
+        return losses, _select(losses, fraction, arguments[2])
 
-    def losses_of(chunk: Tensor, *pieces: Tensor | None) -> Tensor:
-        rows = (
-            _rows(t, chunk) if piece is None else piece
-            for t, piece in zip(tensors, pieces, strict=True)
+
+def _losses_of(function: str, fn: LossFunction, rows: Sequence[Tensor], n: int) -> Tensor:
+    losses = fn(*rows)
+    if not isinstance(losses, Tensor):
+        raise TypeError(
+            f"{function}: fn: expected to return a tensor of losses, got {type(losses).__name__}"
         )
-        return _per_row(function, fn(*rows), len(chunk))
-
-    losses = []
-    for i, chunk in enumerate(chunks):
-        pieces = [None if pieces is None else pieces[i] for pieces in taken]
-        # Without random numbers there is no state of generators to keep
-        part = checkpoint(losses_of, chunk, *pieces, use_reentrant=False, preserve_rng_state=False)
-        losses.append(part)
-    return torch.cat(losses)
+    check_floating(function, "fn", losses)
+    if losses.shape != (n,):
+        raise ValueError(
+            f"{function}: fn: expected one loss for each row (reduction='none'), shape ({n},), "
+            f"got {tuple(losses.shape)}"
+        )
+    return losses
 
 
 def _rows(tensor: Tensor, indices: Tensor) -> Tensor:
@@ -309,7 +371,7 @@ def _rows(tensor: Tensor, indices: Tensor) -> Tensor:
 # --- what is refused ------------------------------------------------------------------------------
 
 
-def _rows_of(function: str, fn: object, tensors: tuple[object, ...]) -> int:
+def _number_of_rows(function: str, fn: object, tensors: tuple[object, ...]) -> int:
     """How many rows each of the tensors has."""
     if not callable(fn):
         raise TypeError(f"{function}: fn: expected a callable, got {type(fn).__name__}")
@@ -333,26 +395,15 @@ def _rows_of(function: str, fn: object, tensors: tuple[object, ...]) -> int:
 
 def _check_chunk_size(function: str, chunk_size: object) -> None:
     if not isinstance(chunk_size, int) or isinstance(chunk_size, bool):
-        raise TypeError(
-            f"{function}: chunk_size: expected an int or None, got {type(chunk_size).__name__}"
-        )
+        raise TypeError(f"{function}: chunk_size: expected an int, got {type(chunk_size).__name__}")
     if chunk_size < 1:
         raise ValueError(f"{function}: chunk_size: expected at least 1, got {chunk_size}")
 
 
-def _per_row(function: str, losses: object, n: int) -> Tensor:
-    """What fn has returned for n rows."""
-    if not isinstance(losses, Tensor):
-        raise TypeError(
-            f"{function}: fn: expected to return a tensor of losses, got {type(losses).__name__}"
-        )
-    check_floating(function, "fn", losses)
-    if losses.shape != (n,):
-        raise ValueError(
-            f"{function}: fn: expected one loss for each row (reduction='none'), shape ({n},), "
-            f"got {tuple(losses.shape)}"
-        )
-    return losses
+def _is_checked(check: bool | None, losses: Tensor) -> bool:
+    if check is None:
+        return losses.device.type == "cpu" and not is_compiling()
+    return check
 
 
 def _check_same(function: str, again: Tensor, first: Tensor) -> None:
