@@ -11,6 +11,7 @@ from pkgutil import extend_path
 # sys.path it is found there too.
 __path__ = extend_path(__path__, __name__)
 
+from sqloss import distributed as distributed
 from sqloss import distributions as distributions
 from sqloss import losses as losses
 from sqloss import nn as nn
@@ -43,6 +44,7 @@ __all__ = [
     "cvar_gaussian_nll_loss",
     "cvar_mse_loss",
     "cvar_smooth_l1_loss",
+    "distributed",
     "distributions",
     "draw_seed",
     "losses",

@@ -14,7 +14,7 @@ from torch import Tensor
 # How far alpha in [0, 1) and 1 - alpha can be from the decimal that was meant, as a share of W.
 ALPHA_ROUNDING = 2.0**-52
 # How far a sum of n weights can be from their true sum, as a share of it: n times this.
-_SUM_ROUNDING = 2.0**-53
+SUM_ROUNDING = 2.0**-53
 
 
 def superquantile(
@@ -45,7 +45,7 @@ def superquantile(
     total = reached[..., -1:]
     k = tail_fraction * total
     summed = 0 if weight is None else x.shape[-1]
-    rounding = total * (ALPHA_ROUNDING + summed * _SUM_ROUNDING)
+    rounding = total * (ALPHA_ROUNDING + summed * SUM_ROUNDING)
     before = (reached < k - rounding) | (reached == 0)
     index = before.sum(-1, keepdim=True).clamp(max=x.shape[-1] - 1)
     t = ordered.gather(-1, index)
@@ -157,15 +157,15 @@ def _weights(
         w = torch.where(mask, w, 0.0)
     rows = _rows(w, dim)
     if weight is not None:
-        _require(
+        require(
             ((w >= 0) & w.isfinite()).all(), "superquantile: weight: expected finite values >= 0"
         )
-        _require(
+        require(
             rows.sum(-1).isfinite().all(),
             "superquantile: weight: expected a finite sum in every reduction",
         )
     if weight is not None or mask is not None:
-        _require(
+        require(
             (rows.sum(-1) > 0).all(),
             "superquantile: weight, mask: expected a positive sum of weights in every reduction, "
             "got 0",
@@ -173,7 +173,7 @@ def _weights(
     return rows
 
 
-def _require(condition: Tensor, message: str) -> None:
+def require(condition: Tensor, message: str) -> None:
     """A ValueError on the CPU, an assertion on the device elsewhere: no wait for it."""
     if condition.device.type != "cpu":
         torch._assert_async(condition, message)

@@ -168,6 +168,7 @@ def checked_arguments(
     dim: int | Sequence[int] | None,
     weight: Tensor | None,
     mask: Tensor | None,
+    may_be_empty: bool = False,
 ) -> tuple[float, Tensor | None, Tensor | None, tuple[int, ...]]:
     """The operator's (tail_fraction, weight, mask, dim), everything checked; dim empty for all."""
     check_floating(function, "losses", losses)
@@ -176,7 +177,7 @@ def checked_arguments(
     else:
         fraction = resolve_tail_fraction(function, alpha, tail_fraction)
     dims = () if dim is None else _dims(function, losses, dim)
-    if losses.numel() == 0:
+    if losses.numel() == 0 and not may_be_empty:
         _check_not_empty(function, losses, dims)
     if weight is not None:
         weight = _weight(function, losses, weight)
