@@ -304,6 +304,30 @@ def test_errors(alone, call, error, message):
 # --- the digits, on threads -----------------------------------------------------------------------
 
 
+def test_kernel_and_reference_agree_bit_for_bit():
+    """Also with each other, as ranks on different devices."""
+
+    def mixed(x, *arguments):
+        twin = reference.distributed_superquantile
+        return (twin if x.numel() == 300 else op.distributed_superquantile)(x, *arguments)
+
+    for kind, dtype in itertools.product(LOSSES, DTYPES):
+        n = 700
+        losses = (LOSSES[kind](n) * 1.7).to(dtype)
+        weight, mask = torch.randn(n).mul(3).exp(), torch.rand(n) < 0.7
+        for alpha in (0.0, 0.35, 0.9, 1 - 2**-53):
+            for given_ in ({}, {"mask": mask}, {"weight": weight, "mask": mask}):
+                ways = op.distributed_superquantile, reference.distributed_superquantile, mixed
+                first, *others = [
+                    on_threads(losses, alpha, [300, 400], **given_, superquantile=way)[0]
+                    for way in ways
+                ]
+                for other in others:
+                    for got, expected in zip(other, first, strict=True):
+                        assert torch.equal(got.nan_to_num(1e5), expected.nan_to_num(1e5))
+                        assert got.dtype == expected.dtype and got.shape == expected.shape
+
+
 def on_threads(losses, alpha, sizes, weight=None, mask=None, payloads=None, superquantile=None):
     """(value, threshold, counts) on each rank."""
     superquantile = superquantile or op.distributed_superquantile

@@ -4,4 +4,24 @@ It is no operator of torch's dispatcher: it runs collectives, which no transform
 no fake tensor can.
 """
 
-from sqloss.reference import distributed_superquantile as distributed_superquantile
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from sqloss import _C, reference
+
+
+def distributed_superquantile(
+    losses: Tensor,
+    tail_fraction: float,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    config: Sequence[int],
+    ranks: int,
+    all_reduce: Callable[[Tensor], None],
+    check: Callable[[Tensor], None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """That of the reference, whose docstring tells the arguments."""
+    on_cpu = losses.device.type == "cpu"
+    select = _C.distributed_superquantile if on_cpu else reference.distributed_superquantile
+    return select(losses, tail_fraction, weight, mask, config, ranks, all_reduce, check)
