@@ -291,6 +291,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("value_at_risk", torch::wrap_pybind_function_no_gil(superquantile_eager<1>));
   m.def("distributed_superquantile",
         torch::wrap_pybind_function_no_gil(superquantile::distributed));
+  m.def("distributed_superquantile_with_gradient",
+        torch::wrap_pybind_function_no_gil(superquantile::distributed_with_gradient));
   m.def("pointwise_losses", torch::wrap_pybind_function_no_gil(pointwise_losses_eager));
   m.def("cross_entropy_losses", torch::wrap_pybind_function_no_gil(cross_entropy_losses_eager));
   m.def("cvar_pointwise", torch::wrap_pybind_function_no_gil(cvar_pointwise));

@@ -70,6 +70,15 @@ def distributed_superquantile(
     all_reduce: Callable[[Tensor], None],
     disagree: Callable[[Tensor], None],
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+def distributed_superquantile_with_gradient(
+    value: Tensor,
+    losses: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    threshold: Tensor,
+    counts: Tensor,
+    scale: int,
+) -> Tensor: ...
 def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor: ...
 def student_t_rsample_kl(
     df: Tensor | None,

@@ -58,7 +58,7 @@ def cvar(
     Returns:
         Tensor: as :func:`sqloss.cvar`; the same bits on all ranks.
 
-    There are three all-reduces of up to 2,065 int64 for losses of float32, two for float16 and
+    There are three all-reduces of up to 2,064 int64 for losses of float32, two for float16 and
     bfloat16, six for float64, and with weights one more, whose histograms are three times as long;
     none in backward. Tensors of a device stay on it, and the host waits for nothing. Under
     torch.compile this breaks the graph.
@@ -95,8 +95,9 @@ def cvar(
     )
     call = _call(function, group, alpha, tail_fraction, fraction)
     scale = _scale(call, grad_reduction)
-    value: Tensor = _CVaR.apply(_out_of_autocast(losses), weight, mask, call, scale)
-    return value
+    losses = _out_of_autocast(losses)
+    tail = _select(call, losses, weight, mask)
+    return _op.with_gradient(tail.value, losses, weight, mask, tail.threshold, tail.counts, scale)
 
 
 def tail_indices(
@@ -155,9 +156,10 @@ def tail_indices(
         scale = _scale(call, grad_reduction)
         losses = _out_of_autocast(losses)
         tail = _select(call, losses, weight, mask)
-        in_double = tail._replace(threshold=tail.threshold.double())
-        one = torch.ones_like(in_double.threshold)
-        weights = _gradient(one, losses.double(), weight, mask, in_double)
+        # In double: in half precision the smallest would be 0
+        weights = _op.tail_weights(
+            losses.double(), weight, mask, tail.threshold.double(), tail.counts
+        )
         indices = weights.nonzero().squeeze(1)
         return indices, (weights[indices] * scale).to(losses.dtype)
 
@@ -177,39 +179,6 @@ class _Tail(NamedTuple):
     value: Tensor
     threshold: Tensor
     counts: Tensor  # of csrc/superquantile/superquantile.h
-
-
-class _CVaR(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        losses: Tensor,
-        weight: Tensor | None,
-        mask: Tensor | None,
-        call: _Call,
-        scale: int,
-    ) -> Tensor:
-        tail = _select(call, losses, weight, mask)
-        ctx.save_for_backward(losses, weight, mask, *tail)
-        ctx.scale = scale
-        return tail.value
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        losses, weight, mask, *tail = ctx.saved_tensors
-        gradient = _gradient(grad, losses, weight, mask, _Tail(*tail))
-        # Not of grad: a scaler's may be as large as the dtype allows
-        return gradient * ctx.scale, None, None, None, None
-
-
-def _gradient(
-    grad: Tensor, losses: Tensor, weight: Tensor | None, mask: Tensor | None, tail: _Tail
-) -> Tensor:
-    """The gradient of this rank's losses from that of the value."""
-    gradient: Tensor = torch.ops.sqloss.superquantile_backward(
-        grad, None, losses, weight, mask, tail.threshold, tail.counts, (), False
-    )
-    return gradient
 
 
 def _scale(call: _Call, grad_reduction: str) -> int:

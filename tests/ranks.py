@@ -23,7 +23,7 @@ class Ranks:
     """Processes that wait for functions to run; of the first of them there is a group each."""
 
     def __init__(self, size, groups):
-        CONTEXT.set_forkserver_preload(["sqloss", "torch.nn.parallel"])  # once, not by each
+        CONTEXT.set_forkserver_preload(["sqloss", "torch._dynamo"])  # once, not by each
         folder = tempfile.mkdtemp()
         self.pipes, self.processes = [], []
         for rank in range(size):

@@ -336,6 +336,7 @@ class Search {
     descend(histogram, width);
     threshold_ = from_ordered_key<T>(prefix_);
     for (int64_t digit = (prefix_ & (bins - 1)) + 1; digit < bins; ++digit) {
+      if (!histogram.holds(digit)) continue;
       const auto key = static_cast<Key>((prefix << width) | static_cast<Key>(digit));
       const auto x = static_cast<double>(from_ordered_key<T>(key));
       if (!std::isfinite(x)) continue;

@@ -21,4 +21,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> distributed(
     const std::function<void(const at::Tensor&)>& all_reduce,
     const std::function<void(const at::Tensor&)>& disagree);
 
+// That value as a function of the losses of this rank: its gradient in them, times `scale`.
+at::Tensor distributed_with_gradient(const at::Tensor& value, const at::Tensor& losses,
+                                     const std::optional<at::Tensor>& weight,
+                                     const std::optional<at::Tensor>& mask,
+                                     const at::Tensor& threshold, const at::Tensor& counts,
+                                     int64_t scale);
+
 }  // namespace sqloss::superquantile

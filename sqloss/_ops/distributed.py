@@ -6,6 +6,7 @@ no fake tensor can.
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from sqloss import _C, reference
@@ -25,3 +26,28 @@ def distributed_superquantile(
     on_cpu = losses.device.type == "cpu"
     select = _C.distributed_superquantile if on_cpu else reference.distributed_superquantile
     return select(losses, tail_fraction, weight, mask, config, ranks, all_reduce, check)
+
+
+def with_gradient(
+    value: Tensor,
+    losses: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    threshold: Tensor,
+    counts: Tensor,
+    scale: int,
+) -> Tensor:
+    """That value as a function of the losses of this rank: its gradient in them, times a scale."""
+    return _C.distributed_superquantile_with_gradient(
+        value, losses, weight, mask, threshold, counts, scale
+    )
+
+
+def tail_weights(
+    losses: Tensor, weight: Tensor | None, mask: Tensor | None, threshold: Tensor, counts: Tensor
+) -> Tensor:
+    """The gradient of the value of all ranks in the losses of this one."""
+    weights: Tensor = torch.ops.sqloss.superquantile_backward(
+        torch.ones_like(threshold), None, losses, weight, mask, threshold, counts, (), False
+    )
+    return weights
