@@ -258,6 +258,13 @@ def test_the_gradient_is_linear_in_that_of_the_value(alone):
     )
 
 
+def test_forward_mode_is_refused(alone):
+    with pytest.raises(NotImplementedError, match="losses: expected no tangent"):
+        torch.func.jvp(
+            lambda losses: sqloss.distributed.cvar(losses, 0.5), (torch.randn(5),), (torch.ones(5),)
+        )
+
+
 def test_autocast_computes_in_float32(alone):
     losses = torch.randn(30).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
