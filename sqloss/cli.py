@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,23 +12,49 @@ from typing import Any, TypeVar
 import torch
 
 import sqloss
-from sqloss.training.bounds import BoundsConfig, bounds_table, measure_bounds, write_bounds
-from sqloss.training.comparison import (
+from sqloss.training.config import RunConfig, as_flag, expanded
+from sqloss.training.data import load_dataset
+from sqloss.training.errors import UserError, require
+from sqloss.training.files import as_csv, write_atomically
+from sqloss.training.gan.config import GANConfig
+from sqloss.training.progress import Progress
+from sqloss.training.run import Run
+from sqloss.training.settings import alone_in
+from sqloss.training.shares import classifier_of
+from sqloss.training.sweep import PRESETS, SweepConfig
+from sqloss.training.sweep import plan as plan_sweep
+from sqloss.training.sweep import prepare as prepare_sweep
+from sqloss.training.sweep import train as train_sweep
+from sqloss.training.sweep_report import (
+    MAIN,
+    metric_to_choose_by,
+    outcome,
+    refuse_other_tails,
+    summary,
+    write_csv,
+)
+from sqloss.training.sweep_report import write_report as write_sweep_report
+from sqloss.training.threads import set_threads
+from sqloss.training.trainers import (
+    TRAINERS,
+    RunUnderWay,
+    Trainer,
+    require_what_the_report_needs,
+)
+from sqloss.training.vae.bounds import BoundsConfig, bounds_table, measure_bounds, write_bounds
+from sqloss.training.vae.comparison import (
     CLASSIFIER_SEED,
     CompareConfig,
     Ledger,
+    Task,
     as_markdown,
     make_arms,
     make_tasks,
     trials,
 )
-from sqloss.training.config import Config, as_flag, expanded
-from sqloss.training.data import Dataset, load_dataset
-from sqloss.training.errors import UserError, require
-from sqloss.training.evaluation import evaluate
-from sqloss.training.files import as_csv, write_atomically
-from sqloss.training.imputation import COLUMNS as IMPUTE_COLUMNS
-from sqloss.training.imputation import (
+from sqloss.training.vae.config import VAEConfig
+from sqloss.training.vae.imputation import COLUMNS as IMPUTE_COLUMNS
+from sqloss.training.vae.imputation import (
     ImputeConfig,
     as_table,
     baseline_methods,
@@ -38,16 +63,10 @@ from sqloss.training.imputation import (
     measure,
     vae_methods,
 )
-from sqloss.training.imputation_plots import draw_imputations
-from sqloss.training.loop import Training, begin, build_model, fit
-from sqloss.training.plots import draw_pictures
-from sqloss.training.progress import Progress
-from sqloss.training.report import classifier_of, make_report, tables, write_report
-from sqloss.training.run import Run
-from sqloss.training.threads import set_threads
-from sqloss.training.trained import MAY_DIFFER, Trained, load_trained
+from sqloss.training.vae.imputation_plots import draw_imputations
+from sqloss.training.vae.trained import MAY_DIFFER, Trained, load_trained
 
-Settings = TypeVar("Settings", BoundsConfig, ImputeConfig, CompareConfig)
+Settings = TypeVar("Settings", BoundsConfig, ImputeConfig, CompareConfig, SweepConfig)
 
 # How priors are compared where nothing else is asked for.
 PLAIN: dict[str, Any] = {"alpha": 0.0, "imbalance": "none"}
@@ -57,6 +76,8 @@ USER_ERROR = 2
 SMALLER = {
     "vae": "; use a smaller --batch-size, --hidden, --channels, --latent, --iwae-samples, "
     "--image-size, --limit or --num-samples",
+    "gan": "; use a smaller --batch-size, --width, --latent, --image-size, --limit or "
+    "--num-samples",
     "impute": "; use a smaller --test-images, --draws or --neighbour-images",
 }
 INTERRUPTED = 130  # what a shell returns for it: 128 + SIGINT
@@ -100,6 +121,11 @@ def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
+def gan() -> int:
+    """The command ``gan``, which is ``sqloss gan``."""
+    return main(["gan", *sys.argv[1:]])
+
+
 def vae() -> int:
     """The command ``vae``, which is ``sqloss vae``."""
     return main(["vae", *sys.argv[1:]])
@@ -107,30 +133,67 @@ def vae() -> int:
 
 def train_vae(output_dir: Path | None = None, resume: Path | None = None, **given: Any) -> int:
     """Train VAEs on the mean and on the tail of the loss, side by side, and report on them."""
-    run = Run.resumed(resume, given) if resume else Run.new(output_dir, Config(**given))
-    config, device = run.config, run.config.torch_device
-    require_what_the_report_needs()
+    return train(TRAINERS["vae"], output_dir, resume, given)
 
-    whole = load_dataset(config.dataset, config.source)
-    data = whole.imbalanced(config.imbalance, config.seed).to(device)
-    set_threads(config, data)
-    training = begin(build_model(config, data.shape).to(device), config)
-    recorder = run.start(training, data)
-    announce(recorder.directory, data, device)
 
-    with recorder, Progress(*steps(training, data, config), config.epochs) as progress:
-        finished = fit(training, data, config, recorder.save, progress)
-    resuming = f"sqloss vae --resume {shlex.quote(str(recorder.directory))}"
-    if not finished:
-        say(f"stopped and saved after {training.done()}; continue with: {resuming}")
+def train_gan(output_dir: Path | None = None, resume: Path | None = None, **given: Any) -> int:
+    """Train GANs on the mean and on the tail of their losses, side by side, and report on them."""
+    return train(TRAINERS["gan"], output_dir, resume, given)
+
+
+def train(
+    trainer: Trainer[Any, Any],
+    output_dir: Path | None,
+    resume: Path | None,
+    given: dict[str, Any],
+) -> int:
+    """Start a run, or take it up again, and report on it once it is trained."""
+    kind = trainer.config
+    run = Run.resumed(kind, resume, given) if resume else Run.new(output_dir, kind(**given))
+    run.config.refuse_other_machine()
+    require_what_the_report_needs(run.config)
+    whole = load_dataset(run.config.dataset, run.config.source)
+    work = RunUnderWay(trainer, run, whole)
+    announce(work)
+
+    resuming = f"sqloss {run.config.command} --resume {shlex.quote(str(work.directory))}"
+    if not work.fit(Progress(*work.steps(), run.config.epochs)):
+        done = work.training.done()
+        say(f"stopped and saved after {done}; continue with: {resuming}")
         return INTERRUPTED
 
-    say("the training is done and saved; now a small classifier learns the classes, to report")
+    say("the training is done and saved; now a small classifier judges, for the report")
     try:
-        report_on(training, whole, data, config, recorder.directory)
+        report = work.report()
     except KeyboardInterrupt:
         say(f"\nstopped before the report; the training is saved, make the report with: {resuming}")
         return INTERRUPTED
+    print(trainer.tables(report))
+    say(f"the classifier gets {report['classifier_test_accuracy']:.1%} of the test images right")
+    say(f"how to read this, and the pictures: {work.directory / 'report.md'}")
+    return 0
+
+
+def sweep(trainer: str, output_dir: Path | None = None, **given: Any) -> int:
+    """Train with several settings and seeds, a run for each, and compare what they come to."""
+    sweep_config, given = taken(SweepConfig, given)
+    metric = metric_to_choose_by(trainer, sweep_config.best_by)
+    whole = plan_sweep(trainer, sweep_config, output_dir, given)
+    refuse_other_tails(whole, metric)
+    with alone_in(whole.directory, "sweep"):
+        missing = whole.missing
+        say(f"sweep: {whole.directory}, {len(missing)} of {len(whole.tasks)} runs to do")
+        try:
+            prepare_sweep(whole)
+            for number, task in enumerate(train_sweep(whole, sweep_config.jobs), 1):
+                write_csv(whole)
+                say(f"{number}/{len(missing)}: {outcome(whole, task, metric)}")
+        except KeyboardInterrupt:
+            say("\nstopped; what is done is kept: the same command does the rest")
+            return INTERRUPTED
+        write_sweep_report(whole, metric)
+    print(summary(whole, metric))
+    say(f"with every metric: {whole.directory / 'sweep.md'}; every number: sweep.csv beside it")
     return 0
 
 
@@ -178,11 +241,22 @@ def compare_priors(
 ) -> int:
     """Train every arm with every seed, unless it is there already, and compare what they impute."""
     compare_config, given = taken(CompareConfig, given)
-    config = Config(**PLAIN | given)
+    config = VAEConfig(**PLAIN | given)
     if compare_config.jobs > 1 and not config.cpu_threads:
         config = dataclasses.replace(config, threads=1)
     tasks = make_tasks(make_arms(config, compare_config), compare_config.seeds)
     directory = output_dir or Path("runs") / f"impute-{config.dataset}"
+    with alone_in(directory, "comparison"):
+        return compare_in(directory, tasks, config, impute_config, compare_config.jobs)
+
+
+def compare_in(
+    directory: Path,
+    tasks: Sequence[Task],
+    config: VAEConfig,
+    impute_config: ImputeConfig,
+    jobs: int,
+) -> int:
     ledger = Ledger(directory, config, impute_config)
     missing = [task for task in tasks if ledger.lacks(task)]
     say(f"comparison: {directory}, {len(missing)} of {len(tasks)} trainings to do")
@@ -192,7 +266,7 @@ def compare_priors(
         set_threads(config, whole)
         classifier = classifier_of(whole, config.torch_device, CLASSIFIER_SEED)
         try:
-            for rows in trials(missing, whole, classifier, impute_config, compare_config.jobs):
+            for rows in trials(missing, whole, classifier, impute_config, jobs):
                 ledger.add(rows)
                 say(f"done: {rows[0]['arm']}, seed {rows[0]['seed']}")
         except KeyboardInterrupt:
@@ -219,23 +293,6 @@ def refuse_all_but(allowed: Sequence[str], given: Mapping[str, Any], where: str)
             raise UserError(f"{as_flag(name)}: expected no such flag {where}, but {flags}")
 
 
-def report_on(
-    training: Training, whole: Dataset, data: Dataset, config: Config, directory: Path
-) -> None:
-    """Measure, draw and tell what the training has come to."""
-    models = training.models
-    losses = {
-        name: evaluate(model, data, config.seed, config.iwae_samples)
-        for name, model in models.items()
-    }
-    report = make_report(models, losses, whole, data, config)
-    write_report(directory, report)
-    draw_pictures(directory, models, losses, training.history, data, config)
-    print(tables(report))
-    say(f"the classifier gets {report['classifier_test_accuracy']:.1%} of the test images right")
-    say(f"how to read this, and the pictures: {directory / 'report.md'}")
-
-
 def evaluate_run(run_dir: Path, **given: Any) -> int:
     """Measure the VAEs of a run by their -ELBO and importance-weighted bound on test images."""
     require("scipy.stats")
@@ -259,25 +316,14 @@ def show_config() -> int:
     return 0
 
 
-def require_what_the_report_needs() -> None:
-    """Fail before the training where the report would fail after it."""
-    require("matplotlib.figure")
-    require("scipy.stats")
-
-
-def announce(directory: Path, data: Dataset, device: torch.device) -> None:
-    say(f"run: {directory} on {device}")
+def announce(work: RunUnderWay) -> None:
+    data = work.data
+    say(f"run: {work.directory} on {data.train_images.device}")
     say(
         f"data: {data.name}, {len(data.train_images)} training images of "
         f"{' x '.join(map(str, data.shape))}, per class {data.class_counts()}, "
         f"{len(data.test_images)} test images"
     )
-
-
-def steps(training: Training, data: Dataset, config: Config) -> tuple[int, int]:
-    """The steps of the whole training, and those of them done already."""
-    per_epoch = math.ceil(len(data.train_images) / config.batch_size)
-    return per_epoch * config.epochs, per_epoch * training.epoch + training.step
 
 
 def say(line: str) -> None:
@@ -292,6 +338,8 @@ def parser() -> argparse.ArgumentParser:
     subcommands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (subcommand, add_flags) in {
         "vae": (train_vae, add_vae_flags),
+        "gan": (train_gan, add_gan_flags),
+        "sweep": (sweep, add_sweep_flags),
         "evaluate": (evaluate_run, add_evaluate_flags),
         "impute": (impute, add_impute_flags),
         "config": (show_config, None),
@@ -305,15 +353,23 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_vae_flags(vae: argparse.ArgumentParser) -> None:
-    """A flag per field of ``Config``; those not given stay absent, so that --resume can tell."""
-    add_config_flags(vae, Config)
-    place = vae.add_mutually_exclusive_group()
+    add_run_flags(vae, VAEConfig)
+
+
+def add_gan_flags(gan: argparse.ArgumentParser) -> None:
+    add_run_flags(gan, GANConfig)
+
+
+def add_run_flags(part: argparse.ArgumentParser, kind: type[RunConfig]) -> None:
+    """A flag per field of ``kind``; those not given stay absent, so that --resume can tell."""
+    add_config_flags(part, kind)
+    place = part.add_mutually_exclusive_group()
     place.add_argument(
         "--output-dir",
         type=expanded,
         default=argparse.SUPPRESS,
         metavar="DIR",
-        help="where the run goes (default: runs/vae-DATASET-TIME)",
+        help=f"where the run goes (default: runs/{kind.command}-DATASET-TIME)",
     )
     place.add_argument(
         "--resume",
@@ -322,6 +378,30 @@ def add_vae_flags(vae: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="continue the run in DIR with its own settings; --epochs raises its total",
     )
+
+
+def add_sweep_flags(sweep: argparse.ArgumentParser) -> None:
+    trainers = sweep.add_subparsers(dest="trainer", required=True, metavar="TRAINER")
+    for name, trainer in TRAINERS.items():
+        description = f"sweep over settings and seeds of sqloss {name}"
+        part = trainers.add_parser(name, help=description, description=description)
+        defaults = {
+            "grid": "none",
+            "preset": f"none; there are {', '.join(PRESETS[name])}",
+            "best_by": MAIN[name][0],
+        }
+        add_config_flags(part, SweepConfig, defaults)
+        part.add_argument(
+            "--output-dir",
+            type=expanded,
+            default=argparse.SUPPRESS,
+            metavar="DIR",
+            help="where the runs, sweep.csv and sweep.md go; runs that are there already are not "
+            f"done again (default: runs/sweep-{name}-DATASET, or with the preset's name)",
+        )
+        own = {"threads": 1, "classifier": "classifier.pt in the directory of the sweep"}
+        training = part.add_argument_group(f"how sqloss {name} trains")
+        add_config_flags(training, trainer.config, own)
 
 
 def add_evaluate_flags(evaluate: argparse.ArgumentParser) -> None:
@@ -363,12 +443,12 @@ def add_impute_flags(impute: argparse.ArgumentParser) -> None:
     training = impute.add_argument_group(
         "how --compare trains; with RUN_DIR only " + ", ".join(map(as_flag, MAY_DIFFER))
     )
-    add_config_flags(training, Config, PLAIN, without=NOT_COMPARED)
+    add_config_flags(training, VAEConfig, PLAIN, without=NOT_COMPARED)
 
 
 def add_flags_that_may_differ(part: argparse.ArgumentParser) -> None:
     """Those of the flags of a run that a command on a run of before has too."""
-    for field in dataclasses.fields(Config):
+    for field in dataclasses.fields(VAEConfig):
         if field.name in MAY_DIFFER:
             add_config_flag(part, field, "as in the run")
 
@@ -382,7 +462,7 @@ def add_config_flags(
     """A flag per field of a configuration."""
     for field in dataclasses.fields(kind):
         if field.name not in without:
-            add_config_flag(part, field, str(defaults.get(field.name, field.default)))
+            add_config_flag(part, field, str(defaults.get(field.name, field.default)) or "none")
 
 
 def add_config_flag(
@@ -390,5 +470,6 @@ def add_config_flag(
 ) -> None:
     """The flag of a field of a configuration, absent where it is not given."""
     kind: dict[str, Any] = {"action": "store_true"} if field.type is bool else {"type": field.type}
-    options = dict(field.metadata) | {"help": f"{field.metadata['help']} (default: {default})"}
-    part.add_argument(as_flag(field.name), default=argparse.SUPPRESS, **kind, **options)
+    options = kind | dict(field.metadata)
+    options["help"] = f"{field.metadata['help']} (default: {default})"
+    part.add_argument(as_flag(field.name), default=argparse.SUPPRESS, **options)

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ import torch
 import sqloss
 from sqloss import cli
 from sqloss.models import classifier
-from sqloss.training import files
-from sqloss.training.config import Config
+from sqloss.training import files, pictures
 from sqloss.training.data import Dataset
 from sqloss.training.threads import set_threads
+from sqloss.training.vae import loop as vae_loop
+from sqloss.training.vae import report as vae_report
+from sqloss.training.vae.config import VAEConfig
+from sqloss.training.vae.loop import build_model
 
 for needed in ("matplotlib", "scipy", "sklearn", "tqdm"):
     pytest.importorskip(needed)
@@ -38,6 +42,20 @@ PRODUCTS = {
     "vae_loss_distribution.png",
     "vae_reconstructions.png",
     "vae_samples.png",
+}
+
+
+TINY_GAN = ["--limit", "200", "--width", "2", "--latent", "4", "--num-samples", "50"]
+TINY_GAN += ["--epochs", "1"]
+GAN_PRODUCTS = {
+    "config.json",
+    "metrics.csv",
+    "report.json",
+    "report.md",
+    "gan_loss_curves.png",
+    "gan_loss_distribution.png",
+    "gan_nearest.png",
+    "gan_samples.png",
 }
 
 
@@ -139,11 +157,12 @@ def initial_weights(monkeypatch, *arguments: object) -> torch.Tensor:
     """Those of a run that is stopped as soon as it has them."""
     given = []
 
-    def take(model, _config):
+    def take(config, shape):
+        model = build_model(config, shape)
         given.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "begin", take)
+    monkeypatch.setattr(vae_loop, "build_model", take)
     assert cli.main(["vae", *TINY, *map(str, arguments)]) == 130
     return given[0]
 
@@ -161,7 +180,7 @@ def test_the_classifier_learns_from_the_data_before_the_imbalance(tmp_path, monk
         counts.append((whole.class_counts()[0], data.class_counts()[0]))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "make_report", spy)
+    monkeypatch.setattr(vae_report, "make_report", spy)
     run = ["--output-dir", str(tmp_path / "run"), "--epochs", "1"]
     cli.main(["vae", *TINY, *run, "--imbalance", "0:0.1"])
     [(before, after)] = counts
@@ -210,6 +229,49 @@ def test_what_cannot_be_evaluated(capsys, tmp_path):
     assert message in told_by_evaluate(tmp_path, "--images", -1)
 
 
+def test_a_gan_is_trained_reported_and_resumed(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("torchmetrics")
+    monkeypatch.setattr(classifier, "STEPS", 5)
+    monkeypatch.setattr(pictures, "DPI", 20)
+    run, judge = tmp_path / "run", tmp_path / "judge.pt"
+    flags = ["--conditional", "--info-codes", 1, "--ema", 0.5, "--tail-of", "g"]
+    given = map(str, [*TINY_GAN, *flags, "--classifier", judge, "--output-dir", run])
+    assert cli.main(["gan", *given]) == 0
+    first = capsys.readouterr()
+    assert {path.name for path in run.iterdir()} >= GAN_PRODUCTS | {"gan_codes.png"}
+    assert len((run / "metrics.csv").read_text().splitlines()) == 1 + 2
+    assert "epoch 1/1: standard D " in first.err
+    report = json.loads((run / "report.json").read_text())
+    cvar = report["models"]["cvar"]
+    assert f"{cvar['quality']['cfid']:.2f}" in first.out
+    assert f"{cvar['label_agreement']['share']:.1%}" in first.out
+    assert first.out.strip() in (run / "report.md").read_text()
+    assert report["train_images"][0] < report["train_images_before_imbalance"][0]
+
+    content = judge.read_bytes()
+    assert cli.main(["gan", "--resume", str(run)]) == 0
+    again = capsys.readouterr()
+    assert again.out == first.out
+    assert "epoch 1/1" not in again.err
+    assert judge.read_bytes() == content
+
+    # another classifier, kept at another place, makes it no other run
+    other = tmp_path / "other.pt"
+    changes = ["--epochs", "2", "--classifier", str(other)]
+    assert cli.main(["gan", "--resume", str(run), *changes]) == 0
+    assert "epoch 2/2" in capsys.readouterr().err
+    assert other.exists()
+    assert json.loads((run / "config.json").read_text())["classifier"] == str(other)
+
+    message = told(capsys, "--resume", run)
+    assert "expected a run of sqloss vae, got one of sqloss gan" in message
+    message = told(capsys, run, command="evaluate")
+    assert "expected a run of sqloss vae, got one of sqloss gan" in message
+    message = told(capsys, "--resume", run, "--width", 3, command="gan")
+    assert "--width: expected 2, with which" in message
+    assert "only --epochs, --device, --threads, --data-dir, --download, --classifier," in message
+
+
 def test_version_and_config(capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(["--version"])
@@ -221,25 +283,78 @@ def test_version_and_config(capsys):
     assert capsys.readouterr().out == shown != ""
 
 
-def test_help_tells_every_flag_with_its_default(capsys):
+RUN_FLAGS = {
+    "dataset",
+    "data-dir",
+    "download",
+    "image-size",
+    "limit",
+    "celeba-attribute",
+    "imbalance",
+    "sampling",
+    "alpha",
+    "alone",
+    "epochs",
+    "batch-size",
+    "seed",
+    "device",
+    "threads",
+    "num-samples",
+    "checkpoint-every",
+}
+VAE_FLAGS = {
+    "tail",
+    "lr",
+    "hidden",
+    "latent",
+    "architecture",
+    "channels",
+    "prior",
+    "df",
+    "learn-df",
+    "iwae-samples",
+    "backend",
+    "beta",
+}
+GAN_FLAGS = {
+    "tail-of",
+    "loss",
+    "conditional",
+    "info-codes",
+    "info-weight",
+    "penalty",
+    "d-steps",
+    "g-steps",
+    "lr-d",
+    "lr-g",
+    "beta1",
+    "augment",
+    "ema",
+    "width",
+    "latent",
+    "classifier",
+    "fid-weights",
+}
+
+
+@pytest.mark.parametrize(("command", "own"), [("vae", VAE_FLAGS), ("gan", GAN_FLAGS)])
+def test_help_tells_every_flag_with_its_default(capsys, command, own):
     with pytest.raises(SystemExit):
-        cli.main(["vae", "--help"])
+        cli.main([command, "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    flags = ["dataset", "data-dir", "download", "image-size", "limit", "celeba-attribute"]
-    flags += ["imbalance", "alpha", "tail", "epochs", "batch-size", "lr", "hidden", "latent"]
-    flags += ["architecture", "channels", "prior", "df", "learn-df", "iwae-samples", "backend"]
-    flags += ["beta", "seed", "device", "threads", "num-samples", "checkpoint-every"]
-    assert [flag for flag in [*flags, "output-dir", "resume"] if f"--{flag}" not in text] == []
+    flags = RUN_FLAGS | own
+    assert {flag for flag in flags | {"output-dir", "resume"} if f"--{flag} " not in text} == set()
     assert text.count("(default: ") == len(flags) + 1
 
 
-def test_vae_is_a_command_of_its_own(monkeypatch):
+@pytest.mark.parametrize("command", ["vae", "gan"])
+def test_each_trainer_is_a_command_of_its_own(monkeypatch, command):
     called = []
     monkeypatch.setattr(cli, "main", lambda arguments: called.append(arguments) or 0)
     line = ["--dataset", "mnist", "--alpha", "0.8", "--epochs", "400"]
-    monkeypatch.setattr(sys, "argv", ["vae", *line])
-    assert cli.vae() == 0
-    assert called == [["vae", *line]]
+    monkeypatch.setattr(sys, "argv", [command, *line])
+    assert getattr(cli, command)() == 0
+    assert called == [[command, *line]]
 
 
 def test_what_is_given_is_what_is_trained(monkeypatch):
@@ -266,6 +381,55 @@ def test_bad_values(capsys, tmp_path):
     assert "--device: expected auto or" in told(capsys, "--device", "abacus", *run)
     assert "--threads: expected at most" in told(capsys, "--threads", 999_999, *run)
     assert not (tmp_path / "run").exists(), "nothing is left of a run that never began"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--penalty", 1], "--penalty: expected --loss wgan-gp with it, got none"),
+        (["--info-weight", 2], "--info-weight: expected --info-codes above 0 with it, got none"),
+        (["--alpha", 0, "--tail-of", "d"], "--tail-of: expected --alpha above 0 with it, got none"),
+        (["--alpha", 0, "--alone"], "--alone: expected an --alpha above 0 with it"),
+        (["--lr-g", 0], "--lr-g: expected a number above 0, got 0.0"),
+        (["--d-steps", 8], "--d-steps: expected at most 7, the batches of an epoch"),
+        (["--image-size", 4], "--image-size: expected images of at least 5 pixels a side, got 4 x"),
+        (["--limit", 1], "--dataset: expected at least 2 training images, got 1"),
+        (["--width", 2**31 - 1], "use a smaller --batch-size, --width, --latent, --image-size,"),
+        (["--classifier", __file__], "--classifier: expected a file with the classifier of this"),
+        (["--classifier", "none/x.pt"], "--classifier: expected a file in a folder that is there"),
+    ],
+)
+def test_what_a_gan_refuses_before_the_training(capsys, tmp_path, flags, message):
+    pytest.importorskip("torchmetrics")
+    given = [*TINY_GAN, "--imbalance", "none", *flags, "--output-dir", tmp_path / "run"]
+    assert message in told(capsys, *given, command="gan")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("module", ["matplotlib.figure", "scipy.stats", "sklearn.neighbors"])
+def test_what_the_report_on_a_gan_needs_is_told_before(capsys, tmp_path, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    message = told(capsys, *TINY_GAN, "--output-dir", tmp_path / "run", command="gan")
+    assert f"{module.partition('.')[0]} is needed here" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_torchmetrics_is_told_before(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    message = told(capsys, *TINY_GAN, "--output-dir", tmp_path / "run", command="gan")
+    assert "torchmetrics is needed here" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_weights_of_inception_are_told_before(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("torchmetrics")
+    flags = [*TINY_GAN, "--fid-weights", "none.pth", "--output-dir", tmp_path / "run"]
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    assert "got none.pth, which is no file" in told(capsys, *flags, command="gan")
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    message = told(capsys, *flags, command="gan")
+    assert "pip install 'sqloss[fid]'" in message
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -319,7 +483,7 @@ def test_threads(threads, side, expected, backend):
     torch.set_num_threads(2)
     images = torch.zeros(1, 1, side, side, dtype=torch.uint8)
     labels = torch.zeros(1, dtype=torch.int64)
-    config = Config(threads=threads, backend=backend)
+    config = VAEConfig(threads=threads, backend=backend)
     with threadpoolctl.threadpool_limits(2, "blas"):
         set_threads(config, Dataset("d", ("a",), images, labels, images, labels))
         blas = threadpoolctl.ThreadpoolController().select(user_api="blas").info()
@@ -353,10 +517,10 @@ def test_the_home_folder_is_understood(capsys, tmp_path, monkeypatch):
 
 def test_ctrl_c_while_the_report_is_made(capsys, tmp_path, monkeypatch):
     def interrupted(*_: object) -> None:
-        assert "now a small classifier learns" in capsys.readouterr().err
+        assert "now a small classifier judges" in capsys.readouterr().err
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "make_report", interrupted)
+    monkeypatch.setattr(vae_report, "make_report", interrupted)
     run = tmp_path / "run"
     assert cli.main(["vae", *TINY, "--epochs", "1", "--output-dir", str(run)]) == 130
     message = capsys.readouterr().err

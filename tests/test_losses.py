@@ -827,6 +827,13 @@ def has_kernel(operator, device):
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"sqloss::{operator}", key)
 
 
+def two_derivatives(value, inputs):
+    """The gradients, and those of the sum of their squares, None where there are none."""
+    gradients = torch.autograd.grad(value, inputs, create_graph=True)
+    squares = sum(gradient.square().sum() for gradient in gradients)
+    return gradients, torch.autograd.grad(squares, inputs, allow_unused=True)
+
+
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
@@ -855,11 +862,7 @@ def test_one_operator_does_what_two_do(device, case, dtype, shape):
                 losses = case.losses(leaves)
                 losses = losses if extra is None else losses + extra
                 value = sqloss.cvar(losses, alpha)
-            gradients = torch.autograd.grad(value, inputs, create_graph=True)
-            second = torch.autograd.grad(
-                sum(gradient.square().sum() for gradient in gradients), inputs, allow_unused=True
-            )
-            results.append((losses.detach(), value.detach(), gradients, second))
+            results.append((losses.detach(), value.detach(), *two_derivatives(value, inputs)))
         assert torch.equal(results[0][0], results[1][0])
         torch.testing.assert_close(results[0][1:], results[1][1:])
 
@@ -910,11 +913,7 @@ def test_one_operator_does_what_two_do_of_the_cross_entropy(device, shape, dtype
                 losses = sqloss.losses.cross_entropy(**leaves, **options)
                 losses = losses if extra is None else losses + extra
                 value = sqloss.cvar(losses, alpha, mask=mask)
-            gradients = torch.autograd.grad(value, inputs, create_graph=True)
-            second = torch.autograd.grad(
-                sum(gradient.square().sum() for gradient in gradients), inputs, allow_unused=True
-            )
-            results.append((losses.detach(), value.detach(), gradients, second))
+            results.append((losses.detach(), value.detach(), *two_derivatives(value, inputs)))
         assert torch.equal(results[0][0], results[1][0])
         torch.testing.assert_close(results[0][1:], results[1][1:])
 

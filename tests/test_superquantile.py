@@ -1189,7 +1189,8 @@ def test_the_operators_guard_their_memory():
         ((X, half, X[:1], None, [], False), ValueError, "weight: expected the shape of losses"),
         ((X, half, None, X, [], False), TypeError, "mask: expected a bool tensor"),
         ((X, half, None, (X > 1)[0], [], False), ValueError, "mask: expected the shape"),
-        ((X.long(), half, None, None, [], False), TypeError, "losses: expected a floating"),
+        ((X.long(), half, None, None, [], False), TypeError, "losses: expected float16, .* Long"),
+        ((X.to(torch.float8_e5m2), half, None, None, [], False), TypeError, "losses: .* Float8"),
         ((X, half, X.to(torch.complex64), None, [], False), TypeError, "weight: expected a real"),
         (
             (X, half, None, None, [-1], False),

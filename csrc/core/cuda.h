@@ -41,15 +41,12 @@ inline dim3 grid(int64_t x, int64_t y = 1) {
   return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
 }
 
-inline int attribute(cudaDeviceAttr which) {
-  int value = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, c10::cuda::current_device()));
-  return value;
-}
-
 // The most bytes of dynamic shared memory that a block of the current device can have.
 inline size_t shared_memory_limit() {
-  return static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  int bytes = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                        c10::cuda::current_device()));
+  return static_cast<size_t>(bytes);
 }
 
 // Runs a kernel on the current stream of the current device, with the arguments as its parameters.
@@ -183,10 +180,6 @@ __device__ __forceinline__ unsigned warp_reduce(unsigned value, Minimum) {
 }
 #endif
 
-template <typename T>
-__device__ __forceinline__ T warp_sum(T value) {
-  return warp_reduce(value, Sum());
-}
 template <typename T>
 __device__ __forceinline__ T warp_max(T value) {
   return warp_reduce(value, Maximum());

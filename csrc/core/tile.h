@@ -4,16 +4,12 @@
 // Included by csrc/*/cpu.cpp alone; compiled once per CPU capability, in its namespace.
 #pragma once
 
-#include <c10/core/ScalarType.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Exception.h>
-#include <c10/util/Half.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
+#include "core/dtype.h"
 #include "core/simd.h"
 #include "core/strided.h"
 
@@ -31,23 +27,6 @@ template <typename T>
 struct alignas(64) Tile {
   T data[kTile + 16];
 };
-
-// f(zero of the C++ type) for a floating dtype.
-template <typename F>
-void for_dtype(at::ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case at::kFloat:
-      return f(float());
-    case at::kDouble:
-      return f(double());
-    case at::kHalf:
-      return f(at::Half());
-    case at::kBFloat16:
-      return f(at::BFloat16());
-    default:
-      TORCH_INTERNAL_ASSERT(false, "no kernel for ", dtype);
-  }
-}
 
 template <typename T, typename scalar_t>
 void gather(const scalar_t* source, int64_t stride, int64_t count, T* values) {

@@ -25,6 +25,7 @@
 namespace sqloss::cross_entropy_losses::CPU_CAPABILITY {
 namespace {
 
+using core::for_dtype;
 using core::Strided;
 using namespace core::CPU_CAPABILITY;
 

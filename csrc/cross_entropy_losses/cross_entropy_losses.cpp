@@ -6,6 +6,7 @@
 #include <c10/util/irange.h>
 
 #include "core/allocate.h"
+#include "core/dtype.h"
 
 namespace sqloss::cross_entropy_losses {
 namespace {
@@ -19,9 +20,8 @@ at::DimVector sample_sizes(const at::Tensor& input) {
 }
 
 void check_floating(const char* name, const at::Tensor& tensor) {
-  TORCH_CHECK_TYPE(tensor.is_floating_point() && c10::elementSize(tensor.scalar_type()) > 1,
-                   "cross_entropy: ", name, ": expected float16, bfloat16, float32 or float64, ",
-                   "got ", tensor.scalar_type());
+  TORCH_CHECK_TYPE(core::has_kernels(tensor.scalar_type()), "cross_entropy: ", name,
+                   ": expected float16, bfloat16, float32 or float64, got ", tensor.scalar_type());
 }
 
 void check_shape(const char* name, const at::Tensor& tensor, at::IntArrayRef sizes,

@@ -18,6 +18,7 @@
 #include <optional>
 #include <tuple>
 
+#include "core/kernels.h"
 #include "core/strided.h"
 #include "superquantile/fused_tail.h"
 
@@ -53,27 +54,7 @@ struct Kernels {
                    const double* log_sum_exp, const Classes& grad_input);
 };
 
-namespace DEFAULT {
-extern const Kernels kernels;
-}
-#if defined(__x86_64__)
-namespace AVX2 {
-extern const Kernels kernels;
-}
-namespace AVX512 {
-extern const Kernels kernels;
-}
-#else
-namespace AVX2 = DEFAULT;
-namespace AVX512 = DEFAULT;
-#endif
-
-namespace CUDA {
-extern const Kernels kernels;
-}
-
-const Kernels& cpu_kernels();   // for this machine
-const Kernels& cuda_kernels();  // of a build with CUDA
+SQLOSS_DECLARE_KERNELS
 
 // From tensors to kernels. input is [N, C, d1, ...], of any strides, which are never copied; target
 // int64 [N, d1, ...] or of input's shape; weight [C]. Returns losses [N, d1, ...] and log_sum_exp

@@ -29,7 +29,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <optional>
 
 #include "core/cuda.h"
 #include "core/vector_math.h"
@@ -42,6 +41,7 @@ namespace {
 
 using namespace core::cuda;
 using superquantile::CUDA::Finish;
+using superquantile::CUDA::FinishOfLaunch;
 
 constexpr int kThreads = 256;  // of a block
 constexpr int kWarps = kThreads / kWarp;
@@ -584,10 +584,7 @@ class Team {
   template <typename Operation, typename T>
   __device__ T reduce(T value, T neutral, const Operation& operation) const {
     if (size_ > kWarp) return block_reduce(value, neutral, operation);
-    for (int distance = size_ / 2; distance > 0; distance /= 2) {
-      value = operation(value, __shfl_xor_sync(kAllLanes, value, distance));
-    }
-    return value;
+    return lanes_reduce(value, size_, operation);
   }
   template <typename T>
   __device__ T sum(T value) const {
@@ -917,18 +914,11 @@ int rounds_of(const Inputs& in, int team_size) {
   return static_cast<int>(std::clamp<int64_t>(threads / kEnoughThreads, 1, team_size));
 }
 
-int64_t blocks_for(int64_t samples, int64_t of_block) {
-  return (samples + of_block - 1) / of_block;
-}
-
 template <typename T>
 void forward_typed(const Inputs& in, T* losses, double* log_sum_exp,
                    const superquantile::FusedTail* tail) {
   const Arguments arguments(in);
-  std::optional<Ticket> ticket;
-  if (tail != nullptr) ticket.emplace();
-  const Finish finish = tail == nullptr ? Finish() : Finish(*tail, *ticket);
-  const size_t of_tail = tail == nullptr ? 0 : Finish::shared_bytes<T>(in.samples);
+  const FinishOfLaunch<T> of_tail(tail, in.samples);
   const bool any = arguments.any();
   if (walk_by_sample(in)) {
     const int team = team_size_of(in);
@@ -936,8 +926,8 @@ void forward_typed(const Inputs& in, T* losses, double* log_sum_exp,
     const auto one_by_one = any ? forward_by_sample<T, true, 1> : forward_by_sample<T, false, 1>;
     const int rounds = rounds_of(in, team);
     launch(walk_in_runs(in) ? in_runs : one_by_one,
-           grid(blocks_for(in.samples, int64_t(kThreads / team) * rounds)), kThreads, of_tail,
-           arguments, team, rounds, losses, log_sum_exp, finish);
+           grid(divide_up(in.samples, int64_t(kThreads / team) * rounds)), kThreads,
+           of_tail.shared_bytes, arguments, team, rounds, losses, log_sum_exp, of_tail.finish);
   } else {
     const bool adjacent = in_vectors(in.input) && in_vectors(in.probabilities);
     const auto in_fours = any ? forward_by_class<T, true, true> : forward_by_class<T, false, true>;
@@ -945,8 +935,9 @@ void forward_typed(const Inputs& in, T* losses, double* log_sum_exp,
     const Columns columns = columns_of(in);
     const size_t of_slice = any ? sizeof(Slice<T, true>) : sizeof(Slice<T, false>);
     const size_t of_slices = columns.slices > 1 ? kThreads * kSamples * of_slice : 0;
-    launch(adjacent ? in_fours : singly, grid(blocks_for(in.samples, columns.samples_of_block())),
-           kThreads, std::max(of_slices, of_tail), arguments, columns, losses, log_sum_exp, finish);
+    launch(adjacent ? in_fours : singly, grid(divide_up(in.samples, columns.samples_of_block())),
+           kThreads, std::max(of_slices, of_tail.shared_bytes), arguments, columns, losses,
+           log_sum_exp, of_tail.finish);
   }
 }
 
@@ -958,15 +949,15 @@ void backward_typed(const Inputs& in, const T* grad_losses, const double* log_su
   if (walk_by_sample(in)) {
     const int team = team_size_of(in);
     launch(walk_in_runs(in) ? backward_by_sample<T, 4> : backward_by_sample<T, 1>,
-           grid(blocks_for(in.samples, kThreads / team)), kThreads, 0, arguments, team, grad_losses,
+           grid(divide_up(in.samples, kThreads / team)), kThreads, 0, arguments, team, grad_losses,
            log_sum_exp, gradient);
   } else {
     const bool adjacent = in_vectors(in.input) && in_vectors(in.probabilities) &&
                           in_vectors(grad_input) && in_vectors(grad_losses);
     const Columns columns = columns_of(in);
     launch(adjacent ? backward_by_class<T, true> : backward_by_class<T, false>,
-           grid(blocks_for(in.samples, columns.samples_of_block())), kThreads, 0, arguments,
-           columns, grad_losses, log_sum_exp, gradient);
+           grid(divide_up(in.samples, columns.samples_of_block())), kThreads, 0, arguments, columns,
+           grad_losses, log_sum_exp, gradient);
   }
 }
 

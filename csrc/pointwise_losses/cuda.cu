@@ -17,7 +17,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <optional>
 #include <type_traits>
 
 #include "core/cuda.h"
@@ -30,6 +29,7 @@ namespace {
 
 using namespace core::cuda;
 using superquantile::CUDA::Finish;
+using superquantile::CUDA::FinishOfLaunch;
 
 constexpr int kThreads = 256;  // of a block, at most
 
@@ -421,10 +421,7 @@ void forward_typed(const Inputs& in, T* losses, const superquantile::FusedTail* 
   const size_t place = memory.reserve<double>(add ? in.samples * groups.chunks : 0);
   memory.allocate();
   double* const sums = add ? memory.at<double>(place) : nullptr;
-  std::optional<Ticket> ticket;
-  if (tail != nullptr) ticket.emplace();
-  const Finish finish = tail == nullptr ? Finish() : Finish(*tail, *ticket);
-  const size_t shared_bytes = tail == nullptr ? 0 : Finish::shared_bytes<T>(in.samples);
+  const FinishOfLaunch<T> of_tail(tail, in.samples);
   for_loss(in.loss, [&](const auto& make) {
     const auto loss = make(T(), in);
     using Function = std::decay_t<decltype(loss)>;
@@ -435,7 +432,8 @@ void forward_typed(const Inputs& in, T* losses, const superquantile::FusedTail* 
         kernel = forward_kernel<T, kVector<T>, false, Function>;
       }
     }
-    launch_groups(kernel, shared_bytes, columns, groups, loss, sums, losses, finish);
+    launch_groups(kernel, of_tail.shared_bytes, columns, groups, loss, sums, losses,
+                  of_tail.finish);
   });
   if (!add) return;
   const int64_t threads = std::min<int64_t>(divide_up(groups.chunks, kWarp) * kWarp, kThreads);

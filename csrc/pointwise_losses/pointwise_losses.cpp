@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "core/allocate.h"
+#include "core/dtype.h"
 
 namespace sqloss::pointwise_losses {
 namespace {
@@ -16,9 +17,8 @@ namespace {
 using OptionalTensor = std::optional<at::Tensor>;
 
 void check(const char* name, const at::Tensor& tensor, const at::Tensor& input) {
-  TORCH_CHECK_TYPE(tensor.is_floating_point() && c10::elementSize(tensor.scalar_type()) > 1,
-                   "pointwise_losses: ", name, ": expected float16, bfloat16, float32 or float64, ",
-                   "got ", tensor.scalar_type());
+  TORCH_CHECK_TYPE(core::has_kernels(tensor.scalar_type()), "pointwise_losses: ", name,
+                   ": expected float16, bfloat16, float32 or float64, got ", tensor.scalar_type());
   TORCH_CHECK_VALUE(tensor.sizes() == input.sizes(), "pointwise_losses: ", name,
                     ": expected the shape of input ", input.sizes(), ", got ", tensor.sizes());
   TORCH_CHECK_VALUE(tensor.device() == input.device(), "pointwise_losses: ", name,

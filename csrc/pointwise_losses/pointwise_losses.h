@@ -24,6 +24,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "core/kernels.h"
 #include "core/strided.h"
 #include "superquantile/fused_tail.h"
 
@@ -64,27 +65,7 @@ struct Kernels {
   void (*backward)(const Inputs&, at::ScalarType dtype, const void* grad_losses, const Gradients&);
 };
 
-namespace DEFAULT {
-extern const Kernels kernels;
-}
-#if defined(__x86_64__)
-namespace AVX2 {
-extern const Kernels kernels;
-}
-namespace AVX512 {
-extern const Kernels kernels;
-}
-#else
-namespace AVX2 = DEFAULT;
-namespace AVX512 = DEFAULT;
-#endif
-
-namespace CUDA {
-extern const Kernels kernels;
-}
-
-const Kernels& cpu_kernels();   // for this machine
-const Kernels& cuda_kernels();  // of a build with CUDA
+SQLOSS_DECLARE_KERNELS
 
 // From tensors to kernels. All tensors are of one shape and of any strides, which are never copied;
 // its first `sample_dims` dimensions are those of the samples and of the losses returned.

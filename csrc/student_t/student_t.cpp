@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "core/allocate.h"
+#include "core/dtype.h"
 
 namespace sqloss::student_t {
 namespace {
@@ -29,8 +30,7 @@ Named named(const char* argument, std::string_view name,
 }
 
 void check(const char* name, const at::Tensor& tensor, const at::Tensor& loc) {
-  TORCH_CHECK_TYPE(tensor.is_floating_point() && c10::elementSize(tensor.scalar_type()) > 1,
-                   "student_t_rsample_kl: ", name,
+  TORCH_CHECK_TYPE(core::has_kernels(tensor.scalar_type()), "student_t_rsample_kl: ", name,
                    ": expected float16, bfloat16, float32 or float64, got ", tensor.scalar_type());
   TORCH_CHECK_VALUE(tensor.device() == loc.device(), "student_t_rsample_kl: ", name,
                     ": expected the device of loc ", loc.device(), ", got ", tensor.device());

@@ -26,6 +26,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "core/kernels.h"
 #include "core/strided.h"
 
 namespace sqloss::student_t {
@@ -82,26 +83,7 @@ struct Kernels {
   void (*noise)(const Inputs&, at::ScalarType dtype, const NoiseOutputs&);
 };
 
-namespace DEFAULT {
-extern const Kernels kernels;
-}
-#if defined(__x86_64__)
-namespace AVX2 {
-extern const Kernels kernels;
-}
-namespace AVX512 {
-extern const Kernels kernels;
-}
-#else
-namespace AVX2 = DEFAULT;
-namespace AVX512 = DEFAULT;
-#endif
-namespace CUDA {
-extern const Kernels kernels;
-}
-
-const Kernels& cpu_kernels();   // for this machine
-const Kernels& cuda_kernels();  // of a build with CUDA
+SQLOSS_DECLARE_KERNELS
 
 // From tensors to kernels. loc and scale have one shape [..., columns]; df and prior_df that too,
 // or [columns], or none; seed broadcasts to the shape [...], which rows has. Strides are any. No

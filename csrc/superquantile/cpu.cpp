@@ -18,7 +18,7 @@
 namespace sqloss::superquantile::CPU_CAPABILITY {
 namespace {
 
-using core::CPU_CAPABILITY::for_dtype;
+using core::for_dtype;
 using core::CPU_CAPABILITY::kTile;
 using core::CPU_CAPABILITY::read_tile;
 using core::CPU_CAPABILITY::Tile;

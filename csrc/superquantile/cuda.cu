@@ -17,6 +17,7 @@
 #include <cmath>
 
 #include "core/cuda.h"
+#include "core/dtype.h"
 #include "core/total_order.h"
 #include "superquantile/cuda_radix.h"
 #include "superquantile/cuda_selection.h"
@@ -27,24 +28,6 @@ namespace {
 
 template <typename scalar_t>
 using compute_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-
-// f(zero of the C++ type) on the host.
-template <typename F>
-void for_losses(at::ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case at::kFloat:
-      return f(float());
-    case at::kDouble:
-      return f(double());
-    case at::kHalf:
-      return f(at::Half());
-    case at::kBFloat16:
-      return f(at::BFloat16());
-    default:
-      TORCH_CHECK_TYPE(false, "superquantile: losses: expected float16, bfloat16, float32 or ",
-                       "float64, got ", dtype);
-  }
-}
 
 // --- forward -------------------------------------------------------------------------------------
 
@@ -206,13 +189,13 @@ void forward_rounds(const Losses& all, bool runs, const TailFraction& tail_fract
     if constexpr (std::is_same_v<Kind, Counted>) {
       if (bracketed) {
         Key* const sample = memory.at<Key>(sample_at);
-        launch(take_sample<T>, grid((size + kRadixThreads - 1) / kRadixThreads, rows),
-               kRadixThreads, 0, in, size, sample);
+        launch(take_sample<T>, grid(divide_up(size, kRadixThreads), rows), kRadixThreads, 0, in,
+               size, sample);
         for (int round = 0; round < kRounds<Key, Counted>; ++round) {
           launch(sample_round<T>, grid(sample_chunks.per_row, 2 * rows), kRadixThreads, 0, sample,
                  size, tail_fraction, sample_chunks, round, sample_room.in(memory), brackets);
         }
-        for_losses(in.losses.dtype, [&](auto zero) {
+        core::for_dtype(in.losses.dtype, [&](auto zero) {
           using scalar_t = decltype(zero);
           if constexpr (std::is_same_v<compute_t<scalar_t>, T>) {
             launch(take_pass<T, scalar_t>, grid(chunks.per_row, rows), kRadixThreads,
@@ -237,11 +220,11 @@ void forward_of(const Losses& in, const TailFraction& tail_fraction, const Tails
   constexpr bool kIsWeighted = std::is_same_v<Kind, Weighted>;
   const double rounding =
       kAlphaRounding + (kIsWeighted ? static_cast<double>(in.n) * kSumRounding : 0.0);
-  const bool runs = in_runs(in.losses, in.rows, in.n);
+  const bool runs = in_runs(in.losses, in.rows, in.n, kRun);
 
   const auto by_warps = [&](auto kernel) {
-    launch(kernel, grid((in.rows + kWarpsPerBlock - 1) / kWarpsPerBlock), kWarpsPerBlock * kWarp, 0,
-           in, runs, tail_fraction, rounding, tails);
+    launch(kernel, grid(divide_up(in.rows, kWarpsPerBlock)), kWarpsPerBlock * kWarp, 0, in, runs,
+           tail_fraction, rounding, tails);
   };
   if (in.n <= 4 * kWarp) return by_warps(warp_forward<T, Kind, 4>);
   if constexpr (!kIsWeighted) {
@@ -259,7 +242,7 @@ void forward_of(const Losses& in, const TailFraction& tail_fraction, const Tails
   }
   // What the block's own variables take is below this
   constexpr int64_t kOtherShared = 2048;
-  const int64_t padded = (in.n + kRun - 1) / kRun * kRun;
+  const int64_t padded = divide_up(in.n, kRun) * kRun;
   const int64_t bytes =
       padded * static_cast<int64_t>(sizeof(Key) + (kIsWeighted ? sizeof(double) : 0));
   if (in.rows > 1 && bytes <= static_cast<int64_t>(shared_memory_limit()) - kOtherShared) {
@@ -271,7 +254,7 @@ void forward_of(const Losses& in, const TailFraction& tail_fraction, const Tails
 
 void forward(const Losses& in, const TailFraction& tail_fraction, const Tails& tails) {
   const bool weighted = in.weight.data != nullptr;
-  for_losses(in.losses.dtype, [&](auto zero) {
+  core::for_dtype(in.losses.dtype, [&](auto zero) {
     using T = compute_t<decltype(zero)>;
     weighted ? forward_of<T, Weighted>(in, tail_fraction, tails)
              : forward_of<T, Counted>(in, tail_fraction, tails);
@@ -347,28 +330,21 @@ Tile tile_for(int64_t accesses) {
   Tile tile{8, 1, accesses};
   while (tile.x < kThreads && tile.x * kPerThread < accesses) tile.x *= 2;
   tile.chunk = tile.x * kPerThread;
-  tile.chunks_per_row = (accesses + tile.chunk - 1) / tile.chunk;
+  tile.chunks_per_row = divide_up(accesses, tile.chunk);
   return tile;
-}
-
-// Whether every row of a matrix consists of whole accesses of kCount numbers.
-template <typename scalar_t, int kCount>
-bool in_vectors(const Matrix& matrix, int64_t rows, int64_t n) {
-  return matrix.stride == 1 && n % kCount == 0 && (rows == 1 || matrix.row_stride % kCount == 0) &&
-         reinterpret_cast<uintptr_t>(matrix.data) % (sizeof(scalar_t) * kCount) == 0;
 }
 
 void backward(const Losses& in, const Tails& tails, const Gradients& gradients,
               const Matrix& grad_losses) {
-  for_losses(in.losses.dtype, [&](auto zero) {
+  core::for_dtype(in.losses.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     constexpr int kCount = 16 / sizeof(scalar_t);
     const bool vectors = in.weight.data == nullptr && in.mask.data == nullptr &&
-                         in_vectors<scalar_t, kCount>(in.losses, in.rows, in.n) &&
-                         in_vectors<scalar_t, kCount>(grad_losses, in.rows, in.n);
+                         in_runs(in.losses, in.rows, in.n, kCount) &&
+                         in_runs(grad_losses, in.rows, in.n, kCount);
     const Tile tile = tile_for(vectors ? in.n / kCount : in.n);
     const int64_t rows_per_block = kThreads / tile.x;
-    const int64_t blocks = (in.rows + rows_per_block - 1) / rows_per_block * tile.chunks_per_row;
+    const int64_t blocks = divide_up(in.rows, rows_per_block) * tile.chunks_per_row;
     launch(vectors ? backward_kernel<scalar_t, kCount> : backward_kernel<scalar_t, 1>, grid(blocks),
            kThreads, 0, in, tails, gradients, grad_losses, tile);
   });

@@ -67,9 +67,8 @@ struct Chunks {
   explicit Chunks(int64_t n) {
     // At most kMost, of whole tiles of a block, none smaller than kLeast
     constexpr int64_t kMost = 1024, kLeast = 8192;
-    size = (n + kMost - 1) / kMost;
-    size = size < kLeast ? kLeast : (size + kLeast - 1) / kLeast * kLeast;
-    per_row = (n + size - 1) / size;
+    size = std::max<int64_t>(divide_up(divide_up(n, kMost), kLeast), 1) * kLeast;
+    per_row = divide_up(n, size);
   }
 };
 
@@ -189,13 +188,7 @@ struct RowSource {
       // Chunks end at multiples of the step or with the row
       read_run<T, Kind>(in, runs, row, i, keys, masses);
 #pragma unroll
-      for (int j = 0; j < kRun; ++j) {
-        if constexpr (std::is_same_v<Kind, Weighted>) {
-          f(keys[j], masses[j]);
-        } else {
-          f(keys[j], 1u);
-        }
-      }
+      for (int j = 0; j < kRun; ++j) f(keys[j], mass_of<Kind>(keys[j], masses, j));
     }
   }
 };
@@ -317,7 +310,7 @@ __device__ __forceinline__ T sum_of_chunks(const T* sums, int64_t chunks) {
 }
 
 // The sum of losses that share all digits but the last, of digits above `bin`.
-template <typename T, typename Kind, typename Bins>
+template <typename T, typename Bins>
 __device__ __forceinline__ double sum_of_bins(const Bins& bins, core::ordered_key_t<T> prefix,
                                               int bin) {
   using Key = core::ordered_key_t<T>;
@@ -389,7 +382,7 @@ __global__ void __launch_bounds__(kRadixThreads, 4)
   if (among_kept) {
     if constexpr (std::is_same_v<Kind, Counted>) {
       const int64_t count = static_cast<int64_t>(bracket->kept);
-      const int64_t share = (count + chunks.per_row - 1) / chunks.per_row;
+      const int64_t share = divide_up(count, chunks.per_row);
       const int64_t begin = chunk * share, end = begin + share < count ? begin + share : count;
       const Steps steps_of =
           is_last_round ? steps_above<T>(digit, prefix, bracket->last, bracket->kept) : Steps{0, 1};
@@ -453,7 +446,7 @@ __global__ void __launch_bounds__(kRadixThreads, 4)
   }
 
   double above = static_cast<double>(found.above);
-  double sum_above = sum_of_bins<T, Kind>(bins, prefix, found.bin);
+  double sum_above = sum_of_bins<T>(bins, prefix, found.bin);
   if (among_kept) {
     const auto* const all_steps = reinterpret_cast<const long long*>(sums_of_row);
     const long long distance = sum_of_chunks(all_steps, chunks.per_row);

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <optional>
 #include <type_traits>
 
 #include "core/cuda.h"
@@ -103,27 +104,27 @@ struct BlockGroup {
 
 // --- items ---------------------------------------------------------------------------------------
 
+// The mass of item i, whose key this is: counted ones have none in memory.
+template <typename Kind, typename Key>
+__device__ __forceinline__ typename Kind::Mass mass_of(Key key, const typename Kind::Mass* masses,
+                                                       int i) {
+  if constexpr (std::is_same_v<Kind, Weighted>) {
+    return masses[i];
+  } else {
+    return key != kAbsent ? 1u : 0u;
+  }
+}
+
 // What a thread holds of a row. for_each calls f(key, mass) for each item.
 template <typename Key, typename Kind, int kItems>
 struct InRegisters {
   Key keys[kItems];
-  typename Kind::Mass masses[kItems];
+  typename Kind::Mass masses[kItems];  // of weighted ones
 
   template <typename F>
   __device__ __forceinline__ void for_each(const F& f) const {
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) f(keys[i], masses[i]);
-  }
-};
-
-template <typename Key, int kItems>
-struct InRegisters<Key, Counted, kItems> {
-  Key keys[kItems];
-
-  template <typename F>
-  __device__ __forceinline__ void for_each(const F& f) const {
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) f(keys[i], keys[i] != kAbsent ? 1u : 0u);
+    for (int i = 0; i < kItems; ++i) f(keys[i], mass_of<Kind>(keys[i], masses, i));
   }
 };
 
@@ -131,17 +132,13 @@ struct InRegisters<Key, Counted, kItems> {
 template <typename Key, typename Kind>
 struct InShared {
   const Key* keys;                    // [n]
-  const typename Kind::Mass* masses;  // [n], or null: ones
+  const typename Kind::Mass* masses;  // [n] of weighted ones
   int n;
 
   template <typename F>
   __device__ __forceinline__ void for_each(const F& f) const {
     for (int i = static_cast<int>(threadIdx.x); i < n; i += static_cast<int>(blockDim.x)) {
-      if constexpr (std::is_same_v<Kind, Weighted>) {
-        f(keys[i], masses[i]);
-      } else {
-        f(keys[i], keys[i] != kAbsent ? 1u : 0u);
-      }
+      f(keys[i], mass_of<Kind>(keys[i], masses, i));
     }
   }
 };
@@ -256,10 +253,10 @@ __device__ __forceinline__ double weight_at(const Losses& in, int64_t row, int64
 // kRun losses that one thread takes from adjacent places, `i` a multiple of it.
 constexpr int kRun = 4;
 
-// Whether all such runs of a matrix are aligned.
-inline bool in_runs(const Matrix& matrix, int64_t rows, int64_t n) {
-  const int64_t bytes = kRun * static_cast<int64_t>(c10::elementSize(matrix.dtype));
-  return matrix.stride == 1 && n % kRun == 0 && (rows == 1 || matrix.row_stride % kRun == 0) &&
+// Whether a matrix consists of aligned runs of so many numbers.
+inline bool in_runs(const Matrix& matrix, int64_t rows, int64_t n, int64_t run) {
+  const int64_t bytes = run * static_cast<int64_t>(c10::elementSize(matrix.dtype));
+  return matrix.stride == 1 && n % run == 0 && (rows == 1 || matrix.row_stride % run == 0) &&
          reinterpret_cast<uintptr_t>(matrix.data) % std::min<int64_t>(bytes, 16) == 0;
 }
 
@@ -332,28 +329,32 @@ struct Finish {
   double tail_fraction = 0;
   Sequence extra;
   Tails tails{};
-
-  Finish() = default;
-  Finish(const FusedTail& tail, const Ticket& ticket)
-      : ticket(ticket.get()),
-        tail_fraction(tail.tail_fraction),
-        extra(tail.extra),
-        tails(tail.tails) {}
-
-  // What the block needs of dynamic shared memory.
-  template <typename T>
-  static size_t shared_bytes(int64_t losses) {
-    return static_cast<size_t>(losses) * sizeof(T);
-  }
 };
 
-// Called by all threads of all `blocks` blocks of a kernel, once they have written their losses, of
-// which those count for which present(i) holds.
+// The same for a launch, until which it is to be kept.
+template <typename T>
+struct FinishOfLaunch {
+  Finish finish;
+  size_t shared_bytes = 0;  // that the block needs of dynamic shared memory
+
+  FinishOfLaunch(const FusedTail* tail, int64_t losses) {  // null: none is wanted
+    if (tail == nullptr) return;
+    ticket_.emplace();
+    finish = {ticket_->get(), tail->tail_fraction, Sequence(tail->extra), tail->tails};
+    shared_bytes = static_cast<size_t>(losses) * sizeof(T);
+  }
+
+ private:
+  std::optional<Ticket> ticket_;
+};
+
+// Called by all threads of all `blocks` blocks of a kernel, if a tail is wanted, once they have
+// written their losses, of which those count for which present(i) holds.
 template <typename T, typename Present>
 __device__ __forceinline__ void finish_tail(const Finish& finish, unsigned blocks, T* losses,
                                             int64_t size, const Present& present) {
   using Key = core::ordered_key_t<T>;
-  if (finish.ticket == nullptr || !last_block(finish.ticket, blocks)) return;
+  if (!last_block(finish.ticket, blocks)) return;
   Key* const keys = reinterpret_cast<Key*>(dynamic_shared_memory());
   for (int i = static_cast<int>(threadIdx.x); i < size; i += static_cast<int>(blockDim.x)) {
     T loss = __ldcg(losses + i);

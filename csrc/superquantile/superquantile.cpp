@@ -7,6 +7,7 @@
 #include <ATen/WrapDimUtilsMulti.h>
 
 #include "core/allocate.h"
+#include "core/dtype.h"
 
 namespace sqloss::superquantile {
 namespace {
@@ -91,8 +92,8 @@ struct Inputs {
 // Guards memory for callers of the operators; sqloss/superquantile.py tells its users more.
 void check_inputs(const at::Tensor& losses, const OptionalTensor& weight,
                   const OptionalTensor& mask) {
-  TORCH_CHECK_TYPE(losses.is_floating_point(),
-                   "superquantile: losses: expected a floating-point tensor, got ",
+  TORCH_CHECK_TYPE(core::has_kernels(losses.scalar_type()),
+                   "superquantile: losses: expected float16, bfloat16, float32 or float64, got ",
                    losses.scalar_type());
   for (const auto& [name, tensor] : {std::pair("weight", &weight), std::pair("mask", &mask)}) {
     if (!*tensor) continue;

@@ -25,6 +25,8 @@
 #include <optional>
 #include <tuple>
 
+#include "core/kernels.h"
+
 namespace sqloss::superquantile {
 
 // How far alpha in [0, 1) and 1 - alpha can be from the decimal that was meant, as a share of W.
@@ -142,27 +144,7 @@ struct Kernels {
   void (*backward)(const Losses&, const Tails&, const Gradients&, const Matrix& grad_losses);
 };
 
-namespace DEFAULT {
-extern const Kernels kernels;
-}
-#if defined(__x86_64__)
-namespace AVX2 {
-extern const Kernels kernels;
-}
-namespace AVX512 {
-extern const Kernels kernels;
-}
-#else
-namespace AVX2 = DEFAULT;
-namespace AVX512 = DEFAULT;
-#endif
-
-namespace CUDA {
-extern const Kernels kernels;
-}
-
-const Kernels& cpu_kernels();   // for this machine
-const Kernels& cuda_kernels();  // of a build with CUDA
+SQLOSS_DECLARE_KERNELS
 
 // From tensors to kernels. `dim` lists the reduced dimensions (non-negative, none twice; empty:
 // all); weight and mask have the shape of losses; tail_fraction is a 0-dim float64 tensor.

@@ -17,15 +17,19 @@ STEPS = 1000
 BATCH_SIZE = 128
 PEAK_LR = 5e-3
 PREDICTION_BATCH_SIZE = 1000
+FEATURES = 32 * 4 * 4
 
 
 class Classifier(nn.Module):
-    """Two convolutions and a linear layer: pixels [B, C, H, W] to logits [B, classes]."""
+    """Two convolutions and a linear layer: pixels [B, C, H, W] to logits [B, classes].
+
+    ``features`` are what the linear layer sees, [B, FEATURES].
+    """
 
     def __init__(self, data_shape: tuple[int, ...], classes: int) -> None:
         super().__init__()
         self.classes = classes
-        self.layers = nn.Sequential(
+        self.features = nn.Sequential(
             nn.Conv2d(data_shape[0], 16, kernel_size=3, padding=1),
             nn.MaxPool2d(2),
             nn.ReLU(),
@@ -33,17 +37,23 @@ class Classifier(nn.Module):
             nn.ReLU(),
             nn.AdaptiveMaxPool2d(4),  # any image size ends as 4 x 4
             nn.Flatten(),
-            nn.Linear(32 * 4 * 4, classes),
         )
+        self.logits = nn.Linear(FEATURES, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.layers(x)
+        logits: Tensor = self.logits(self.features(x))
         return logits
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """The most likely class of each image of pixels, [B]."""
         return torch.cat([self(batch).argmax(1) for batch in x.split(PREDICTION_BATCH_SIZE)])
+
+    @torch.no_grad()
+    def see(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The features [B, FEATURES] and class probabilities [B, classes] of images of pixels."""
+        features = torch.cat([self.features(batch) for batch in x.split(PREDICTION_BATCH_SIZE)])
+        return features, self.logits(features).softmax(1)
 
 
 def train_classifier(images: Tensor, labels: Tensor, classes: int, seed: int) -> Classifier:

@@ -19,6 +19,7 @@ from sqloss.training.errors import UserError, require
 DEFAULT_SIZE = 32  # of faces, and of folders whose images differ in size
 TEST_SHARE = 0.2  # where a data set brings no split of its own
 GREY_MODES = {"1", "L", "LA"}  # as Pillow calls them
+SAMPLINGS = ("shuffle", "balanced")
 SPLIT_SEED = 0  # not the run's: runs with different seeds are tested on the same images
 
 
@@ -73,6 +74,17 @@ class Dataset:
         return dataclasses.replace(
             self, train_images=self.train_images[kept], train_labels=self.train_labels[kept]
         )
+
+    def order(self, sampling: str, draws: torch.Generator) -> Tensor:
+        """The indices of the training images of an epoch.
+
+        "shuffle": each once; "balanced": as many, with replacement, of equally likely classes.
+        """
+        labels = self.train_labels.cpu()
+        if sampling == "shuffle":
+            return torch.randperm(len(labels), generator=draws)
+        shares = 1 / torch.bincount(labels, minlength=len(self.class_names)).double()
+        return torch.multinomial(shares[labels], len(labels), replacement=True, generator=draws)
 
     def fingerprint(self) -> str:
         """Equal for equal images and labels, of training and test, only."""

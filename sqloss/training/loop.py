@@ -4,80 +4,83 @@ What training changes is one ``Training``, and a checkpoint is all of it: a run 
 anywhere and resumed is, on the CPU, bit for bit the run that was not.
 """
 
-import copy
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sqloss.models import VAE
-from sqloss.models.pixels import pixels
-from sqloss.models.seeding import generator, initialisation
-from sqloss.student_t import draw_seed
-from sqloss.training.backends import BACKENDS, Backend
-from sqloss.training.config import Config
+from sqloss.models.seeding import generator
+from sqloss.training.config import RunConfig
 from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError
-from sqloss.training.evaluation import evaluate, learnt_df, objective_values, summary
 from sqloss.training.progress import Progress, counted
 from sqloss.training.stop import StopSignal
 
-Row = dict[str, Any]  # the metrics of one model after one epoch, by these columns and learnt_df's
-COLUMNS = (
-    "epoch",
-    "model",
-    "train_objective",
-    "test_objective_standard",
-    "test_objective_cvar",
-    "test_negative_elbo",
-    "test_negative_elbo_cvar",
-    "test_reconstruction",
-    "test_kl",
-)
+Row = dict[str, Any]  # the metrics of one model after one epoch
+CHECKED_EVERY = 100  # steps: so long may a model be broken before that is told
 
 
 class NonFiniteError(UserError):
     """A model that has lost its footing."""
 
 
-@dataclass
-class Training:
-    """Everything that training changes, and nothing else."""
+class Training(ABC):
+    """Everything that training changes, and nothing else.
 
-    models: dict[str, VAE]
-    optimisers: dict[str, Backend]
-    noise: torch.Generator
-    epoch: int = 0  # whole epochs done
-    step: int = 0  # steps done of the epoch under way
-    objective_sums: dict[str, Tensor] = field(default_factory=dict)  # over this epoch's samples
-    history: list[Row] = field(default_factory=list)
+    A trainer says what a step is, what is measured after an epoch, and what it keeps beside.
+    """
+
+    models: Mapping[str, nn.Module]
+    columns: tuple[str, ...]  # the names of the metrics
+
+    def __init__(self, config: RunConfig) -> None:
+        self.noise = generator(config.seed, "noise")
+        self.epoch = 0  # whole epochs done
+        self.step = 0  # steps done of the epoch under way
+        self.history: list[Row] = []
+
+    @abstractmethod
+    def train_step(self, images: Tensor, labels: Tensor) -> None:
+        """One step of every model on the same uint8 images and the same noise."""
+
+    @abstractmethod
+    def measure(self, data: Dataset) -> list[Row]:
+        """The metrics of the epoch that has ended, one row per model; be ready for the next."""
+
+    @abstractmethod
+    def describe(self, row: Row) -> str:
+        """The metrics of a row that are told while training."""
+
+    @abstractmethod
+    def sums(self, name: str) -> Sequence[Tensor]:
+        """Of a model what the epoch under way has summed up: not finite once a loss was not."""
+
+    @abstractmethod
+    def advice(self) -> str:
+        """What may help where a model has lost its footing: "expected ..., got ..."."""
+
+    @abstractmethod
+    def own_state(self) -> dict[str, Any]:
+        """What the trainer keeps beside the models."""
+
+    @abstractmethod
+    def load_own_state(self, state: dict[str, Any]) -> None: ...
+
+    def alarms(self) -> list[str]:
+        """What is wrong since the epoch that has ended though all numbers are finite."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "epoch": self.epoch,
             "step": self.step,
             "models": {name: model.state_dict() for name, model in self.models.items()},
-            "optimisers": {name: each.state_dict() for name, each in self.optimisers.items()},
             "noise": self.noise.get_state(),
-            "objective_sums": self.objective_sums,
             "history": self.history,
-        }
-
-    def done(self) -> str:
-        """How far it is, in words."""
-        return f"{counted(self.epoch, 'epoch')} and {counted(self.step, 'step')}"
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The names of the metrics."""
-        return (*COLUMNS, *learnt_df(next(iter(self.models.values()))))
-
-    def latest_rows(self) -> list[Row]:
-        """The metrics of the last whole epoch, one row per model."""
-        return self.history[-len(self.models) :]
+        } | self.own_state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state; an exception of any kind tells that it is not one of this training."""
@@ -86,10 +89,8 @@ class Training:
         self.step = state["step"]
         for name, model in self.models.items():
             model.load_state_dict(state["models"][name])
-            self.optimisers[name].load_state_dict(state["optimisers"][name])
+        self.load_own_state(state)
         self.noise.set_state(state["noise"])
-        for name, total in self.objective_sums.items():
-            total.copy_(state["objective_sums"][name])
         self.history = state["history"]
 
     def _refuse_other(self, models: Iterable[str], history: list[Row], epoch: int) -> None:
@@ -100,108 +101,78 @@ class Training:
         if any(tuple(row) != self.columns for row in history):
             raise ValueError("metrics of other names")
 
+    def done(self) -> str:
+        """How far it is, in words."""
+        return f"{counted(self.epoch, 'epoch')} and {counted(self.step, 'step')}"
 
-def build_model(config: Config, data_shape: tuple[int, ...]) -> VAE:
-    """The model of a run with the weights that its seed gives it."""
-    with initialisation(config.seed, "model"):
-        return VAE(
-            data_shape,
-            config.hidden_sizes,
-            config.latent,
-            architecture=config.architecture,
-            channels=config.channel_sizes,
-            prior=config.prior,
-            df=config.df,
-            learn_df=config.learn_df,
-        )
-
-
-def begin(model: VAE, config: Config) -> Training:
-    """Give every contender of the run its own copy of one initial model."""
-    models = {name: copy.deepcopy(model) for name in config.contenders}
-    device = next(model.parameters()).device
-    return Training(
-        models=models,
-        optimisers={
-            name: BACKENDS[config.backend](copied, name, config) for name, copied in models.items()
-        },
-        noise=generator(config.seed, "noise"),
-        objective_sums={
-            name: torch.zeros((), dtype=torch.float64, device=device) for name in models
-        },
-    )
+    def latest_rows(self) -> list[Row]:
+        """The metrics of the last whole epoch, one row per model."""
+        return self.history[-len(self.models) :]
 
 
 def fit(
     training: Training,
     data: Dataset,
-    config: Config,
+    config: RunConfig,
     save: Callable[[Training], None],
     progress: Progress,
 ) -> bool:
     """Train until ``config.epochs``, saving at epochs' ends; False where told to stop."""
+    saved = training.done() if training.epoch or training.step else ""
     with StopSignal() as stop:
         while training.epoch < config.epochs:
-            if train_epoch(training, data, config, progress, stop):
-                close_epoch(training, data, config)
-                progress.epoch(training.latest_rows())
-            refuse_non_finite(training, config)
+            ended = train_epoch(training, data, config, progress, stop)
+            if ended:
+                close_epoch(training, data)
+                rows = training.latest_rows()
+                progress.epoch(training.epoch, [training.describe(row) for row in rows])
+            refuse_non_finite(training)
             due = training.epoch % config.checkpoint_every == 0 or training.epoch == config.epochs
             if due or stop.requested:
                 save(training)
+                saved = training.done()
+            if ended:
+                kept = f"saved is what it was after {saved}" if saved else "nothing is saved yet"
+                for alarm in training.alarms():
+                    progress.tell(f"{alarm}; {kept}")
             if stop.requested:
                 return False
     return True
 
 
 def train_epoch(
-    training: Training, data: Dataset, config: Config, progress: Progress, stop: StopSignal
+    training: Training, data: Dataset, config: RunConfig, progress: Progress, stop: StopSignal
 ) -> bool:
     """Run the epoch under way; False where a stop is requested before its end."""
-    images = data.train_images
-    order = torch.randperm(len(images), generator=generator(config.seed, "order", training.epoch))
+    images, labels = data.train_images, data.train_labels
+    order = data.order(config.sampling, generator(config.seed, "order", training.epoch))
     for batch in order.to(images.device).split(config.batch_size)[training.step :]:
         if stop.requested:
             return False
-        train_step(training, pixels(images[batch]))
+        training.train_step(images[batch], labels[batch])
+        training.step += 1
+        if training.step % CHECKED_EVERY == 0:
+            refuse_non_finite(training)
         progress.step()
     return True
 
 
-def train_step(training: Training, x: Tensor) -> None:
-    """One step of every model on the same pixels and the same noise."""
-    seed = draw_seed(generator=training.noise)
-    for name, optimiser in training.optimisers.items():
-        training.objective_sums[name] += optimiser.step(x, seed) * len(x)
-    training.step += 1
-
-
-def close_epoch(training: Training, data: Dataset, config: Config) -> None:
+def close_epoch(training: Training, data: Dataset) -> None:
     """Measure every model, and be ready for the next epoch."""
     training.epoch += 1
     training.step = 0
-    for name, model in training.models.items():
-        objective = training.objective_sums[name].item() / len(data.train_images)
-        losses = evaluate(model, data, config.seed, config.iwae_samples)
-        test = objective_values(losses, config) | summary(losses, config.metric_alpha)
-        training.history.append(
-            {"epoch": training.epoch, "model": name, "train_objective": objective}
-            | {f"test_{metric}": value for metric, value in test.items()}
-            | learnt_df(model)
-        )
-        training.objective_sums[name].zero_()
+    training.history.extend(training.measure(data))
 
 
-def refuse_non_finite(training: Training, config: Config) -> None:
+def refuse_non_finite(training: Training) -> None:
     """Stop before a model that has lost its footing is saved over one that has not."""
     measured = {row["model"]: row for row in training.latest_rows()}
     for name, model in training.models.items():
         finite = [parameter.isfinite().all() for parameter in model.parameters()]
-        finite.append(training.objective_sums[name].isfinite())
+        finite.extend(total.isfinite() for total in training.sums(name))
         metrics = [v for v in measured.get(name, {}).values() if isinstance(v, float)]
         if not torch.stack(finite).all() or not all(map(math.isfinite, metrics)):
             raise NonFiniteError(
-                f"the loss of the {name} model is no longer finite after "
-                f"{training.done()}; expected a smaller --lr, got {config.learning_rate:g}, "
-                f"or another --beta, got {config.beta:g}"
+                f"the loss of the {name} model is no longer finite after {training.done()}; "
+                f"{training.advice()}"
             )

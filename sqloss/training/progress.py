@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from sqloss.training.errors import require
 
@@ -34,14 +33,12 @@ class Progress:
     def step(self) -> None:
         self._bar.update()
 
-    def epoch(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Tell the metrics of an epoch, one row per model."""
-        models = "; ".join(
-            f"{row['model']} -ELBO {row['test_negative_elbo']:.2f}, "
-            f"CVaR {row['test_negative_elbo_cvar']:.2f}"
-            for row in rows
-        )
-        self._bar.write(f"epoch {rows[0]['epoch']}/{self._epochs}: {models}", file=sys.stderr)
+    def epoch(self, epoch: int, models: Sequence[str]) -> None:
+        """Tell what each model has come to after an epoch."""
+        self.tell(f"epoch {epoch}/{self._epochs}: {'; '.join(models)}")
+
+    def tell(self, line: str) -> None:
+        self._bar.write(line, file=sys.stderr)
 
 
 class Silence(Progress):
@@ -56,5 +53,8 @@ class Silence(Progress):
     def step(self) -> None:
         pass
 
-    def epoch(self, rows: Sequence[dict[str, Any]]) -> None:
+    def epoch(self, epoch: int, models: Sequence[str]) -> None:
+        pass
+
+    def tell(self, line: str) -> None:
         pass

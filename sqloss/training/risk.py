@@ -26,6 +26,11 @@ def mean(losses: Tensor) -> Tensor:
     return losses.mean()
 
 
+def risk_name(alpha: float) -> str:
+    """What ``risk`` computes, in words."""
+    return "mean" if alpha == 0 else f"CVaR {alpha:g}"
+
+
 def vae_objective(alpha: float, tail: str, beta: float, iwae_samples: int) -> Objective:
     """The objective of a VAE, whose tail is that of the whole bound or of one of its terms.
 
@@ -50,11 +55,9 @@ def vae_objective(alpha: float, tail: str, beta: float, iwae_samples: int) -> Ob
 def objective_name(alpha: float, tail: str, beta: float, iwae_samples: int) -> str:
     """What ``vae_objective`` computes, in words."""
     if iwae_samples:
-        return f"{'mean' if alpha == 0 else f'CVaR {alpha:g}'} of -IW-{iwae_samples} bound"
+        return f"{risk_name(alpha)} of -IW-{iwae_samples} bound"
     kl = "KL" if beta == 1 else f"{beta:g} KL"
     loss = "-ELBO" if beta == 1 else f"(reconstruction + {kl})"
-    if alpha == 0:
-        return f"mean of {loss}"
-    if tail == "reconstruction":
-        return f"CVaR {alpha:g} of reconstruction + mean of {kl}"
-    return f"CVaR {alpha:g} of {loss}"
+    if alpha > 0 and tail == "reconstruction":
+        return f"{risk_name(alpha)} of reconstruction + mean of {kl}"
+    return f"{risk_name(alpha)} of {loss}"

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic
 
 from sqloss.training import checkpoint
-from sqloss.training.config import Config, as_flag, from_stored, to_stored
+from sqloss.training.config import Config, RunConfig, as_flag, from_stored, to_stored
 from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError
 from sqloss.training.files import (
@@ -25,11 +25,10 @@ from sqloss.training.files import (
 from sqloss.training.loop import NonFiniteError, Row, Training
 
 CHECKPOINTS = "checkpoints"
-MAY_CHANGE = ("epochs", "device", "threads", "data_dir", "download")  # on resuming
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Generic[Config]):
     """A run and the directory that holds it; nothing is written before ``start``."""
 
     directory: Path | None  # None: a new one, named when the run starts
@@ -37,19 +36,19 @@ class Run:
     is_new: bool
 
     @classmethod
-    def new(cls, directory: Path | None, config: Config) -> "Run":
+    def new(cls, directory: Path | None, config: Config) -> "Run[Config]":
         """A run in a directory that holds none yet."""
         if directory is not None:
             refuse_used(directory)
         return cls(directory, config, is_new=True)
 
     @classmethod
-    def resumed(cls, directory: Path, changes: dict[str, Any]) -> "Run":
+    def resumed(cls, kind: type[Config], directory: Path, changes: dict[str, Any]) -> "Run[Config]":
         """The run that a directory holds, with changes that do not make it another run."""
-        stored = read_config(directory / "config.json", "--resume")
+        stored = read_config(kind, directory / "config.json", "--resume")
         for name, value in changes.items():
-            if name not in MAY_CHANGE and value != getattr(stored, name):
-                allowed = ", ".join(map(as_flag, MAY_CHANGE))
+            if name not in kind.may_change and value != getattr(stored, name):
+                allowed = ", ".join(map(as_flag, kind.may_change))
                 raise UserError(
                     f"{as_flag(name)}: expected {getattr(stored, name)}, with which {directory} "
                     f"was started, got {value}; with --resume only {allowed} may change"
@@ -77,9 +76,9 @@ class Run:
             )
 
 
-def make_default_directory(config: Config) -> Path:
+def make_default_directory(config: RunConfig) -> Path:
     """A directory that no other run has, named by the time, and by a number in a busy second."""
-    name = f"vae-{config.dataset}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = f"{config.command}-{config.dataset}-{datetime.now():%Y%m%d-%H%M%S}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(directory for directory in map(Path("runs").joinpath, names) if is_made(directory))
 
@@ -95,7 +94,7 @@ def is_made(directory: Path) -> bool:
     return True
 
 
-def claim(directory: Path, config: Config) -> None:
+def claim(directory: Path, config: RunConfig) -> None:
     """Make the directory that of this run and of no other, by its ``config.json``."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -157,7 +156,7 @@ class Recorder:
         if error and self.is_new and not kept:
             (self.directory / "config.json").unlink(missing_ok=True)
         if isinstance(error, NonFiniteError):
-            raise UserError(f"{error}; {self._what_remains(kept)}") from error
+            raise NonFiniteError(f"{error}; {self._what_remains(kept)}") from error
 
     def _what_remains(self, kept: list[Path]) -> str:
         if kept:
@@ -233,10 +232,10 @@ def restore(training: Training, directory: Path, data: str, argument: str) -> bo
     return True
 
 
-def read_config(path: Path, argument: str) -> Config:
+def read_config(kind: type[Config], path: Path, argument: str) -> Config:
     """The configuration of a run; ``argument`` is the one that names its directory."""
     try:
-        return from_stored(json.loads(path.read_text()))
+        return from_stored(json.loads(path.read_text()), kind)
     except OSError as error:
         raise UserError(
             f"{argument}: expected the directory of a run, with a config.json, got {path.parent} "

@@ -4,14 +4,14 @@ import math
 
 import torch
 
-from sqloss.training.config import Config
+from sqloss.training.config import RunConfig
 from sqloss.training.data import Dataset
 from sqloss.training.errors import require
 
 SINGLE_THREADED_PIXELS = 16 * 16  # the digits, at 8 x 8, are no slower with one thread
 
 
-def set_threads(config: Config, data: Dataset) -> None:
+def set_threads(config: RunConfig, data: Dataset) -> None:
     """Threads share the work of large images; on small ones they only wait for one another.
 
     Where other processes want the same cores that waiting has cost five times the whole training.
@@ -21,5 +21,5 @@ def set_threads(config: Config, data: Dataset) -> None:
         threads = 1
     if threads:
         torch.set_num_threads(threads)
-        if config.backend == "numpy":
+        if config.uses_numpy:
             require("threadpoolctl").threadpool_limits(threads, "blas")

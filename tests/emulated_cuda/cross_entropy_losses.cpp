@@ -8,8 +8,6 @@
 
 namespace sqloss::cross_entropy_losses {
 
-const Kernels& cuda_kernels() { return CUDA::kernels; }
-
 TORCH_LIBRARY_IMPL(sqloss, CPU, m) {
   m.impl("cross_entropy_losses", core::On<forward, cuda_kernels>::call);
   m.impl("cross_entropy_losses_backward", core::On<backward, cuda_kernels>::call);

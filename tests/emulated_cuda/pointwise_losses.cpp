@@ -8,8 +8,6 @@
 
 namespace sqloss::pointwise_losses {
 
-const Kernels& cuda_kernels() { return CUDA::kernels; }
-
 TORCH_LIBRARY_IMPL(sqloss, CPU, m) {
   m.impl("pointwise_losses", core::On<forward, cuda_kernels>::call);
   m.impl("pointwise_losses_backward", core::On<backward, cuda_kernels>::call);

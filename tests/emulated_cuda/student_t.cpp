@@ -8,8 +8,6 @@
 
 namespace sqloss::student_t {
 
-const Kernels& cuda_kernels() { return CUDA::kernels; }
-
 TORCH_LIBRARY_IMPL(sqloss, CPU, m) {
   m.impl("student_t_rsample_kl", core::On<forward, cuda_kernels>::call);
   m.impl("student_t_rsample_kl_backward", core::On<backward, cuda_kernels>::call);

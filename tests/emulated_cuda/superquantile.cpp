@@ -8,8 +8,6 @@
 
 namespace sqloss::superquantile {
 
-const Kernels& cuda_kernels() { return CUDA::kernels; }
-
 TORCH_LIBRARY_IMPL(sqloss, CPU, m) {
   m.impl("superquantile", core::On<forward, cuda_kernels>::call);
   m.impl("superquantile_backward", core::On<backward, cuda_kernels>::call);

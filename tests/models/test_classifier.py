@@ -48,6 +48,16 @@ def test_predictions_do_not_depend_on_the_batches(monkeypatch):
     assert torch.equal(classifier.predict(x), whole)
 
 
+def test_sees_features_and_probabilities(monkeypatch):
+    classifier, x = Classifier((1, 8, 8), classes=3), torch.rand(7, 1, 8, 8)
+    monkeypatch.setattr(module, "PREDICTION_BATCH_SIZE", 3)
+    features, probabilities = classifier.see(x)
+    assert features.shape == (7, module.FEATURES)
+    torch.testing.assert_close(probabilities, classifier(x).softmax(1))
+    torch.testing.assert_close(classifier.logits(features), classifier(x))
+    assert not features.requires_grad and not probabilities.requires_grad
+
+
 def test_accuracy_is_the_share_of_hits():
     classifier = Classifier((1, 8, 8), classes=2)
     images = torch.randint(256, (40, 1, 8, 8), dtype=torch.uint8)

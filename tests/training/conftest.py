@@ -1,13 +1,21 @@
+import os
+import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from sqloss.training.config import Config
+from sqloss.training import checkpoint
+from sqloss.training.config import RunConfig
 from sqloss.training.data import Dataset
-from sqloss.training.loop import Training, begin, build_model, fit
+from sqloss.training.errors import UserError, require
+from sqloss.training.loop import Training, fit
 from sqloss.training.progress import Progress
 from sqloss.training.run import Run
+from sqloss.training.vae.config import VAEConfig
+from sqloss.training.vae.loop import begin
 
 
 @pytest.fixture(autouse=True)
@@ -19,25 +27,94 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def assert_same():
+    return assert_equal_at_any_depth
+
+
+def assert_equal_at_any_depth(first, second):
+    """Bit for bit."""
+    assert type(first) is type(second)
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_equal_at_any_depth(first[key], second[key])
+    elif isinstance(first, list):
+        assert len(first) == len(second)
+        for a, b in zip(first, second, strict=True):
+            assert_equal_at_any_depth(a, b)
+    else:
+        assert first == second
+
+
+@pytest.fixture
+def assert_same_run(assert_same):
+    """That two runs' directories hold the same training, bit for bit."""
+
+    def compare(first: Path, second: Path) -> None:
+        newest = [checkpoint.load(directory / "checkpoints") for directory in (first, second)]
+        assert_same(*newest)
+        assert (first / "metrics.csv").read_bytes() == (second / "metrics.csv").read_bytes()
+
+    return compare
+
+
+class Signalling(Progress):
+    """Sends this process a signal after so many steps."""
+
+    def __init__(self, after: int, number: int = signal.SIGINT) -> None:
+        super().__init__(0, 0, 4)
+        self.after = after
+        self.number = number
+
+    def step(self) -> None:
+        self.after -= 1
+        if self.after == 0:
+            signal.raise_signal(self.number)
+
+
+@pytest.fixture
+def signalling() -> type[Signalling]:
+    return Signalling
+
+
+@pytest.fixture
+def real_mnist(tmp_path) -> Path:
+    """A data directory with the archives of MNIST, to be unpacked there."""
+    try:
+        require("torchvision")
+    except UserError as error:
+        pytest.skip(str(error))
+    shared = Path(
+        os.environ.get("SQLOSS_TEST_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")
+    )
+    if not (shared / "MNIST" / "raw").is_dir():
+        pytest.skip("needs MNIST in $SQLOSS_TEST_DATA or in ../shared/data")
+    return Path(shutil.copytree(shared / "MNIST", tmp_path / "MNIST")).parent
+
+
 class Trainer:
     """Small trainings on random images: three steps an epoch, the last of a partial batch."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, start: Callable[[RunConfig, Dataset], Training], config: RunConfig, sides: tuple
+    ) -> None:
+        self.start = start
+        self.config = config
         draws = torch.Generator().manual_seed(0)
         self.data = Dataset(
             name="random",
             class_names=("a", "b", "c"),
-            train_images=torch.randint(256, (50, 1, 4, 3), generator=draws, dtype=torch.uint8),
+            train_images=torch.randint(256, (50, 1, *sides), generator=draws, dtype=torch.uint8),
             train_labels=torch.randint(3, (50,), generator=draws),
-            test_images=torch.randint(256, (20, 1, 4, 3), generator=draws, dtype=torch.uint8),
+            test_images=torch.randint(256, (20, 1, *sides), generator=draws, dtype=torch.uint8),
             test_labels=torch.arange(20) % 3,
         )
-        self.config = Config(
-            epochs=4, batch_size=20, hidden="8", latent=3, num_samples=40, imbalance="none"
-        )
 
-    def begin(self, config: Config) -> Training:
-        return begin(build_model(config, self.data.shape), config)
+    def begin(self, config: RunConfig) -> Training:
+        return self.start(config, self.data)
 
     def train(self, run: Run, progress: Progress | None = None) -> tuple[Training, bool]:
         """Start or resume a run as the command line does; also, whether it came to its end."""
@@ -52,5 +129,13 @@ class Trainer:
 
 
 @pytest.fixture
-def trainer() -> Trainer:
-    return Trainer()
+def make_trainer() -> type[Trainer]:
+    return Trainer
+
+
+@pytest.fixture
+def trainer(make_trainer) -> Trainer:
+    config = VAEConfig(
+        epochs=4, batch_size=20, hidden="8", latent=3, num_samples=40, imbalance="none"
+    )
+    return make_trainer(begin, config, (4, 3))

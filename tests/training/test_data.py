@@ -1,7 +1,5 @@
 import dataclasses
-import os
 import pickle
-import shutil
 import struct
 import sys
 from pathlib import Path
@@ -11,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sqloss.training.data import Source, load_dataset, parse_imbalance
+from sqloss.models.seeding import generator
+from sqloss.training.data import Dataset, Source, load_dataset, parse_imbalance
 from sqloss.training.errors import UserError, require
 
 try:
@@ -261,18 +260,8 @@ def test_damaged_data_are_a_user_error_too(tmp_path):
         load_dataset("mnist", Source(data_dir=tmp_path))
 
 
-@needs_torchvision
-def test_the_real_mnist(tmp_path):
-    shared = Path(
-        os.environ.get("SQLOSS_TEST_DATA", Path(__file__).parents[2] / ".." / "shared" / "data")
-    )
-    if not (shared / "MNIST" / "raw").is_dir():
-        pytest.skip("needs MNIST in $SQLOSS_TEST_DATA or in ../shared/data")
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for archive in (shared / "MNIST" / "raw").iterdir():
-        shutil.copyfile(archive, raw / archive.name)
-    data = load_dataset("mnist", Source(data_dir=tmp_path, download=True))
+def test_the_real_mnist(real_mnist):
+    data = load_dataset("mnist", Source(data_dir=real_mnist, download=True))
     assert data.train_images.shape == (60_000, 1, 28, 28)
     assert data.test_images.shape == (10_000, 1, 28, 28)
     assert data.train_labels[:5].tolist() == [5, 0, 4, 1, 9]
@@ -471,3 +460,26 @@ def test_an_unreadable_image_is_named(tmp_path):
     (tmp_path / "cat" / "3.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"cannot read the image .*3\.png"):
         load_dataset("folder", Source(data_dir=tmp_path))
+
+
+# the order of an epoch
+
+
+def rare(counts):
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    images = torch.zeros(len(labels), 1, 2, 2, dtype=torch.uint8)
+    return Dataset("rare", tuple("abc"), images, labels, images, labels)
+
+
+def test_a_shuffled_epoch_has_every_image_once():
+    order = rare([50, 5, 1]).order("shuffle", generator(0, "order"))
+    assert sorted(order.tolist()) == list(range(56))
+
+
+def test_a_balanced_epoch_has_every_class_equally_often():
+    data = rare([9000, 900, 0])
+    order = data.order("balanced", generator(0, "order"))
+    counts = torch.bincount(data.train_labels[order], minlength=3)
+    assert len(order) == 9900 and counts[2] == 0
+    assert abs(counts[0].item() - 4950) < 5 * 9900**0.5 / 2  # five standard deviations
+    assert torch.equal(order, data.order("balanced", generator(0, "order")))

@@ -7,11 +7,8 @@ from sqloss.training.progress import Progress
 
 pytest.importorskip("tqdm")
 
-ROWS = [
-    {"epoch": 3, "model": name, "test_negative_elbo": 123.456, "test_negative_elbo_cvar": 234.567}
-    for name in ("standard", "cvar")
-]
-LINE = "epoch 3/100: standard -ELBO 123.46, CVaR 234.57; cvar -ELBO 123.46, CVaR 234.57"
+MODELS = ["standard -ELBO 123.46", "cvar -ELBO 113.46"]
+LINE = "epoch 3/100: standard -ELBO 123.46; cvar -ELBO 113.46"
 
 
 class Terminal(io.StringIO):
@@ -24,7 +21,7 @@ def shown(monkeypatch, stream: io.StringIO) -> str:
     monkeypatch.setattr(sys, "stderr", stream)
     with Progress(steps=300, done=6, epochs=100) as progress:
         progress.step()
-        progress.epoch(ROWS)
+        progress.epoch(3, MODELS)
     return stream.getvalue()
 
 

@@ -13,153 +13,11 @@ import pytest
 import torch
 
 from sqloss.training import files
-from sqloss.training.config import Config
+from sqloss.training.config import to_stored
 from sqloss.training.errors import UserError
 from sqloss.training.files import create_atomically, write_atomically
 from sqloss.training.run import Recorder, Run
-
-# configuration
-
-SIZES = "whole numbers from 1 to 2147483647, such as 400 or 512,256"
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "expected"),
-    [
-        ("alpha", 1.0, "a number in [0, 1)"),
-        ("alpha", -0.1, "a number in [0, 1)"),
-        ("alpha", float("nan"), "a number in [0, 1)"),
-        ("epochs", 0, "a whole number from 1 to 2147483647"),
-        ("batch_size", 0, "a whole number from 1 to 2147483647"),
-        ("num_samples", 0, "a whole number from 1 to 2147483647"),
-        ("checkpoint_every", 0, "a whole number from 1 to 2147483647"),
-        ("hidden", "2147483648", f"{SIZES}"),
-        ("hidden", "400,-1", f"{SIZES}"),
-        ("hidden", "many", f"{SIZES}"),
-        ("hidden", "", f"{SIZES}"),
-        ("channels", "32,", f"{SIZES}"),
-        ("architecture", "transformer", "one of mlp, conv"),
-        ("prior", "cauchy", "one of normal, t"),
-        ("backend", "jax", "one of torch, numpy"),
-        ("df", 0.0, "a number from 0.5 to 1e+06 (the limit is --prior normal)"),
-        ("df", float("inf"), "a number from 0.5 to 1e+06 (the limit is --prior normal)"),
-        ("latent", 0, "a whole number from 1 to 2147483647"),
-        ("lr", -1e-3, "a number from 0 up"),
-        ("lr", float("inf"), "a number from 0 up"),
-        ("beta", -1.0, "a number from 0 up"),
-        ("iwae_samples", -1, "a whole number from 0 to 2147483647"),
-        ("limit", -1, "a whole number from 0 to 2147483647"),
-        ("image_size", -1, "a whole number from 0 to 2147483647"),
-        ("seed", -1, "a whole number from 0 up"),
-        ("threads", -1, "a whole number from 0 up"),
-        ("dataset", "imagenet", "one of digits, mnist, fashion, cifar10, celeba, folder"),
-        ("tail", "kl", "one of elbo, reconstruction"),
-    ],
-)
-def test_a_bad_value_names_its_flag_what_is_expected_and_what_came(name, value, expected):
-    with pytest.raises(UserError) as raised:
-        Config(**{name: value})
-    assert str(raised.value) == f"--{name.replace('_', '-')}: expected {expected}, got {value}"
-
-
-@pytest.mark.parametrize(
-    ("values", "told"),
-    [
-        ({}, "--learn-df: expected --prior t, whose df it learns, got --prior normal"),
-        (
-            {"prior": "t", "df": 0.5},
-            "--df: expected a number between 1 and 1e+06 with --learn-df, got 0.5",
-        ),
-    ],
-)
-def test_a_df_that_cannot_be_learnt(values, told):
-    with pytest.raises(UserError) as raised:
-        Config(learn_df=True, **values)
-    assert str(raised.value) == told
-
-
-@pytest.mark.parametrize(
-    ("values", "told"),
-    [
-        ({"df": 3.0}, "--df: expected --prior t with it, got --prior normal"),
-        (
-            {"channels": "8"},
-            "--channels: expected --architecture conv with it, got --architecture mlp",
-        ),
-    ],
-)
-def test_a_flag_without_effect(values, told):
-    with pytest.raises(UserError) as raised:
-        Config(**values)
-    assert str(raised.value) == told
-
-
-@pytest.mark.parametrize(
-    ("values", "told"),
-    [
-        ({"tail": "reconstruction"}, "--tail: expected elbo with --iwae-samples"),
-        ({"beta": 2.0}, "--beta: expected 1 with --iwae-samples"),
-    ],
-)
-def test_the_importance_weighted_bound_has_no_terms_of_its_own(values, told):
-    with pytest.raises(UserError, match=told):
-        Config(iwae_samples=2, **values)
-
-
-@pytest.mark.parametrize(
-    ("values", "told"),
-    [
-        ({"architecture": "conv"}, "--architecture: expected mlp with --backend numpy, got conv"),
-        (
-            {"prior": "t", "learn_df": True},
-            "--learn-df: expected --backend torch with it, got --backend numpy",
-        ),
-        ({"iwae_samples": 5}, "--iwae-samples: expected 0 with --backend numpy, got 5"),
-        ({"device": "cuda"}, "--device: expected auto or cpu with --backend numpy, got cuda"),
-    ],
-)
-def test_what_the_numpy_backend_does_not_do(values, told):
-    with pytest.raises(UserError) as raised:
-        Config(backend="numpy", **values)
-    assert str(raised.value) == told
-
-
-def test_each_backend_has_a_learning_rate_of_its_own():
-    assert Config().learning_rate == 1e-3
-    assert Config(backend="numpy").learning_rate == 1e-2
-    assert Config(backend="numpy", lr=0.5).learning_rate == 0.5
-
-
-def test_numpy_runs_on_the_cpu():
-    assert Config(backend="numpy").torch_device == torch.device("cpu")
-
-
-def test_sizes_are_numbers_between_commas():
-    config = Config(architecture="conv", hidden="512,256", channels="8")
-    assert (config.hidden_sizes, config.channel_sizes) == ((512, 256), (8,))
-
-
-def test_the_device_is_one_that_is_there():
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    assert Config(device="auto").torch_device == torch.device(best)
-    assert Config(device="cpu").torch_device == torch.device("cpu")
-    for absent in ("tpu", "cuda:99"):
-        with pytest.raises(UserError, match=f"--device: expected auto or.*got {absent}"):
-            _ = Config(device=absent).torch_device
-
-
-def test_the_measured_tail_is_the_trained_one_or_the_usual_one():
-    assert Config(alpha=0.5).metric_alpha == 0.5
-    assert Config(alpha=0.0).metric_alpha == 0.8
-
-
-def test_threads_that_no_machine_could_start():
-    assert Config(threads=2).cpu_threads == 2
-    with pytest.raises(UserError, match=r"--threads: expected at most \d+ on this machine, got"):
-        _ = Config(threads=100_000).cpu_threads
-
-
-# directory
+from sqloss.training.vae.config import VAEConfig
 
 
 def test_a_run_is_never_overwritten(trainer, tmp_path):
@@ -267,22 +125,22 @@ def test_a_run_that_fails_after_a_checkpoint_can_be_resumed(trainer, tmp_path):
     with pytest.raises(MemoryError), trainer.run(tmp_path).start(training, trainer.data) as new:
         new.save(training)
         raise MemoryError
-    Run.resumed(tmp_path, {})
+    Run.resumed(VAEConfig, tmp_path, {})
 
 
 def test_a_resumed_run_that_fails_can_be_resumed_again(trainer, tmp_path):
     start(trainer, trainer.run(tmp_path))
-    with pytest.raises(MemoryError), start(trainer, Run.resumed(tmp_path, {})):
+    with pytest.raises(MemoryError), start(trainer, Run.resumed(VAEConfig, tmp_path, {})):
         raise MemoryError
-    Run.resumed(tmp_path, {})
+    Run.resumed(VAEConfig, tmp_path, {})
 
 
 def test_the_configuration_comes_back_as_it_was(trainer, tmp_path):
     start(trainer, trainer.run(tmp_path))
-    assert Run.resumed(tmp_path, {}).config == stored(trainer.config)
+    assert Run.resumed(VAEConfig, tmp_path, {}).config == stored(trainer.config)
 
 
-def stored(config: Config) -> Config:
+def stored(config: VAEConfig) -> VAEConfig:
     return dataclasses.replace(config, data_dir=str(Path(config.data_dir).absolute()))
 
 
@@ -290,16 +148,16 @@ def test_the_data_are_found_from_every_working_directory(trainer, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     trainer.config = dataclasses.replace(trainer.config, data_dir="here")
     start(trainer, trainer.run(tmp_path / "run"))
-    assert Run.resumed(tmp_path / "run", {}).config.source.data_dir == tmp_path / "here"
+    assert Run.resumed(VAEConfig, tmp_path / "run", {}).config.source.data_dir == tmp_path / "here"
 
 
 def test_some_flags_may_change(trainer, tmp_path):
     trainer.train(trainer.run(tmp_path))
     changes = {"epochs": 6, "device": "cpu", "threads": 2, "data_dir": "there", "download": True}
-    run = Run.resumed(tmp_path, changes)
+    run = Run.resumed(VAEConfig, tmp_path, changes)
     assert run.config == dataclasses.replace(trainer.config, **changes)
     run.start(trainer.begin(run.config), trainer.data)
-    assert Run.resumed(tmp_path, {}).config == stored(run.config), "the change is kept"
+    assert Run.resumed(VAEConfig, tmp_path, {}).config == stored(run.config), "the change is kept"
 
 
 @pytest.mark.parametrize(
@@ -309,17 +167,17 @@ def test_other_flags_may_not(trainer, tmp_path, name, value):
     trainer.train(trainer.run(tmp_path))
     same = getattr(trainer.config, name)
     with pytest.raises(UserError) as raised:
-        Run.resumed(tmp_path, {name: value})
+        Run.resumed(VAEConfig, tmp_path, {name: value})
     assert f"--{name}: expected {same}, with which {tmp_path} was started, got {value}" in str(
         raised.value
     )
-    Run.resumed(tmp_path, {name: same})  # the same is no change
+    Run.resumed(VAEConfig, tmp_path, {name: same})  # the same is no change
 
 
 def test_fewer_epochs_than_done(trainer, tmp_path):
     trainer.train(trainer.run(tmp_path))
     with pytest.raises(UserError, match=r"--epochs: expected at least 4.*got 3"):
-        trainer.train(Run.resumed(tmp_path, {"epochs": 3}))
+        trainer.train(Run.resumed(VAEConfig, tmp_path, {"epochs": 3}))
 
 
 @pytest.mark.parametrize("part", ["images", "labels"])
@@ -329,7 +187,7 @@ def test_other_data(trainer, tmp_path, part):
     changes = {"train_images": images} if part == "images" else {"test_labels": labels}
     trainer.data = dataclasses.replace(trainer.data, **changes)
     with pytest.raises(UserError, match="--data-dir: expected the data that"):
-        trainer.train(Run.resumed(tmp_path, {"epochs": 5}))
+        trainer.train(Run.resumed(VAEConfig, tmp_path, {"epochs": 5}))
 
 
 @pytest.mark.parametrize(
@@ -350,7 +208,7 @@ def test_a_checkpoint_that_is_not_of_this_run(trainer, tmp_path, edit):
     newest = tmp_path / "checkpoints" / "epoch-0004.pt"
     torch.save(edit(state), newest)
     with pytest.raises(UserError, match=f"--resume: expected the checkpoint {newest} to be one"):
-        start(trainer, Run.resumed(tmp_path, {}))
+        start(trainer, Run.resumed(VAEConfig, tmp_path, {}))
 
 
 def test_a_checkpoint_of_another_size(trainer, tmp_path):
@@ -358,13 +216,13 @@ def test_a_checkpoint_of_another_size(trainer, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden": "9"}))
     with pytest.raises(UserError, match=r"does not fit .*size mismatch") as raised:
-        start(trainer, Run.resumed(tmp_path, {}))
+        start(trainer, Run.resumed(VAEConfig, tmp_path, {}))
     assert "\n" not in str(raised.value)
 
 
 def test_a_directory_without_a_run(tmp_path):
     with pytest.raises(UserError, match="--resume: expected the directory of a run"):
-        Run.resumed(tmp_path, {})
+        Run.resumed(VAEConfig, tmp_path, {})
 
 
 @pytest.mark.parametrize(
@@ -372,6 +230,8 @@ def test_a_directory_without_a_run(tmp_path):
     [
         (lambda c: c | {"learning_rate": 1}, "missing or unknown.*learning_rate"),
         (lambda c: {k: v for k, v in c.items() if k != "beta"}, "missing or unknown.*beta"),
+        (lambda c: c | {"command": "gan"}, "expected a run of sqloss vae, got one of sqloss gan"),
+        (lambda c: {k: v for k, v in c.items() if k != "command"}, "missing or unknown.*command"),
         (lambda c: c | {"alpha": 2}, "--alpha: expected a number in"),
         (lambda c: c | {"alpha": "much"}, "alpha: expected float, got 'much'"),
         (lambda c: c | {"download": "false"}, "download: expected bool, got 'false'"),
@@ -381,10 +241,10 @@ def test_a_directory_without_a_run(tmp_path):
     ],
 )
 def test_a_configuration_that_was_edited_wrongly(trainer, tmp_path, edit, told):
-    config = dataclasses.asdict(trainer.config)
+    config = to_stored(trainer.config)
     (tmp_path / "config.json").write_text(json.dumps(edit(config)))
     with pytest.raises(UserError, match=f"--resume: cannot use.*{told}"):
-        Run.resumed(tmp_path, {})
+        Run.resumed(VAEConfig, tmp_path, {})
 
 
 def test_metrics_are_tidy(trainer, tmp_path):
@@ -408,7 +268,7 @@ def test_lost_or_outdated_metrics_come_back(trainer, tmp_path, rest):
     path.unlink()
     if rest is not None:
         path.write_bytes(rest)
-    trainer.train(Run.resumed(tmp_path, {}))
+    trainer.train(Run.resumed(VAEConfig, tmp_path, {}))
     assert path.read_bytes() == before
 
 
@@ -429,7 +289,7 @@ def test_tensorboard_gets_every_row_once(trainer, tmp_path, monkeypatch):
     stand_in = types.SimpleNamespace(SummaryWriter=SummaryWriter)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
     trainer.train(Run.new(tmp_path, dataclasses.replace(trainer.config, epochs=2)))
-    training, _ = trainer.train(Run.resumed(tmp_path, {"epochs": 3}))
+    training, _ = trainer.train(Run.resumed(VAEConfig, tmp_path, {"epochs": 3}))
     assert sorted(written) == sorted(
         (f"{metric}/{row['model']}", value, row["epoch"])
         for row in training.history

@@ -39,7 +39,6 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __align__(bytes) alignas(bytes)
 // Blocks run one after the other, each launch on one thread of the CPU
 #define __shared__ thread_local
 
@@ -50,26 +49,9 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(8) float2 {
-  float x, y;
-};
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-struct alignas(16) double2 {
-  double x, y;
-};
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline double2 make_double2(double x, double y) { return {x, y}; }
 
 constexpr size_t kEmulatedSharedMemory = 227 * 1024;
 
@@ -170,7 +152,6 @@ inline void __syncwarp(unsigned lanes = 0xffffffff) {
   emulated_cuda::among(lanes, 0, [](auto) { return 0; });
 }
 inline void __threadfence() {}
-inline void __threadfence_block() {}
 
 template <typename T>
 T __shfl_sync(unsigned lanes, T value, int from, int width = 32) {
@@ -190,19 +171,11 @@ T __shfl_up_sync(unsigned lanes, T value, unsigned distance, int width = 32) {
   return emulated_cuda::among(lanes, value,
                               [&](auto of) { return inside ? of(me - distance) : value; });
 }
-template <typename T>
-T __shfl_down_sync(unsigned lanes, T value, unsigned distance, int width = 32) {
-  const unsigned me = emulated_cuda::lane_number();
-  const bool inside = me % width + distance < static_cast<unsigned>(width);
-  return emulated_cuda::among(lanes, value,
-                              [&](auto of) { return inside ? of(me + distance) : value; });
-}
 inline unsigned __ballot_sync(unsigned lanes, bool yes) {
   return emulated_cuda::fold(lanes, yes ? 1u << emulated_cuda::lane_number() : 0u,
                              [](unsigned a, unsigned b) { return a | b; });
 }
 inline bool __any_sync(unsigned lanes, bool yes) { return __ballot_sync(lanes, yes) != 0; }
-inline bool __all_sync(unsigned lanes, bool yes) { return __ballot_sync(lanes, yes) == lanes; }
 template <typename T>
 unsigned __match_any_sync(unsigned lanes, T value) {
   return emulated_cuda::among(lanes, value, [&](auto of) {
@@ -241,14 +214,6 @@ template <typename T, typename V>
 T atomicMax(T* address, V value) {
   return emulated_exchange(address, std::max(*address, static_cast<T>(value)));
 }
-template <typename T, typename V>
-T atomicMin(T* address, V value) {
-  return emulated_exchange(address, std::min(*address, static_cast<T>(value)));
-}
-template <typename T, typename V>
-T atomicOr(T* address, V value) {
-  return emulated_exchange(address, static_cast<T>(*address | static_cast<T>(value)));
-}
 inline unsigned atomicInc(unsigned* address, unsigned last) {
   return emulated_exchange(address, *address >= last ? 0u : *address + 1);
 }
@@ -256,31 +221,10 @@ template <typename T>
 T __ldcg(const T* address) {
   return *address;
 }
-template <typename T>
-T __ldcs(const T* address) {
-  return *address;
-}
-template <typename T>
-T __ldg(const T* address) {
-  return *address;
-}
-template <typename T>
-void __stcs(T* address, T value) {
-  *address = value;
-}
-template <typename T>
-void __stcg(T* address, T value) {
-  *address = value;
-}
 
 // --- arithmetic ----------------------------------------------------------------------------------
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
-inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
-inline int __clzll(long long x) {
-  return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x));
-}
 inline int __ffs(int x) { return __builtin_ffs(x); }
 template <typename To, typename From>
 To emulated_bits(From from) {
@@ -289,19 +233,9 @@ To emulated_bits(From from) {
   std::memcpy(&to, &from, sizeof(to));
   return to;
 }
-inline unsigned __float_as_uint(float x) { return emulated_bits<unsigned>(x); }
-inline int __float_as_int(float x) { return emulated_bits<int>(x); }
-inline float __uint_as_float(unsigned x) { return emulated_bits<float>(x); }
-inline float __int_as_float(int x) { return emulated_bits<float>(x); }
-inline long long __double_as_longlong(double x) { return emulated_bits<long long>(x); }
 inline double __longlong_as_double(long long x) { return emulated_bits<double>(x); }
-inline unsigned __umulhi(unsigned a, unsigned b) {
-  return static_cast<unsigned>((static_cast<uint64_t>(a) * b) >> 32);
-}
 inline long long __double2ll_rn(double x) { return std::llrint(x); }
 inline float __fdividef(float a, float b) { return a / b; }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 
 #undef CUDA_KERNEL_ASSERT
 #define CUDA_KERNEL_ASSERT(condition)                                                  \
@@ -315,9 +249,9 @@ using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
 
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  *value = which == cudaDevAttrMultiProcessorCount ? 132 : static_cast<int>(kEmulatedSharedMemory);
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = static_cast<int>(kEmulatedSharedMemory);
   return cudaSuccess;
 }
 

@@ -1,0 +1,112 @@
+"""What a run of ``sqloss gan`` is."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from sqloss.models.gan_losses import GAN_LOSSES
+from sqloss.training.config import RunConfig, as_flag, expanded, flag
+from sqloss.training.errors import UserError
+from sqloss.training.risk import Risk, risk, risk_name
+
+TAILS_OF = {"d": ("d",), "g": ("g",), "both": ("d", "g")}  # the players that train on a tail
+
+
+@dataclass(frozen=True)
+class GANConfig(RunConfig):
+    """The hyper-parameters of a run, valid by construction."""
+
+    command: ClassVar[str] = "gan"
+    paths: ClassVar[tuple[str, ...]] = (*RunConfig.paths, "classifier", "fid_weights")
+    may_change: ClassVar[tuple[str, ...]] = (*RunConfig.may_change, "classifier", "fid_weights")
+
+    epochs: int = flag(50, "passes over the training images", metavar="N")
+    batch_size: int = flag(32, "images per step", metavar="N")
+    tail_of: str = flag(
+        "both",
+        "take the tail of the losses of the discriminator (of real and of generated images "
+        "separately), of the generator, or of both",
+        choices=tuple(TAILS_OF),
+    )
+    loss: str = flag("nonsaturating", "what the two play for", choices=GAN_LOSSES)
+    conditional: bool = flag(False, "give both players the class of each image")
+    info_codes: int = flag(
+        0, "codes that the discriminator reads from generated images (InfoGAN)", metavar="K"
+    )
+    info_weight: float = flag(1.0, "weight of the codes' loss")
+    penalty: float = flag(10.0, "weight of the gradient penalty of --loss wgan-gp")
+    d_steps: int = flag(
+        1, "discriminator steps, each on a batch of its own, per turn of the generator", metavar="N"
+    )
+    g_steps: int = flag(1, "generator steps per turn", metavar="N")
+    lr_d: float = flag(2e-4, "learning rate of the discriminator's Adam")
+    lr_g: float = flag(2e-4, "learning rate of the generator's Adam")
+    beta1: float = flag(0.5, "Adam's decay of the mean gradient")
+    augment: bool = flag(
+        False, "shift real and generated images, and change their brightness where they are colour"
+    )
+    ema: float = flag(
+        0.0, "decay of the moving average of the generator that samples are drawn of; 0: none"
+    )
+    width: int = flag(64, "channels next to the image; each layer inwards doubles them")
+    latent: int = flag(100, "dimensions of the noise", metavar="N")
+    classifier: str = flag(
+        "",
+        "a file with the classifier that judges the samples, which is made where it is not there; "
+        "without one, a classifier of this run's seed judges them and is not kept",
+        metavar="FILE",
+    )
+    fid_weights: str = flag(
+        "",
+        "torch-fidelity's file of Inception weights, to measure the FID too",
+        metavar="FILE",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("lr_d", "lr_g"):
+            self._expect(name, 0 < getattr(self, name) < math.inf, "a number above 0")
+        for name in ("info_weight", "penalty"):
+            self._expect(name, 0 <= getattr(self, name) < math.inf, "a number from 0 up")
+        for name in ("beta1", "ema"):
+            self._expect(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        self._expect_whole(1, "d_steps", "g_steps", "width", "latent")
+        self._expect_whole(2, "num_samples")  # a distance is one of distributions
+        self._expect_whole(0, "info_codes")
+        self._refuse_without_effect()
+
+    def _refuse_without_effect(self) -> None:
+        """Whoever sets a flag that another one switches on believes to have switched that on."""
+        for name, is_used, needed in (
+            ("penalty", self.loss == "wgan-gp", "--loss wgan-gp"),
+            ("info_weight", self.info_codes > 0, "--info-codes above 0"),
+            ("tail_of", self.alpha > 0, "--alpha above 0"),
+        ):
+            if not is_used and getattr(self, name) != getattr(GANConfig, name):
+                raise UserError(f"{as_flag(name)}: expected {needed} with it, got none")
+
+    def risks(self, contender: str) -> dict[str, Risk]:
+        """The risk that each player of a contender minimises."""
+        alpha = self.alphas[contender]
+        return {p: risk(alpha if p in TAILS_OF[self.tail_of] else 0.0) for p in ("d", "g")}
+
+    @property
+    def risk_names(self) -> dict[str, str]:
+        """The contenders' risks in words."""
+        return {
+            name: " and the ".join(
+                f"{risk_name(alpha if player in TAILS_OF[self.tail_of] else 0.0)} of the {words}'s"
+                for player, words in (("d", "discriminator"), ("g", "generator"))
+            )
+            + " losses"
+            for name, alpha in self.alphas.items()
+        }
+
+    @property
+    def classifier_file(self) -> Path | None:
+        return expanded(self.classifier) if self.classifier else None
+
+    @property
+    def fid_weights_file(self) -> Path | None:
+        return expanded(self.fid_weights) if self.fid_weights else None

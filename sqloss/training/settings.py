@@ -1,0 +1,67 @@
+"""Work of many trainings in one directory, which a file of settings there says is one work."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sqloss.training.errors import UserError, require
+from sqloss.training.files import write_json
+
+# Fields of a configuration that change where a result comes from but not what it is.
+NO_SETTINGS = ("seed", "device", "threads", "data_dir", "download")
+
+
+def keep_settings(path: Path, settings: Mapping[str, Any], work: str, begun: bool) -> None:
+    """Make the directory of ``path`` that of a work with these settings, and keep them there.
+
+    Where the work has ``begun``, UserError is raised for settings that are not those of before.
+    """
+    if begun and path.exists():
+        refuse_others(path, settings, work)
+    make_directory(path.parent)
+    write_json(path, dict(settings))
+
+
+@contextlib.contextmanager
+def alone_in(directory: Path, work: str) -> Iterator[None]:
+    """Hold a directory for this process; where it ends otherwise, the system lets go of it."""
+    filelock = require("filelock")
+    make_directory(directory)
+    lock = filelock.FileLock(directory / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout as error:
+        raise UserError(
+            f"--output-dir: expected a directory in which no {work} is under way, got {directory}, "
+            "in which another process is at work"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output-dir: cannot make the directory {directory}: {error.strerror}"
+        ) from error
+
+
+def refuse_others(path: Path, settings: Mapping[str, Any], work: str) -> None:
+    try:
+        before = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--output-dir: cannot use {path}: {error}") from error
+    differing = sorted(
+        k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k)
+    )
+    if differing:
+        raise UserError(
+            f"--output-dir: expected a directory without a {work}, or one with these settings, "
+            f"got {path.parent}, where these differ: {', '.join(differing)}"
+        )

@@ -1,0 +1,387 @@
+"""What a sweep has come to: a row per run and model, means over seeds, and paired differences."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from sqloss.training.data import parse_imbalance
+from sqloss.training.errors import UserError
+from sqloss.training.files import as_csv, write_atomically
+from sqloss.training.gan.config import GANConfig
+from sqloss.training.statistics import Paired, mean_interval, paired, paired_table
+from sqloss.training.sweep import FAILED, Row, Sweep, Task, as_text, data_of
+from sqloss.training.sweep_plots import Panel, draw_panels, generated_by
+from sqloss.training.tables import CONFIDENCE, aligned
+from sqloss.training.trainers import Report
+from sqloss.training.vae.report import worst_class
+
+PICTURE = "sweep.png"
+
+# Metrics.
+
+
+class Metric(NamedTuple):
+    """A number of one model in a report, and how it is told."""
+
+    label: str
+    digits: int
+    better: str  # "lower", "higher", or "" where neither is
+    value: Callable[[Report, Report], float | None]  # of the report, and its part on the model
+    of_tail: bool = False  # of that at the run's own alpha
+
+
+def of_test(loss: str) -> Callable[[Report, Report], float | None]:
+    return lambda _, model: model["test"][loss]
+
+
+def of_worst_class(loss: str) -> Callable[[Report, Report], float | None]:
+    return lambda _, model: worst_class(model["test_by_class"], loss)[loss]
+
+
+def of_quality(metric: str) -> Callable[[Report, Report], float | None]:
+    return lambda _, model: model["quality"][metric]
+
+
+def rare_share(report: Report, model: Report) -> float | None:
+    """The share of the generated images that show a class which is rare in training."""
+    rare = parse_imbalance(report["config"]["imbalance"])
+    return sum(model["generated"][label]["share"] for label in rare) if rare else None
+
+
+def label_agreement(_: Report, model: Report) -> float | None:
+    agreeing = model.get("label_agreement")
+    return agreeing["share"] if agreeing else None
+
+
+def failed_epochs(_: Report, model: Report) -> float:
+    """In how many epochs something was wrong with the model."""
+    return len(set(itertools.chain.from_iterable(model["failures"].values())))
+
+
+RARE_SHARE = Metric("share of rare classes", 4, "higher", rare_share)
+ACCURACY = Metric(
+    "classifier's accuracy", 4, "", lambda report, _: report["classifier_test_accuracy"]
+)
+METRICS = {
+    "vae": {
+        "test_negative_elbo": Metric("-ELBO", 2, "lower", of_test("negative_elbo")),
+        "test_negative_elbo_cvar": Metric(
+            "its CVaR", 2, "lower", of_test("negative_elbo_cvar"), of_tail=True
+        ),
+        "test_reconstruction": Metric("reconstruction", 2, "lower", of_test("reconstruction")),
+        "test_kl": Metric("KL", 2, "", of_test("kl")),
+        "worst_class_negative_elbo": Metric(
+            "worst class: -ELBO", 2, "lower", of_worst_class("negative_elbo")
+        ),
+        "worst_class_negative_elbo_cvar": Metric(
+            *("worst class: CVaR", 2, "lower", of_worst_class("negative_elbo_cvar")),
+            of_tail=True,
+        ),
+        "rare_share": RARE_SHARE,
+        "learnt_df": Metric("learnt df", 2, "", lambda _, model: model.get("df")),
+        "classifier_test_accuracy": ACCURACY,
+    },
+    "gan": {
+        "cfid": Metric("cFID", 2, "lower", of_quality("cfid")),
+        "cfid_of_real": Metric("cFID of real", 2, "", lambda report, _: report["real"]["cfid"]),
+        "ckid": Metric("cKID", 5, "lower", of_quality("ckid")),
+        "precision": Metric("precision", 4, "higher", of_quality("precision")),
+        "recall": Metric("recall", 4, "higher", of_quality("recall")),
+        "label_entropy": Metric("label entropy", 3, "higher", of_quality("label_entropy")),
+        "modes": Metric("modes", 1, "higher", of_quality("modes")),
+        "rare_share": RARE_SHARE,
+        "label_agreement": Metric("of the class asked for", 4, "higher", label_agreement),
+        "fid": Metric("FID", 2, "lower", lambda _, model: model.get("fid")),
+        "d_accuracy": Metric(
+            "accuracy of D", 4, "", lambda _, model: model["losses"]["d_accuracy"]
+        ),
+        "failed_epochs": Metric("epochs of failure", 1, "lower", failed_epochs),
+        "classifier_test_accuracy": ACCURACY,
+    },
+}
+# The columns of the table, those of them that there are.
+MAIN = {
+    "vae": (
+        *("test_negative_elbo", "test_negative_elbo_cvar", "worst_class_negative_elbo"),
+        "rare_share",
+    ),
+    "gan": (
+        *("cfid", "fid", "precision", "recall", "label_entropy", "modes", "rare_share"),
+        "label_agreement",
+    ),
+}
+
+
+def metric_to_choose_by(command: str, name: str) -> str:
+    """That of --best-by, or the trainer's first."""
+    name = name or MAIN[command][0]
+    allowed = [metric for metric, m in METRICS[command].items() if m.better]
+    if name not in allowed:
+        raise UserError(f"--best-by: expected one of {', '.join(allowed)}, got {name}")
+    return name
+
+
+def is_of_one_tail(sweep: Sweep, metric: str) -> bool:
+    """Whether a metric is the same one in every arm: tails at different alphas do not compare."""
+    alphas = {task.config.metric_alpha for task in sweep.tasks}
+    return len(alphas) == 1 or not METRICS[sweep.command][metric].of_tail
+
+
+def refuse_other_tails(sweep: Sweep, metric: str) -> None:
+    if not is_of_one_tail(sweep, metric):
+        raise UserError(
+            f"--best-by: expected a metric that is the same one in every arm, got {metric}, "
+            "which is of the tail at each arm's own --alpha"
+        )
+
+
+# Rows.
+
+
+def rows_of(sweep: Sweep) -> list[Row]:
+    """Those of the runs that are done, one per model."""
+    return [row for task in sweep.tasks if task.is_done for row in rows_of_task(sweep, task)]
+
+
+def rows_of_task(sweep: Sweep, task: Task) -> list[Row]:
+    row = {"arm": task.arm, "seed": task.config.seed}
+    flags = {name: as_text(getattr(task.config, name)) for name in sweep.fields}
+    if task.has_failed:
+        error = reason(task)
+        return [row | {"model": name, **flags, "error": error} for name in task.config.contenders]
+    report = read_json(task.directory / "report.json")
+    return [
+        row
+        | {"model": name, **flags}
+        | {metric: m.value(report, model) for metric, m in METRICS[sweep.command].items()}
+        for name, model in report["models"].items()
+    ]
+
+
+def reason(task: Task) -> str:
+    """Why a run has failed."""
+    return str(read_json(task.directory / FAILED)["error"])
+
+
+def read_json(path: Path) -> Report:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--output-dir: cannot use {path}: {error}") from error
+
+
+def write_csv(sweep: Sweep) -> None:
+    columns = ("arm", "seed", "model", *sweep.fields, *METRICS[sweep.command], "error")
+    write_atomically(sweep.directory / "sweep.csv", as_csv(columns, rows_of(sweep)))
+
+
+def outcome(sweep: Sweep, task: Task, metric: str) -> str:
+    """What a run has come to, in words."""
+    name = f"{task.arm}, seed {task.config.seed}"
+    if task.has_failed:
+        return f"{name} has failed: {reason(task)}"
+    m = METRICS[sweep.command][metric]
+    values = [
+        f"{cell(finite(row[metric]), m.digits)} ({row['model']})"
+        for row in rows_of_task(sweep, task)
+    ]
+    return f"{name}: {m.label} {', '.join(values)}"
+
+
+# Series of values, one per seed.
+
+
+class Key(NamedTuple):
+    """Whose values: those of one metric, a value per seed, are a series."""
+
+    arm: str
+    model: str
+
+
+Series = dict[Key, dict[int, float]]
+
+
+def series_of(rows: Sequence[Row], metric: str) -> Series:
+    """The values that there are and that are finite."""
+    series: Series = {}
+    for row in rows:
+        values = series.setdefault(Key(row["arm"], row["model"]), {})
+        for value in finite(row.get(metric)):
+            values[row["seed"]] = value
+    return series
+
+
+def finite(value: float | None) -> list[float]:
+    """The value, if there is one."""
+    return [value] if value is not None and math.isfinite(value) else []
+
+
+def best_of(series: Series, better: str, seeds: int) -> Key | None:
+    """The best on average, of those that have a value for every seed."""
+    means = {
+        key: mean_interval(list(values.values()))[0]
+        for key, values in series.items()
+        if len(values) == seeds
+    }
+    choose = min if better == "lower" else max
+    return choose(means, key=means.__getitem__) if means else None
+
+
+def against_first(series: Series) -> dict[tuple[Key, Key], Paired]:
+    """Every arm against the first one: its like-named model, or else its first one.
+
+    The models of the first arm are against the first of them.
+    """
+    first, *_ = series
+    differences = {}
+    for key, values in series.items():
+        like = first._replace(model=key.model)
+        control = like if like in series and like != key else first
+        if key != first and len(values.keys() & series[control].keys()) > 1:
+            differences[key, control] = paired(values, series[control])
+    return differences
+
+
+# The report.
+
+
+def write_report(sweep: Sweep, metric: str) -> None:
+    draw_samples(sweep)
+    write_atomically(sweep.directory / "sweep.md", as_markdown(sweep, metric).encode())
+
+
+def draw_samples(sweep: Sweep) -> None:
+    """What GANs of every arm generate with the first seed, but for those that failed with it."""
+    seed = sweep.tasks[0].config.seed
+    panels = []
+    for task in sweep.tasks:
+        config = task.config
+        if isinstance(config, GANConfig) and config.seed == seed and not task.has_failed:
+            rows = rows_of_task(sweep, task)
+            images = generated_by(config, data_of(config), task.directory)
+            panels += [
+                Panel(coverage(row, rows), images[row["model"]])
+                for row in rows
+                if row["model"] in images
+            ]
+    if panels:
+        title = f"Generated from the same noise, with seed {seed}"
+        draw_panels(sweep.directory / PICTURE, panels, title)
+
+
+def coverage(row: Row, rows: Sequence[Row]) -> str:
+    """The name of a row, and how much of the data its model covers."""
+    name = name_of(Key(row["arm"], row["model"]), rows)
+    entropy, cfid = f"{row['label_entropy']:.2f}", f"{row['cfid']:.1f}"
+    return f"{name}\n{row['modes']} modes, entropy {entropy}, cFID {cfid}"
+
+
+def as_markdown(sweep: Sweep, metric: str) -> str:
+    parts = [f"# Sweep of sqloss {sweep.command}", HOW_TO_READ, summary(sweep, metric)]
+    rows = rows_of(sweep)
+    others = [other for other in present(sweep, rows) if other != metric]
+    parts += [table for other in others if (table := differences(sweep, rows, other))]
+    if (sweep.directory / PICTURE).exists():
+        parts.append(f"![Samples of every arm]({PICTURE})")
+    return "\n\n".join(parts) + "\n"
+
+
+HOW_TO_READ = f"""\
+Means over seeds, in brackets their {CONFIDENCE:.0%} t intervals. Differences are paired by the
+seed, and relative to the mean of what they are from; p is of the paired t test, and Holm's
+correction is over the rows of its table. The best of many rows is the best by luck too: only the
+differences tell how far it is to be believed, and with one seed nothing does. The settings that
+all arms share are in `sweep.json`, and those of each run in the `config.json` beside its report."""
+
+
+HOW_TO_RETRY = f"Failed (a run is tried again once the {FAILED} in its directory is deleted):"
+
+
+def summary(sweep: Sweep, metric: str) -> str:
+    """The means, the best of them, and the differences in the metric that it is the best by."""
+    rows = rows_of(sweep)
+    seeds = len({task.config.seed for task in sweep.tasks})
+    m = METRICS[sweep.command][metric]
+    best = best_of(series_of(rows, metric), m.better, seeds)
+    parts = [table(means_table(sweep, rows, metric, best, seeds))]
+    if best:
+        value = cell(list(series_of(rows, metric)[best].values()), m.digits)
+        parts.append(
+            f"Best by {m.label} ({m.better} is better): **{name_of(best, rows)}**, {value}."
+        )
+    else:
+        parts.append(f"No row is the best by {m.label}: none has it for every seed.")
+    failed = [
+        f"- {task.arm}, seed {task.config.seed}: {reason(task)}"
+        for task in sweep.tasks
+        if task.has_failed
+    ]
+    if failed:
+        parts.append(f"{HOW_TO_RETRY}\n\n" + "\n".join(failed))
+    return "\n\n".join(filter(None, [*parts, differences(sweep, rows, metric)]))
+
+
+def present(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
+    """The metrics of the table that some row has, and that compare."""
+    return [
+        metric
+        for metric in MAIN[sweep.command]
+        if any(row.get(metric) is not None for row in rows) and is_of_one_tail(sweep, metric)
+    ]
+
+
+def means_table(
+    sweep: Sweep, rows: Sequence[Row], metric: str, best: Key | None, seeds: int
+) -> Iterator[list[str]]:
+    known = METRICS[sweep.command]
+    metrics = list(dict.fromkeys([metric, *present(sweep, rows)]))
+    yield ["", "seeds", *(known[other].label for other in metrics)]
+    series = {other: series_of(rows, other) for other in metrics}
+    for key in series[metric]:
+        cells = [cell(list(series[other][key].values()), known[other].digits) for other in metrics]
+        done = sum(Key(row["arm"], row["model"]) == key and "error" not in row for row in rows)
+        name = name_of(key, rows)
+        if key == best:
+            name, cells[0] = f"**{name}**", f"**{cells[0]}**"
+        yield [name, str(seeds) if done == seeds else f"{done} of {seeds}", *cells]
+
+
+def cell(values: Sequence[float], digits: int) -> str:
+    """The mean over seeds with its interval, where there are several."""
+    if not values:
+        return "-"
+    mean, low, high = mean_interval(values)
+    interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if len(values) > 1 else ""
+    return f"{mean:.{digits}f}{interval}"
+
+
+def differences(sweep: Sweep, rows: Sequence[Row], metric: str) -> str:
+    found = against_first(series_of(rows, metric))
+    if not found:
+        return ""
+    m = METRICS[sweep.command][metric]
+    controls = {control for _, control in found}
+    if len(controls) == 1:
+        origin = name_of(controls.pop(), rows)
+        named = {name_of(key, rows): difference for (key, _), difference in found.items()}
+    else:
+        origin = "the first arm"
+        named = {
+            f"{name_of(key, rows)} - {name_of(control, rows)}": difference
+            for (key, control), difference in found.items()
+        }
+    heading = f"{m.label}: difference from {origin} ({m.better} is better)"
+    return f"{heading}\n\n{table(paired_table(named, m.digits))}"
+
+
+def table(rows: Iterator[list[str]]) -> str:
+    return "\n".join(aligned(list(rows)))
+
+
+def name_of(key: Key, rows: Sequence[Row]) -> str:
+    """The arm, and the model where the arm has several."""
+    models = {row["model"] for row in rows if row["arm"] == key.arm}
+    return key.arm if len(models) == 1 else f"{key.arm}: {key.model}"

@@ -1,0 +1,104 @@
+"""How well the models of a run explain the test images, by bounds as tight as one has time for."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sqloss.models.seeding import generator
+from sqloss.training.config import LARGEST, expect, flag
+from sqloss.training.errors import require
+from sqloss.training.files import write_json
+from sqloss.training.progress import counted
+from sqloss.training.tables import CONFIDENCE, aligned, nats
+from sqloss.training.vae.evaluation import importance_weighted, learnt_df
+from sqloss.training.vae.trained import Trained
+
+IMAGES_SEED = 0  # not the run's: runs with different seeds are measured on the same images
+
+
+@dataclass(frozen=True)
+class BoundsConfig:
+    """How closely the models are measured, valid by construction."""
+
+    iwae_samples: int = flag(
+        100, "draws per image: the more, the closer is the bound to log p(x)", metavar="K"
+    )
+    images: int = flag(0, "random test images, the same for every run; 0: all", metavar="N")
+
+    def __post_init__(self) -> None:
+        for name, least in (("iwae_samples", 1), ("images", 0)):
+            in_range = least <= getattr(self, name) <= LARGEST
+            expect(self, name, in_range, f"a whole number from {least} to {LARGEST}")
+
+
+def measure_bounds(trained: Trained, config: BoundsConfig) -> dict[str, Any]:
+    """The test -ELBO and importance-weighted bound of every model, in nats per image."""
+    test_images = trained.data.test_images
+    chosen = torch.randperm(len(test_images), generator=generator(IMAGES_SEED, "evaluated images"))
+    rows = chosen[: config.images or None].sort().values.to(test_images.device)
+    models = {}
+    total = len(rows) * len(trained.models)
+    with require("tqdm").tqdm(
+        desc="evaluation", total=total, unit="image", disable=None, dynamic_ncols=True
+    ) as bar:
+        for name, model in trained.models.items():
+            bounds = importance_weighted(
+                model, test_images, rows, trained.config.seed, config.iwae_samples, bar.update
+            )
+            estimates = {bound: estimate(values) for bound, values in bounds.items()}
+            models[name] = estimates | learnt_df(model)
+    return {
+        "trained_for": trained.done,
+        "images": len(rows),
+        "iwae_samples": config.iwae_samples,
+        "models": models,
+    }
+
+
+def estimate(values: Tensor) -> dict[str, float | None]:
+    """The mean over images, its standard error and its interval; of one image the mean alone."""
+    mean = values.mean().item()
+    if len(values) == 1:
+        return {"mean": mean, "standard_error": None, "low": None, "high": None}
+    error = values.std().item() / len(values) ** 0.5
+    width = error * float(require("scipy.stats").t.isf((1 - CONFIDENCE) / 2, len(values) - 1))
+    return {
+        "mean": mean,
+        "standard_error": error,
+        "low": mean - width,
+        "high": mean + width,
+    }
+
+
+def write_bounds(directory: Path, bounds: dict[str, Any]) -> None:
+    write_json(directory / "evaluation.json", bounds)
+
+
+def bounds_table(bounds: dict[str, Any]) -> str:
+    """The bounds as Markdown that a terminal shows well too."""
+    return "\n".join(aligned(list(bounds_rows(bounds))))
+
+
+def bounds_rows(bounds: dict[str, Any]) -> Iterator[list[str]]:
+    models = bounds["models"].values()
+    yield [f"nats per image, {counted(bounds['images'], 'test image')}", *bounds["models"]]
+    for label, bound in (
+        ("-ELBO", "negative_elbo"),
+        (f"-IW-{bounds['iwae_samples']} bound", "negative_iw_bound"),
+    ):
+        estimates = [model[bound] for model in models]
+        yield [label, *(nats(of_model["mean"]) for of_model in estimates)]
+        yield ["its standard error", *(nats(of_model["standard_error"]) for of_model in estimates)]
+        yield [f"its {CONFIDENCE:.0%} interval", *map(interval, estimates)]
+    if all("df" in model for model in models):
+        yield ["learnt df", *(f"{model['df']:.3g}" for model in models)]
+
+
+def interval(of_model: dict[str, float | None]) -> str:
+    if of_model["low"] is None:
+        return nats(None)
+    return f"[{nats(of_model['low'])}, {nats(of_model['high'])}]"

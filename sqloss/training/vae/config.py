@@ -1,0 +1,166 @@
+"""What a run of ``sqloss vae`` is."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sqloss.models.vae import ARCHITECTURES, GREATEST_DF, LEAST_DF, PRIORS
+from sqloss.training.config import RunConfig, as_flag, flag, parse_sizes
+from sqloss.training.errors import UserError
+from sqloss.training.risk import TAILS, Objective, objective_name, vae_objective
+
+DEFAULT_LR = {"torch": 1e-3, "numpy": 1e-2}  # of Adam, and of SGD; the keys are the backends
+SMALLEST_DF = 0.5  # for which the sampling is made
+
+
+@dataclass(frozen=True)
+class VAEConfig(RunConfig):
+    """The hyper-parameters of a run, valid by construction."""
+
+    command: ClassVar[str] = "vae"
+
+    tail: str = flag(
+        "elbo",
+        "take the tail of the whole negative ELBO, or of its reconstruction term only",
+        choices=TAILS,
+    )
+    backend: str = flag(
+        "torch",
+        "torch trains with Adam; numpy trains a dense VAE with SGD, and with its backward pass "
+        "written by hand",
+        choices=tuple(DEFAULT_LR),
+    )
+    lr: float = flag(
+        0.0,
+        "learning rate; 0: "
+        + ", ".join(f"{lr:g} with --backend {name}" for name, lr in DEFAULT_LR.items()),
+    )
+    architecture: str = flag(
+        "mlp",
+        "dense layers only, or convolutions between them and the image",
+        choices=ARCHITECTURES,
+    )
+    hidden: str = flag(
+        "400",
+        "units of the dense hidden layers, from the image's side, like 400 or 512,256; the "
+        "decoder mirrors them",
+        metavar="N,...",
+    )
+    channels: str = flag(
+        "32,64",
+        "channels of the convolutions of --architecture conv, from the image's side; each halves "
+        "the image",
+        metavar="N,...",
+    )
+    latent: int = flag(20, "latent dimensions", metavar="N")
+    prior: str = flag(
+        "normal",
+        "distribution of the latent variables: of the prior and of the encoder's posterior",
+        choices=PRIORS,
+    )
+    df: float = flag(
+        5.0,
+        "degrees of freedom of --prior t; where they are learnt, at the start; at 1 or less the "
+        "-ELBO has no finite mean",
+    )
+    learn_df: bool = flag(
+        False, f"learn one df of --prior t, between {LEAST_DF:g} and {GREATEST_DF:g}"
+    )
+    iwae_samples: int = flag(
+        0,
+        "train on the importance-weighted bound of K draws per image; 1: the ELBO with its KL "
+        "sampled too; 0: the ELBO",
+        metavar="K",
+    )
+    beta: float = flag(1.0, "weight of the KL term in the training objective")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._expect("lr", 0 <= self.lr < math.inf, "a number from 0 up")
+        self._expect("beta", 0 <= self.beta < math.inf, "a number from 0 up")
+        self._expect_whole(1, "latent")
+        self._expect_whole(0, "iwae_samples")
+        self._check_df()
+        self._check_iwae()
+        self._check_backend()
+        parse_sizes("hidden", self.hidden)
+        parse_sizes("channels", self.channels)
+        self._refuse_without_effect()
+
+    def _check_df(self) -> None:
+        self._expect(
+            "df",
+            SMALLEST_DF <= self.df <= GREATEST_DF,
+            f"a number from {SMALLEST_DF:g} to {GREATEST_DF:g} (the limit is --prior normal)",
+        )
+        if self.learn_df:
+            if self.prior != "t":
+                raise UserError(
+                    f"--learn-df: expected --prior t, whose df it learns, got --prior {self.prior}"
+                )
+            between = f"a number between {LEAST_DF:g} and {GREATEST_DF:g} with --learn-df"
+            self._expect("df", LEAST_DF < self.df < GREATEST_DF, between)
+
+    def _check_backend(self) -> None:
+        if self.backend == "numpy":
+            self._expect("architecture", self.architecture == "mlp", "mlp with --backend numpy")
+            if self.learn_df:
+                raise UserError("--learn-df: expected --backend torch with it, got --backend numpy")
+            self._expect("iwae_samples", self.iwae_samples == 0, "0 with --backend numpy")
+            on_cpu = self.device in ("auto", "cpu")
+            self._expect("device", on_cpu, "auto or cpu with --backend numpy")
+
+    def _check_iwae(self) -> None:
+        if self.iwae_samples:
+            terms = "with --iwae-samples, whose bound is not a sum of reconstruction and KL"
+            self._expect("tail", self.tail == "elbo", f"elbo {terms}")
+            self._expect("beta", self.beta == 1, f"1 {terms}")
+
+    def _refuse_without_effect(self) -> None:
+        """Whoever sets a flag of another prior or architecture believes to have chosen that."""
+        for name, choice, needed in (("df", "prior", "t"), ("channels", "architecture", "conv")):
+            chosen = getattr(self, choice)
+            if chosen != needed and getattr(self, name) != getattr(VAEConfig, name):
+                raise UserError(
+                    f"{as_flag(name)}: expected {as_flag(choice)} {needed} with it, "
+                    f"got {as_flag(choice)} {chosen}"
+                )
+
+    @property
+    def learning_rate(self) -> float:
+        """That asked for, or the backend's own."""
+        return self.lr or DEFAULT_LR[self.backend]
+
+    @property
+    def objectives(self) -> dict[str, Objective]:
+        """What is measured of every model; that of the tail also where none is trained on it."""
+        return {name: vae_objective(alpha, *self._bound) for name, alpha in self.alphas.items()}
+
+    @property
+    def objective_names(self) -> dict[str, str]:
+        """The objectives in words."""
+        return {name: objective_name(alpha, *self._bound) for name, alpha in self.alphas.items()}
+
+    @property
+    def _bound(self) -> tuple[str, float, int]:
+        return self.tail, self.beta, self.iwae_samples
+
+    @property
+    def hidden_sizes(self) -> tuple[int, ...]:
+        """The units of the dense hidden layers."""
+        return parse_sizes("hidden", self.hidden)
+
+    @property
+    def channel_sizes(self) -> tuple[int, ...]:
+        """The channels of the convolutions."""
+        return parse_sizes("channels", self.channels)
+
+    @property
+    def uses_numpy(self) -> bool:
+        """Whether NumPy computes, beside torch."""
+        return self.backend == "numpy"
+
+    @property
+    def best_device(self) -> str:
+        """What auto is: NumPy knows no GPU."""
+        return "cpu" if self.uses_numpy else super().best_device

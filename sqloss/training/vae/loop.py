@@ -1,0 +1,113 @@
+"""The training of VAEs: every contender on its own objective."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sqloss.models import VAE
+from sqloss.models.pixels import pixels
+from sqloss.models.seeding import initialisation
+from sqloss.student_t import draw_seed
+from sqloss.training.data import Dataset
+from sqloss.training.loop import Row, Training
+from sqloss.training.vae.backends import BACKENDS
+from sqloss.training.vae.config import VAEConfig
+from sqloss.training.vae.evaluation import evaluate, learnt_df, objective_values, summary
+
+COLUMNS = (
+    "epoch",
+    "model",
+    "train_objective",
+    "test_objective_standard",
+    "test_objective_cvar",
+    "test_negative_elbo",
+    "test_negative_elbo_cvar",
+    "test_reconstruction",
+    "test_kl",
+)
+
+
+class VAETraining(Training):
+    """The training of copies of one initial model, one for every contender of the run."""
+
+    def __init__(self, model: VAE, config: VAEConfig) -> None:
+        super().__init__(config)
+        self.config = config
+        device = next(model.parameters()).device
+        self.models: dict[str, VAE] = {name: copy.deepcopy(model) for name in config.contenders}
+        self.optimisers = {
+            name: BACKENDS[config.backend](copied, name, config)
+            for name, copied in self.models.items()
+        }
+        self.columns = (*COLUMNS, *learnt_df(model))
+        self.objective_sums = {  # over the samples of the epoch under way
+            name: torch.zeros((), dtype=torch.float64, device=device) for name in self.models
+        }
+
+    def train_step(self, images: Tensor, labels: Tensor) -> None:
+        x, seed = pixels(images), draw_seed(generator=self.noise)
+        for name, optimiser in self.optimisers.items():
+            self.objective_sums[name] += optimiser.step(x, seed) * len(x)
+
+    def measure(self, data: Dataset) -> list[Row]:
+        return [self._measure(name, data) for name in self.models]
+
+    def _measure(self, name: str, data: Dataset) -> Row:
+        config, model = self.config, self.models[name]
+        objective = self.objective_sums[name].item() / len(data.train_images)
+        self.objective_sums[name].zero_()
+        losses = evaluate(model, data, config.seed, config.iwae_samples)
+        test = objective_values(losses, config) | summary(losses, config.metric_alpha)
+        return (
+            {"epoch": self.epoch, "model": name, "train_objective": objective}
+            | {f"test_{metric}": value for metric, value in test.items()}
+            | learnt_df(model)
+        )
+
+    def describe(self, row: Row) -> str:
+        return (
+            f"{row['model']} -ELBO {row['test_negative_elbo']:.2f}, "
+            f"CVaR {row['test_negative_elbo_cvar']:.2f}"
+        )
+
+    def sums(self, name: str) -> list[Tensor]:
+        return [self.objective_sums[name]]
+
+    def advice(self) -> str:
+        return (
+            f"expected a smaller --lr, got {self.config.learning_rate:g}, "
+            f"or another --beta, got {self.config.beta:g}"
+        )
+
+    def own_state(self) -> dict[str, Any]:
+        return {
+            "optimisers": {name: each.state_dict() for name, each in self.optimisers.items()},
+            "objective_sums": self.objective_sums,
+        }
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        for name, optimiser in self.optimisers.items():
+            optimiser.load_state_dict(state["optimisers"][name])
+            self.objective_sums[name].copy_(state["objective_sums"][name])
+
+
+def build_model(config: VAEConfig, data_shape: tuple[int, ...]) -> VAE:
+    """The model of a run with the weights that its seed gives it."""
+    with initialisation(config.seed, "model"):
+        return VAE(
+            data_shape,
+            config.hidden_sizes,
+            config.latent,
+            architecture=config.architecture,
+            channels=config.channel_sizes,
+            prior=config.prior,
+            df=config.df,
+            learn_df=config.learn_df,
+        )
+
+
+def begin(config: VAEConfig, data: Dataset) -> VAETraining:
+    """A training at its beginning, on the device of the data."""
+    return VAETraining(build_model(config, data.shape).to(data.train_images.device), config)

@@ -1,0 +1,232 @@
+"""What a run has come to: how well each class is modelled, and how often it is generated."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sqloss.models import VAE
+from sqloss.models.classifier import accuracy
+from sqloss.models.seeding import generator
+from sqloss.student_t import draw_seed
+from sqloss.training.data import Dataset
+from sqloss.training.files import write_atomically, write_json
+from sqloss.training.progress import counted
+from sqloss.training.shares import batch_sizes, class_shares, classifier_of, share_table
+from sqloss.training.tables import CONFIDENCE, aligned, nats
+from sqloss.training.vae.config import VAEConfig
+from sqloss.training.vae.evaluation import learnt_df, objective_values, summary
+
+PER_CLASS = {"reconstruction": "recon.", "negative_elbo": "-ELBO", "negative_elbo_cvar": "CVaR"}
+
+Report = dict[str, Any]
+Losses = Mapping[str, Tensor]  # one value per test image, by the name of the loss
+
+
+def make_report(
+    models: Mapping[str, VAE],
+    losses: Mapping[str, Losses],
+    whole: Dataset,
+    data: Dataset,
+    config: VAEConfig,
+) -> Report:
+    """The report on models with these test losses, trained on ``data``.
+
+    ``whole`` is the data before the imbalance: from it the classifier learns every class.
+    """
+    classifier = classifier_of(whole, data.train_images.device, config.seed)
+    return {
+        "config": dataclasses.asdict(config),
+        "alpha_of_cvar": config.metric_alpha,
+        "objectives": config.objective_names,
+        "class_names": list(data.class_names),
+        "train_images": data.class_counts(),
+        "train_images_before_imbalance": whole.class_counts(),
+        "classifier_test_accuracy": accuracy(classifier, data.test_images, data.test_labels),
+        "models": {
+            name: {
+                "test": overall(losses[name], config.metric_alpha)
+                | objective_values(losses[name], config),
+                "test_by_class": by_class(losses[name], data, config.metric_alpha),
+                "generated": class_shares(classifier, generated(model, config)),
+            }
+            | learnt_df(model)
+            for name, model in models.items()
+        },
+    }
+
+
+def overall(losses: Losses, alpha: float) -> dict[str, Any]:
+    """The summary over all test images, with a standard error over them."""
+    bound = losses["negative_elbo"]
+    error = (bound.std() / len(bound) ** 0.5).item() if len(bound) > 1 else None
+    return {"images": len(bound), "negative_elbo_standard_error": error} | summary(losses, alpha)
+
+
+def by_class(losses: Losses, data: Dataset, alpha: float) -> list[dict[str, Any]]:
+    """The summary over the test images of each class that has any."""
+    labels = data.test_labels.cpu()
+    return [
+        {"class": data.class_names[label], "images": int((labels == label).sum())}
+        | summary({name: values[labels == label] for name, values in losses.items()}, alpha)
+        for label in labels.unique().tolist()
+    ]
+
+
+def worst_class(classes: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """The class, of those of ``by_class``, in which a metric is worst."""
+    return max(classes, key=itemgetter(metric))
+
+
+def generated(model: VAE, config: VAEConfig) -> Iterator[Tensor]:
+    """Images of a model in batches; every model gets the same noise."""
+    draws = generator(config.seed, "samples")
+    for count in batch_sizes(config.num_samples):
+        yield model.sample(count, draw_seed(generator=draws))
+
+
+def write_report(directory: Path, report: Report) -> None:
+    write_json(directory / "report.json", report)
+    write_atomically(directory / "report.md", as_markdown(report).encode())
+
+
+def as_markdown(report: Report) -> str:
+    config = report["config"]
+    alpha = f"{report['alpha_of_cvar']:g}"
+    metric_note = "" if config["alpha"] else " (--alpha is 0, so the usual 0.8 is used)"
+    mean_objective, tail_objective = report["objectives"].values()
+    samples = config["iwae_samples"]
+    bound_note = (
+        f"\n- The IW-{samples} bound is the importance-weighted one on log p(x) of Burda et al. "
+        f"(2016),\n  of {counted(samples, 'draw')} per image."
+        if samples
+        else ""
+    )
+    kl_note = (
+        "\n  So is the KL of Student's t, which has no closed form: log q - log p at that draw."
+        "\n  Where it is small, its mean over few images may come out below 0, and the -ELBO below"
+        "\n  the reconstruction."
+        if config["prior"] == "t"
+        else ""
+    )
+    return f"""\
+# VAE on {config["dataset"]}
+
+{how_trained(report)}
+{latent_variables(config)}
+Every setting is in `config.json`.
+
+{tables(report)}
+
+## How to read this
+
+- Losses are in nats per image, on test images that keep every class. -ELBO = reconstruction + KL,
+  with weight 1 whatever --beta is. CVaR is the mean of the worst {1 - report["alpha_of_cvar"]:.4g}
+  share of the -ELBO, at alpha = {alpha}{metric_note}.
+- The curves show the objectives, on the test images, and every model by both of them: the
+  {mean_objective}, and the {tail_objective}.{bound_note}
+- Each image's -ELBO is of one draw from the posterior. The mean over the images is unbiased, but
+  images with an unlucky draw come to lie in the tail: that biases the CVaR slightly
+  upwards.{kl_note}{moments_note(report)}
+- This is one run with one seed. A difference between the models on one seed is not evidence for
+  one of them: repeat it with several seeds. The standard error of the mean -ELBO covers the choice
+  of test images only, not the seed.
+- Generated images are counted by a small classifier that was trained on the training images
+  before the imbalance, and gets {report["classifier_test_accuracy"]:.1%} of the test images right.
+  The intervals are Wilson's at {CONFIDENCE:.0%}; they cover the number of generated images, not
+  the classifier's errors.
+
+![Losses over the epochs](vae_loss_curves.png)
+![Distribution of the test losses](vae_loss_distribution.png)
+![Generated images](vae_samples.png)
+![Reconstructions](vae_reconstructions.png)
+"""
+
+
+def how_trained(report: Report) -> str:
+    """What each model was trained on, in words that hold for every --tail and --beta."""
+    config = report["config"]
+    flags = f"(--alpha {config['alpha']:g}, --tail {config['tail']}, --beta {config['beta']:g})"
+    minimised = ", ".join(
+        f"`{m}` minimises the {report['objectives'][m]}" for m in report["models"]
+    )
+    alike = ", from the same initial weights, on the same batches and noise"
+    return (
+        f"On each batch, {minimised}\n{flags},\n"
+        f"for {counted(config['epochs'], 'epoch')}{alike if len(report['models']) > 1 else ''}."
+    )
+
+
+def latent_variables(config: Mapping[str, Any]) -> str:
+    """Their distribution, in words."""
+    if config["prior"] == "normal":
+        family = "normal"
+    elif config["learn_df"]:
+        family = f"Student's t, with a df that is learnt from {config['df']:g} on"
+    else:
+        family = f"Student's t with df = {config['df']:g}"
+    return f"Prior and posterior of the latent variables are {family}."
+
+
+def moments_note(report: Report) -> str:
+    """What Student's t with a small df does to means of losses that grow with z."""
+    config = report["config"]
+    df = min(model.get("df", config["df"]) for model in report["models"].values())
+    if config["prior"] != "t" or df > 2:
+        return ""
+    moment = "mean" if df <= 1 else "variance"
+    return (
+        f"\n- At df = {df:.3g} the latent variables have no finite {moment}. The decoder is linear"
+        "\n  far out, so nor has the -ELBO: a few far draws make its mean and its standard error."
+    )
+
+
+def tables(report: Report) -> str:
+    """The numbers of a report, as Markdown that a terminal shows well too."""
+    parts = (overall_table(report), class_table(report), share_table(report))
+    return "\n\n".join("\n".join(aligned(list(part))) for part in parts)
+
+
+def overall_table(report: Report) -> Iterator[list[str]]:
+    models = report["models"].values()
+    cvar = f"CVaR {report['alpha_of_cvar']:g} of -ELBO"
+    images = next(iter(models))["test"]["images"]
+    yield [f"{images} test images", *report["models"]]
+    for label, metric in (
+        ("mean -ELBO", "negative_elbo"),
+        ("its standard error", "negative_elbo_standard_error"),
+        (cvar, "negative_elbo_cvar"),
+        ("mean reconstruction", "reconstruction"),
+        ("mean KL", "kl"),
+        *objectives_of_their_own(report),
+    ):
+        yield [label, *(nats(model["test"][metric]) for model in models)]
+    if report["config"]["learn_df"]:
+        yield ["learnt df", *(f"{model['df']:.3g}" for model in models)]
+    for label, metric in (
+        ("mean -ELBO", "negative_elbo"),
+        (cvar, "negative_elbo_cvar"),
+        ("mean reconstruction", "reconstruction"),
+    ):
+        worst = [worst_class(model["test_by_class"], metric) for model in models]
+        yield [f"worst class: {label}", *(f"{nats(w[metric])} ({w['class']})" for w in worst)]
+
+
+def objectives_of_their_own(report: Report) -> Iterator[tuple[str, str]]:
+    """Label and metric of the objectives that are not the mean or the CVaR of the -ELBO anyway."""
+    for objective, words in report["objectives"].items():
+        if not words.endswith("of -ELBO"):
+            yield words, f"objective_{objective}"
+
+
+def class_table(report: Report) -> Iterator[list[str]]:
+    models = report["models"]
+    yield ["class", "train", *(f"{label} {m}" for label in PER_CLASS.values() for m in models)]
+    train_images = dict(zip(report["class_names"], report["train_images"], strict=True))
+    for rows in zip(*(model["test_by_class"] for model in models.values()), strict=True):
+        name = rows[0]["class"]
+        numbers = [nats(row[metric]) for metric in PER_CLASS for row in rows]
+        yield [name, str(train_images[name]), *numbers]
