@@ -61,7 +61,7 @@ def cvar(
     There are three all-reduces of up to 2,064 int64 for losses of float32, two for float16 and
     bfloat16, six for float64, and with weights one more, whose histograms are three times as long;
     none in backward. Tensors of a device stay on it, and the host waits for nothing. Under
-    torch.compile this breaks the graph.
+    torch.compile this breaks the graph; forward mode and torch.func are not implemented.
 
     The threshold is bit for bit that of one process with all losses (with weights: unless sums of
     them are within rounding of k), and so is, up to the rounding of that process, the value. It is

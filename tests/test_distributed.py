@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 import sqloss
 from sqloss import reference
@@ -259,10 +260,17 @@ def test_the_gradient_is_linear_in_that_of_the_value(alone):
 
 
 def test_forward_mode_is_refused(alone):
-    with pytest.raises(NotImplementedError, match="losses: expected no tangent"):
-        torch.func.jvp(
-            lambda losses: sqloss.distributed.cvar(losses, 0.5), (torch.randn(5),), (torch.ones(5),)
-        )
+    with forward_ad.dual_level():
+        losses = forward_ad.make_dual(torch.randn(5), torch.ones(5))
+        with pytest.raises(NotImplementedError, match="losses: expected no tangent"):
+            sqloss.distributed.cvar(losses, 0.5)
+
+
+def test_torch_compile_breaks_its_graph_there(alone):
+    losses = torch.randn(50, requires_grad=True)
+    step = torch.compile(lambda x: 3 * sqloss.distributed.cvar(2 * x, 0.8), backend="eager")
+    (gradient,) = torch.autograd.grad(step(losses), losses)
+    torch.testing.assert_close(gradient, 6 * sqloss.tail_weights(losses, 0.8))
 
 
 def test_autocast_computes_in_float32(alone):

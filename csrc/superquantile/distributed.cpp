@@ -1,7 +1,6 @@
 #include "superquantile/distributed.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
 
 #include <algorithm>
 #include <array>
@@ -9,6 +8,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/dtype.h"
 #include "core/total_order.h"
 #include "superquantile/superquantile.h"
 
@@ -384,24 +384,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> distributed(
 
   at::Tensor value = at::empty({}, x.options()), threshold = at::empty({}, x.options());
   at::Tensor counts = at::empty({3}, x.options().dtype(at::kDouble));
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, x.scalar_type(), "distributed_superquantile", [&] {
-        Agreement agreement{config, ranks, all_reduce, disagree};
-        const Items<scalar_t> items(x, m, w, agreement);
-        const auto run = [&](auto search) {
-          search.run(agreement);
-          *value.mutable_data_ptr<scalar_t>() = c10::convert<scalar_t>(search.value());
-          *threshold.mutable_data_ptr<scalar_t>() = search.threshold();
-          const Counts found = search.counts();
-          std::copy_n(std::array{found.above, found.at, found.tail}.begin(), 3,
-                      counts.mutable_data_ptr<double>());
-        };
-        if (w) {
-          run(Search<scalar_t, Weight>(items, tail_fraction));
-        } else {
-          run(Search<scalar_t, Number>(items, tail_fraction));
-        }
-      });
+  core::for_dtype(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    Agreement agreement{config, ranks, all_reduce, disagree};
+    const Items<T> items(x, m, w, agreement);
+    const auto run = [&](auto search) {
+      search.run(agreement);
+      *value.mutable_data_ptr<T>() = c10::convert<T>(search.value());
+      *threshold.mutable_data_ptr<T>() = search.threshold();
+      const Counts found = search.counts();
+      double* const into = counts.mutable_data_ptr<double>();
+      into[0] = found.above;
+      into[1] = found.at;
+      into[2] = found.tail;
+    };
+    if (w) {
+      run(Search<T, Weight>(items, tail_fraction));
+    } else {
+      run(Search<T, Number>(items, tail_fraction));
+    }
+  });
   return {value, threshold, counts};
 }
 
