@@ -95,9 +95,7 @@ METRICS = {
         "rare_share": RARE_SHARE,
         "label_agreement": Metric("of the class asked for", 4, "higher", label_agreement),
         "fid": Metric("FID", 2, "lower", lambda _, model: model.get("fid")),
-        "d_accuracy": Metric(
-            "accuracy of D", 4, "", lambda _, model: model["losses"]["d_accuracy"]
-        ),
+        "d_auc": Metric("AUC of D", 4, "", lambda _, model: model["losses"]["d_auc"]),
         "failed_epochs": Metric("epochs of failure", 1, "lower", failed_epochs),
         "classifier_test_accuracy": ACCURACY,
     },

@@ -49,7 +49,7 @@ except KeyboardInterrupt:
 
 
 def wait_for(condition):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300  # of a machine that is busy
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
@@ -62,7 +62,7 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path, number):
     try:
         wait_for(lambda: len(list(tmp_path.iterdir())) == 3)  # no more than there are calls
         main.send_signal(number)
-        assert main.wait(60) == (130 if number == signal.SIGTERM else -signal.SIGKILL)
+        assert main.wait(300) == (130 if number == signal.SIGTERM else -signal.SIGKILL)
         beats = {}
 
         def silent():

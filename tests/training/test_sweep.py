@@ -277,7 +277,7 @@ def written(tmp_path, cfids, error=""):
                 model = {
                     "quality": quality | {"cfid": cfid},
                     "generated": [{"share": 0.1}] * 10,
-                    "losses": {"d_accuracy": 0.5},
+                    "losses": {"d_auc": 0.5},
                     "failures": {},
                 }
                 report = {
@@ -483,7 +483,7 @@ def test_processes_come_to_the_same_and_one_classifier_judges(quick, tmp_path):
     [
         (["gan", "--preset", "fashion-vae"], "--preset: expected one of gan-schemes, gan-tails"),
         (["vae", "--preset", "x"], "--preset: expected one of fashion-vae for sqloss vae, got x"),
-        (["gan", "--best-by", "d_accuracy"], "--best-by: expected one of cfid, ckid, "),
+        (["gan", "--best-by", "d_auc"], "--best-by: expected one of cfid, ckid, "),
         (["vae", "--best-by", "cfid"], "--best-by: expected one of test_negative_elbo, "),
         (
             ["vae", "--grid", "alpha=0.5,0.8", "--best-by", "test_negative_elbo_cvar"],

@@ -28,7 +28,7 @@ from sqloss.training.loop import Row, Training
 
 # Means over the steps of an epoch, each weighted by its images; of both models alike, whatever they
 # are trained on.
-D_METRICS = ("d_loss_mean", "d_loss_cvar", "d_accuracy", "d_spread")
+D_METRICS = ("d_loss_mean", "d_loss_cvar", "d_auc", "d_spread")
 G_METRICS = ("g_loss_mean", "g_loss_cvar", "g_spread")
 NO_SPREAD = 1e-6  # of pixels in [-1, 1]: the images of a batch are one
 COLUMNS = ("epoch", "model", *D_METRICS, *G_METRICS)
@@ -213,7 +213,7 @@ class GANTraining(Training):
     def describe(self, row: Row) -> str:
         return (
             f"{row['model']} D {row['d_loss_mean']:.3f}, G {row['g_loss_mean']:.3f}, "
-            f"accuracy {row['d_accuracy']:.1%}"
+            f"AUC {row['d_auc']:.3f}"
         )
 
     def alarms(self) -> list[str]:

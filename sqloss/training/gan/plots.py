@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from sqloss.training.pictures import (
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SAMPLES_PER_SIDE = 8
@@ -103,13 +104,19 @@ def loss_distribution(
         of_real = real_losses(config.loss, logits(model.discriminator, real, labels))
         together = torch.cat([of_real, *losses.values()]).double()
         bins = edges(together.min().item(), together.max().item())
-        axes.hist(of_real.tolist(), bins, color="0.8", label="test images, as real")
-        for (label, values), style in zip(losses.items(), map(STYLES.get, images), strict=True):
-            axes.hist(values.tolist(), bins, histtype="step", label=label, **(style or {}))
-        axes.set(title=f"before {judge}'s discriminator", xlabel="its loss", ylabel="images")
-        axes.legend()
+        draw_shares(axes, of_real, bins, color="0.8", label="test images, as real")
+        for name, (label, values) in zip(images, losses.items(), strict=True):
+            draw_shares(axes, values, bins, histtype="step", label=label, **STYLES[name])
+        title = f"before {judge}'s discriminator"
+        axes.set(title=title, xlabel="its loss", ylabel="share of the images")
+        axes.legend(loc="upper right")  # to look for the best place takes longer than all else
     figure.suptitle("All images before one and the same discriminator")
     return figure
+
+
+def draw_shares(axes: "Axes", values: Tensor, bins: list[float], **look: Any) -> None:
+    """A histogram of shares: there may be far fewer test images than generated ones."""
+    axes.hist(values.tolist(), bins, weights=[1 / len(values)] * len(values), **look)
 
 
 def logits(judge: Discriminator, images: Tensor, labels: Tensor | None) -> Tensor:

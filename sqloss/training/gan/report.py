@@ -27,7 +27,7 @@ from sqloss.training.tables import CONFIDENCE, aligned
 Report = dict[str, Any]
 QUALITY = {
     "cfid": "cFID",
-    "ckid": "cKID x 1000",
+    "ckid": "cKID",
     "precision": "precision",
     "recall": "recall",
     "label_entropy": "label entropy",
@@ -166,16 +166,17 @@ Every setting is in `config.json`.
   classifier has judged. "real" are as many training images, from before the imbalance, in the
   place of the generated ones: the floor.
 - Precision is the share of generated images that are near some test image, recall the share of test
-  images that are near some generated one (Kynkaanniemi et al., 2019). The label entropy is at most
-  {real["label_entropy_max"]:.3f} nats. A mode is a class that at least a tenth of an even share of
-  the images show, to the classifier with a probability of 0.9.
+  images that are near some generated one (Kynkaanniemi et al., 2019). One outlier among the test
+  images can have all generated ones near it, so with few test images even noise may be precise.
+  The label entropy is at most {real["label_entropy_max"]:.3f} nats. A mode is a class that at least
+  a tenth of an even share of the images show, to the classifier with a probability of 0.9.
 - That classifier was trained on the training images before the imbalance, and gets
   {report["classifier_test_accuracy"]:.1%} of the test images right. The intervals are Wilson's at
   {CONFIDENCE:.0%}; they cover the number of generated images, not the classifier's
   errors.{classes_note}
 - Losses are means over the steps of the last epoch, weighted by their images.{losses_note}
-  Accuracy is the share of pairs of a real and a generated image of a step of which the real one has
-  the higher logit: 50 % is all that a discriminator gets of images that it cannot tell apart.
+  The AUC is the share of pairs of a real and a generated image of a step of which the real one has
+  the higher logit: 0.5 is all that a discriminator gets of images that it cannot tell apart.
 - A generator that has learnt its training images by heart makes images much nearer to them than the
   held-out ones are.
 - This is one run with one seed. A difference between the models on one seed is not evidence for one
@@ -231,8 +232,8 @@ def in_digits(metric: str, value: float) -> str:
     """A number with the digits that it deserves."""
     if metric == "modes":
         return str(value)
-    if metric == "ckid":
-        return f"{1000 * value:.2f}"
+    if metric == "ckid":  # in the unit of the features, of which there is no usual size
+        return f"{value:.3g}"
     return f"{value:.2f}" if metric == "cfid" else f"{value:.3f}"
 
 
@@ -246,8 +247,8 @@ def loss_table(report: Report) -> Iterator[list[str]]:
         (f"generator: CVaR {alpha}", "g_loss_cvar"),
     ):
         yield [label, *(f"{model['losses'][metric]:.3f}" for model in report["models"].values())]
-    accuracies = [model["losses"]["d_accuracy"] for model in report["models"].values()]
-    yield ["discriminator: accuracy", *(f"{accuracy:.1%}" for accuracy in accuracies)]
+    areas = [model["losses"]["d_auc"] for model in report["models"].values()]
+    yield ["discriminator: AUC", *(f"{area:.3f}" for area in areas)]
 
 
 def nearest_table(report: Report) -> Iterator[list[str]]:

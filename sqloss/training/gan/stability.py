@@ -18,14 +18,28 @@ def is_lost(rows: Sequence[Row]) -> bool:
     return len(losses) == EPOCHS_LOST and max(losses) <= ALL_BUT_SURE
 
 
+def has_collapsed(spread: str, bar: float) -> Callable[[Sequence[Row]], bool]:
+    """Whether a spread is at its bar: fallen there, or there from the first epochs on.
+
+    Small networks begin with little spread, and are above the bar some epochs later.
+    """
+
+    def found(rows: Sequence[Row]) -> bool:
+        spreads = [row[spread] for row in rows]
+        has_begun = max(spreads) > bar or len(spreads) >= EPOCHS_LOST
+        return has_begun and spreads[-1] <= bar
+
+    return found
+
+
 FAILURES: dict[str, Callable[[Sequence[Row]], bool]] = {
     f"the discriminator has been all but sure of every image for {EPOCHS_LOST} epochs, the "
     "generator may learn nothing more (try a smaller --lr-d, or --g-steps 2)": is_lost,
-    "the discriminator has collapsed: it gives all images the same logit": lambda rows: (
-        rows[-1]["d_spread"] <= CONSTANT
+    "the discriminator has collapsed: it gives all images the same logit": has_collapsed(
+        "d_spread", CONSTANT
     ),
-    "the generator has collapsed: it makes the same image of all noise": lambda rows: (
-        rows[-1]["g_spread"] <= ALIKE
+    "the generator has collapsed: it makes the same image of all noise": has_collapsed(
+        "g_spread", ALIKE
     ),
 }
 

@@ -437,7 +437,7 @@ def test_metrics_are_means_weighted_by_the_images_of_a_step(trainer, tmp_path, a
             found = {
                 "d_loss_mean": means[0] + means[1],
                 "d_loss_cvar": tails[0] + tails[1],
-                "d_accuracy": higher / len(batch) ** 2,
+                "d_auc": higher / len(batch) ** 2,
                 "d_spread": torch.cat([of_real, of_fake]).std(),
                 "g_loss_mean": means[2],
                 "g_loss_cvar": tails[2],

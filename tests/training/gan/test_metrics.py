@@ -147,6 +147,14 @@ def test_precision_and_recall_of_points_on_a_line():
     assert precision_and_recall(made, reference) == (0.5, 1)
 
 
+def test_an_outlier_can_have_everything_near_it():
+    """As the report says: its ball reaches back to the others, and whatever lies between"""
+    reference = torch.cat([normal(50, 8), torch.full((1, 8), 100.0, dtype=torch.float64)])
+    noise = 50 + normal(50, 8, seed=1)
+    assert precision_and_recall(noise, reference) == (1, 0)
+    assert precision_and_recall(noise, reference[:-1]) == (0, 0)
+
+
 def test_precision_and_recall_take_as_many_images_of_both(digits, judge, monkeypatch):
     monkeypatch.setattr(metrics, "MANIFOLD_IMAGES", 50)
     sizes = []

@@ -239,10 +239,9 @@ def test_every_cell_is_the_number_of_its_label(reported):
     assert rows.pop("of the class asked for, of 40") == ["", *(f"{a:.1%}" for a in agreements)]
     assert list(rows) == list(QUALITY.values())
     for metric, label in QUALITY.items():
-        scale = 1000 if metric == "ckid" else 1
         for cell, quality in zip(rows[label], qualities, strict=True):
-            digits = len(cell.partition(".")[2])
-            assert cell == f"{scale * quality[metric]:.{digits}f}"
+            digits = "3g" if metric == "ckid" else f"{len(cell.partition('.')[2])}f"
+            assert cell == f"{quality[metric]:.{digits}}"
 
     first = list(share_table(report))[1]
     for cell, model in zip(first[2:], report["models"].values(), strict=True):
@@ -257,8 +256,8 @@ def test_every_cell_is_the_number_of_its_label(reported):
     ):
         values = [model["losses"][metric] for model in report["models"].values()]
         assert losses[label] == [f"{value:.3f}" for value in values]
-    accuracies = [model["losses"]["d_accuracy"] for model in report["models"].values()]
-    assert losses["discriminator: accuracy"] == [f"{value:.1%}" for value in accuracies]
+    areas = [model["losses"]["d_auc"] for model in report["models"].values()]
+    assert losses["discriminator: AUC"] == [f"{area:.3f}" for area in areas]
 
     nearest = list(reports.nearest_table(report))
     of_models = [model["quality"]["nearest"] for model in report["models"].values()]

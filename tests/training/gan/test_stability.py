@@ -48,6 +48,12 @@ def test_what_is_no_collapse_yet(change):
     assert told(history(change)) == {}
 
 
+@pytest.mark.parametrize("change", [{"d_spread": 1e-4}, {"g_spread": 0.01}])
+def test_what_begins_below_the_bar_has_some_epochs_to_rise(change):
+    assert told(history(*[change] * 4, {})) == {}
+    assert list(told(history(*[change] * 6))) == [5]
+
+
 def test_a_discriminator_that_wins_for_five_epochs_is_told():
     found = told(history({}, *[SURE] * 6))
     assert list(found) == [6]

@@ -33,6 +33,7 @@ VARIANTS = {
         "architecture": "conv",
         "channels": "2,3",
     },
+    "alone, oversampled": {"alone": True, "sampling": "balanced"},
     "numpy": {"backend": "numpy"},
     "t in numpy": {"backend": "numpy", "prior": "t", "df": 3.0, "tail": "reconstruction"},
 }
@@ -124,6 +125,17 @@ def test_the_models_of_another_alpha_differ(trainer, tmp_path):
     training, _ = trainer.train(trainer.run(tmp_path))
     standard, cvar = (next(m.parameters()) for m in training.models.values())
     assert not torch.equal(standard, cvar)
+
+
+def test_alone_the_model_of_the_tail_is_what_it_is_beside_the_standard_one(
+    trainer, tmp_path, assert_same
+):
+    beside, _ = trainer.train(trainer.run(tmp_path / "beside"))
+    trainer.config = dataclasses.replace(trainer.config, alone=True)
+    alone, _ = trainer.train(trainer.run(tmp_path / "alone"))
+    assert list(alone.models) == ["cvar"]
+    assert_same(alone.models["cvar"].state_dict(), beside.models["cvar"].state_dict())
+    assert alone.history == [row for row in beside.history if row["model"] == "cvar"]
 
 
 def test_two_and_two_epochs_are_four(trainer, tmp_path, whole, assert_same_run):

@@ -65,6 +65,18 @@ def test_the_overall_numbers(report, losses):
         assert test["negative_elbo_standard_error"] == pytest.approx(deviation / math.sqrt(20))
 
 
+def test_a_model_that_was_trained_alone(trainer, few_steps):
+    config = dataclasses.replace(trainer.config, alone=True)
+    models = trainer.begin(config).models
+    report = make_report(
+        models, evaluated(models, trainer.data, config), trainer.data, trainer.data, config
+    )
+    text = as_markdown(report)
+    assert "`cvar` minimises the CVaR 0.8 of -ELBO\n" in text
+    assert "`standard`" not in text and "from the same initial weights" not in text
+    assert {len(row) for row in overall_table(report)} == {2}
+
+
 def test_the_numbers_of_each_class(report, losses, trainer):
     labels = trainer.data.test_labels
     for name, of_model in losses.items():
