@@ -233,32 +233,34 @@ def tail_backward(
     """
     name = "tail_backward"
     _check_chunk_size(name, chunk_size)
-    losses, tail = _tail_of(name, fn, tensors, alpha, tail_fraction, mask, chunk_size)
-    weights = torch.where(tail.weights > 0, tail.weights * gradient, 0.0)
+    losses, (value, indices, weights) = _tail_of(
+        name, fn, tensors, alpha, tail_fraction, mask, chunk_size
+    )
+    weights = torch.where(weights > 0, weights * gradient, 0.0).to(losses.dtype)
+    losses = losses[indices]  # the others make room
     with torch.enable_grad():
         # Once: from each chunk they would get a gradient of the size of the tensor
-        taken = {i: _rows(t, tail.indices) for i, t in enumerate(tensors) if t.requires_grad}
+        taken = {i: _rows(t, indices) for i, t in enumerate(tensors) if t.requires_grad}
     gradients = {i: torch.empty_like(rows) for i, rows in taken.items()}
 
-    for start in range(0, len(weights), chunk_size):
+    for start in range(0, len(indices), chunk_size):
         part = slice(start, start + chunk_size)
-        indices = tail.indices[part]
         rows = [
-            taken[i].detach()[part].requires_grad_() if i in taken else _rows(t, indices)
+            taken[i].detach()[part].requires_grad_() if i in taken else _rows(t, indices[part])
             for i, t in enumerate(tensors)
         ]
         with torch.enable_grad():
-            again = _losses_of(name, fn, rows, len(indices))
+            again = _losses_of(name, fn, rows, len(rows[0]))
         if _is_checked(check, losses):
-            _check_same(name, again.detach(), losses[indices])
-        again.backward(weights[part].to(again.dtype))
+            _check_same(name, again.detach(), losses[part])
+        again.backward(weights[part])
         for i, of_tail in gradients.items():
             of_part = rows[i].grad
             of_tail[part] = 0.0 if of_part is None else of_part
         del rows, again  # before there are those of the next chunk
     if taken:
         torch.autograd.backward(list(taken.values()), list(gradients.values()))
-    return tail.value
+    return value
 
 
 def _select(losses: Tensor, fraction: float, mask: Tensor | None) -> _Tail:
