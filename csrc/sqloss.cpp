@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <ATen/ScalarOps.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <pybind11/functional.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
@@ -14,6 +15,7 @@
 #include "cross_entropy_losses/cross_entropy_losses.h"
 #include "pointwise_losses/pointwise_losses.h"
 #include "student_t/student_t.h"
+#include "superquantile/distributed.h"
 #include "superquantile/fused_tail.h"
 #include "superquantile/superquantile.h"
 
@@ -287,6 +289,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_capability", core::cpu_capability);
   m.def("cvar", torch::wrap_pybind_function_no_gil(superquantile_eager<0>));
   m.def("value_at_risk", torch::wrap_pybind_function_no_gil(superquantile_eager<1>));
+  m.def("distributed_superquantile",
+        torch::wrap_pybind_function_no_gil(superquantile::distributed));
+  m.def("distributed_superquantile_with_gradient",
+        torch::wrap_pybind_function_no_gil(superquantile::distributed_with_gradient));
   m.def("pointwise_losses", torch::wrap_pybind_function_no_gil(pointwise_losses_eager));
   m.def("cross_entropy_losses", torch::wrap_pybind_function_no_gil(cross_entropy_losses_eager));
   m.def("cvar_pointwise", torch::wrap_pybind_function_no_gil(cvar_pointwise));

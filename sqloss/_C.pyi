@@ -1,6 +1,6 @@
 """The compiled part, bound by csrc/sqloss.cpp."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,6 +60,25 @@ def cvar_cross_entropy(
     label_smoothing: float,
     return_losses: bool,
 ) -> tuple[Tensor, Tensor | None]: ...
+def distributed_superquantile(
+    losses: Tensor,
+    tail_fraction: float,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    config: Sequence[int],
+    ranks: int,
+    all_reduce: Callable[[Tensor], None],
+    disagree: Callable[[Tensor], None],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def distributed_superquantile_with_gradient(
+    value: Tensor,
+    losses: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    threshold: Tensor,
+    counts: Tensor,
+    scale: int,
+) -> Tensor: ...
 def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor: ...
 def student_t_rsample_kl(
     df: Tensor | None,

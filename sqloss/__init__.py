@@ -11,6 +11,7 @@ from pkgutil import extend_path
 # sys.path it is found there too.
 __path__ = extend_path(__path__, __name__)
 
+from sqloss import distributed as distributed
 from sqloss import distributions as distributions
 from sqloss import losses as losses
 from sqloss import nn as nn
@@ -32,6 +33,9 @@ from sqloss.superquantile import cvar as cvar
 from sqloss.superquantile import superquantile as superquantile
 from sqloss.superquantile import tail_weights as tail_weights
 from sqloss.superquantile import value_at_risk as value_at_risk
+from sqloss.tail import tail_backward as tail_backward
+from sqloss.tail import tail_indices as tail_indices
+from sqloss.tail import tail_loss as tail_loss
 
 __all__ = [
     "cvar",
@@ -40,6 +44,7 @@ __all__ = [
     "cvar_gaussian_nll_loss",
     "cvar_mse_loss",
     "cvar_smooth_l1_loss",
+    "distributed",
     "distributions",
     "draw_seed",
     "losses",
@@ -50,6 +55,9 @@ __all__ = [
     "student_t_rsample",
     "student_t_rsample_kl",
     "superquantile",
+    "tail_backward",
+    "tail_indices",
+    "tail_loss",
     "tail_weights",
     "value_at_risk",
 ]

@@ -4,6 +4,7 @@ and what serves tensors on devices that have no kernel.
 Everything is computed in float64, whatever the dtypes of the tensors; nothing waits for the device.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -12,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # How far alpha in [0, 1) and 1 - alpha can be from the decimal that was meant, as a share of W.
-_ALPHA_ROUNDING = 2.0**-52
+ALPHA_ROUNDING = 2.0**-52
 # How far a sum of n weights can be from their true sum, as a share of it: n times this.
-_SUM_ROUNDING = 2.0**-53
+SUM_ROUNDING = 2.0**-53
 
 
 def superquantile(
@@ -45,7 +46,7 @@ def superquantile(
     total = reached[..., -1:]
     k = tail_fraction * total
     summed = 0 if weight is None else x.shape[-1]
-    rounding = total * (_ALPHA_ROUNDING + summed * _SUM_ROUNDING)
+    rounding = total * (ALPHA_ROUNDING + summed * SUM_ROUNDING)
     before = (reached < k - rounding) | (reached == 0)
     index = before.sum(-1, keepdim=True).clamp(max=x.shape[-1] - 1)
     t = ordered.gather(-1, index)
@@ -101,6 +102,35 @@ def superquantile_backward(
     return permuted.permute([(kept + reduced).index(d) for d in range(losses.dim())])
 
 
+def tail_indices(
+    losses: Tensor, tail_fraction: float, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The indices of the tail of losses [N], and their weights in float64.
+
+    With n losses that count and k of them in the tail, these are the first ceil(k) of the losses in
+    descending order, NaN first and ties by index; then sorted by index. Each has 1/k, those at the
+    threshold equal parts of what is left. The size is ceil(k) of all N losses: the rest is the
+    first index, with weight 0.
+    """
+    (size,) = losses.shape
+    n = size if mask is None else int(mask.sum())
+    _, threshold, counts = superquantile(losses, tail_fraction, None, mask)
+    above, _, k = counts.tolist()
+
+    def tail_size(n: int) -> int:
+        return max(math.ceil(tail_fraction * n - n * ALPHA_ROUNDING), 1)
+
+    order = (losses.double() + 0.0).argsort(descending=True, stable=True)
+    if mask is not None:
+        order = order[mask[order]]
+    indices = order[: tail_size(n)].sort().values
+    _, is_at = _compare(losses[indices], threshold)
+    weights = torch.full_like(indices, 1 / k, dtype=torch.float64)
+    weights[is_at] = (k - above) / k / (tail_size(n) - above)
+    padding = (0, tail_size(size) - tail_size(n))
+    return F.pad(indices, padding, value=int(indices[0])), F.pad(weights, padding)
+
+
 def _split(losses: Tensor, dim: Sequence[int]) -> tuple[list[int], list[int]]:
     """The dimensions kept, and those reduced."""
     for d in dim:
@@ -128,15 +158,15 @@ def _weights(
         w = torch.where(mask, w, 0.0)
     rows = _rows(w, dim)
     if weight is not None:
-        _require(
+        require(
             ((w >= 0) & w.isfinite()).all(), "superquantile: weight: expected finite values >= 0"
         )
-        _require(
+        require(
             rows.sum(-1).isfinite().all(),
             "superquantile: weight: expected a finite sum in every reduction",
         )
     if weight is not None or mask is not None:
-        _require(
+        require(
             (rows.sum(-1) > 0).all(),
             "superquantile: weight, mask: expected a positive sum of weights in every reduction, "
             "got 0",
@@ -144,7 +174,7 @@ def _weights(
     return rows
 
 
-def _require(condition: Tensor, message: str) -> None:
+def require(condition: Tensor, message: str) -> None:
     """A ValueError on the CPU, an assertion on the device elsewhere: no wait for it."""
     if condition.device.type != "cpu":
         torch._assert_async(condition, message)
@@ -163,6 +193,265 @@ def output_shape(losses: Tensor, dim: Sequence[int], keepdim: bool) -> list[int]
     kept, _ = _split(losses, dim)
     sizes = enumerate(losses.shape)
     return [size if d in kept else 1 for d, size in sizes if keepdim or d in kept]
+
+
+# --- the superquantile of losses on many ranks ----------------------------------------------------
+
+# The first digit has as many bits whatever the dtype, so that ranks that disagree about it can tell
+# each other so.
+_FIRST = 11
+# (type of the keys, bits of the digits)
+_FORMATS = {
+    torch.float64: (torch.int64, (_FIRST, 11, 11, 11, 10, 10)),
+    torch.float32: (torch.int32, (_FIRST, 11, 10)),
+    torch.bfloat16: (torch.int16, (_FIRST, 5)),
+    torch.float16: (torch.int16, (_FIRST, 5)),
+}
+# A number of magnitude below 1 is so many integers of so many bits each, whose sums are exact.
+_LIMBS, _LIMB = 3, 28
+# What a tail has to weigh, however small it is, in units of which the total is at least half of one
+_SOME = torch.finfo(torch.float64).tiny
+
+
+def distributed_superquantile(
+    losses: Tensor,
+    tail_fraction: float,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    config: Sequence[int],
+    ranks: int,
+    all_reduce: Callable[[Tensor], None],
+    check: Callable[[Tensor], None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``superquantile`` of the losses of all ranks, from those of this one, without a gather.
+
+    ``all_reduce`` turns an int64 tensor into its sum over the ranks, in place. ``config`` are
+    integers below 2^16; ``check`` gets for each whether it is equal on all ranks, after the first
+    sum and before anything depends on it.
+
+    A loss is a key: an integer of as many bits, in the order of the losses. Each round finds one
+    digit of the threshold's key, from the leading one, by the mass of the keys with each digit.
+    With it the last round adds up what lies above. Real numbers are added up as integers, exactly:
+    those that count less than 2^-84 of the largest, weight or loss, are cut off there. So the
+    results do not depend on the order of the losses, on how they are spread over ranks, nor on the
+    machine.
+    """
+    x = losses.reshape(-1)
+    keys = _to_keys(x)
+
+    def summed(*parts: Tensor) -> list[Tensor]:
+        payload = torch.cat([part.reshape(-1) for part in parts])
+        all_reduce(payload)
+        sums = payload.split([part.numel() for part in parts])
+        return [part.view_as(like) for part, like in zip(sums, parts, strict=True)]
+
+    def agreed(histogram: Tensor, invalid: Tensor | None = None) -> list[Tensor]:
+        # With the sum of the squares: no variance where both are what they are if all are equal
+        own = torch.tensor([*config, *(number * number for number in config), len(x)])
+        own = own.to(x.device, non_blocking=True)
+        if invalid is None:
+            invalid = own.new_zeros(())
+        sums = summed(own, invalid, histogram)
+        check((sums[0][:-1] == own[:-1] * ranks).view(2, -1).all(0))
+        return [sums[0][-1:], *sums[1:]]
+
+    # How much each loss counts: [1, n] integers, or [_LIMBS, n] in units of 2^unit
+    w, unit = None, None
+    rounding: Tensor | float = ALPHA_ROUNDING
+    if weight is None:
+        counts = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.reshape(-1)
+        mass = counts.long().unsqueeze(0)
+    else:
+        w, unit, rounding = _scaled_weights(weight, mask, agreed)
+        counts, mass = w > 0, _to_limbs(w)
+
+    # Of one element each, like all that follows: the threshold's digits that are known, as an
+    # integer, and the mass above all keys that begin with them
+    first, *middle, last = _FORMATS[x.dtype][1]
+    shift = 8 * keys.element_size() - first
+    half = 1 << first >> 1
+    histogram = _histogram((keys >> shift).long() + half, mass, first)
+    if weight is None:
+        *_, histogram = agreed(histogram)
+    else:
+        (histogram,) = summed(histogram)
+    total = _real(histogram.sum(1, keepdim=True))
+    require(
+        (total > 0).all(),
+        "distributed superquantile: losses: expected one that counts on any of the ranks, got none",
+    )
+    if unit is not None:
+        require(
+            _times_power_of_two(total, unit).isfinite().all(),
+            "distributed superquantile: weight: expected a finite sum over all ranks",
+        )
+    target = (tail_fraction * total - total * rounding).clamp(min=_SOME)
+    digit, above, at = _descend(histogram, torch.zeros_like(histogram[:, :1]), target)
+    prefix = digit - half
+    exponent = _exponent(x.dtype, x.device, histogram, digit)
+
+    for width in middle:
+        shift -= width
+        (histogram,) = summed(_histogram_within(keys, mass, prefix, shift, width))
+        digit, above, at = _descend(histogram, above, target)
+        prefix = (prefix << width) | digit
+
+    # Before the last round only losses of its histogram are not known to be above the threshold or
+    # not, and its bins are keys
+    shift -= last
+    assert shift == 0
+    is_above = (keys >> last > prefix) & counts & x.isfinite()
+    scaled = torch.where(is_above, _times_power_of_two(x.double(), -exponent), 0.0)
+    sums = _to_limbs(scaled if w is None else scaled * w).sum(1)
+    special = torch.stack([x == torch.inf, x.isnan()]).logical_and(counts).sum(1)
+    histogram = _histogram_within(keys, mass, prefix, shift, last)
+    histogram, sums, special = summed(histogram, sums, special)
+    digit, above, at = _descend(histogram, above, target)
+
+    bins = torch.arange(1 << last, device=x.device)
+    values = _from_keys((prefix << last) | bins, x.dtype)
+    threshold = values.index_select(0, digit)
+    is_above = (bins > digit) & values.isfinite()
+    scaled = torch.where(is_above, _times_power_of_two(values.double(), -exponent), 0.0)
+    sums = sums + _to_limbs(scaled * _real(histogram)).sum(1)
+
+    above, at = _real(above), _real(at)
+    k = torch.minimum(torch.maximum(tail_fraction * total, above), above + at)
+    rest = k - above
+    at_threshold = rest * _times_power_of_two(threshold.double(), -exponent)
+    value = (_real(sums) + torch.where(rest > 0, at_threshold, 0.0)) / k
+    value = _times_power_of_two(value, exponent).to(x.dtype)
+    value = torch.where(above == 0, threshold, value)  # the maximum, exactly
+    infinite, nan = special > 0
+    value = torch.where(infinite & (threshold < torch.inf), torch.inf, value)  # -inf at it or not
+    value = torch.where(nan, torch.nan, value)
+    masses = torch.cat([above, at, k])
+    if unit is not None:
+        masses = _times_power_of_two(masses, unit)
+    return value.squeeze(), threshold.squeeze(), masses
+
+
+def _scaled_weights(
+    weight: Tensor, mask: Tensor | None, agreed: Callable[..., Sequence[Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights below 1 in double, 2^unit of them being 1, and what sums of them may be off by.
+
+    A round of its own: the unit is that of the largest weight of all ranks.
+    """
+    w = weight.reshape(-1).double()
+    if mask is not None:
+        w = torch.where(mask.reshape(-1), w, 0.0)
+    valid = (w >= 0) & w.isfinite()
+    w = torch.where(valid, w, 0.0)
+    lowest = 1 - (1 << _FIRST >> 1)  # of the exponents that have a bin; lower ones share it
+    exponents = torch.frexp(w).exponent.long().clamp(min=lowest)
+    histogram = _histogram(exponents - lowest, (w > 0).long().unsqueeze(0), _FIRST)
+    n, invalid, histogram = agreed(histogram, (~valid).sum())
+    require(invalid == 0, "distributed superquantile: weight: expected finite values >= 0")
+    bins = torch.arange(1 << _FIRST, device=w.device)
+    unit = torch.where(histogram[0] > 0, bins, 0).max().reshape(1) + lowest
+    rounding = ALPHA_ROUNDING + n.double() * SUM_ROUNDING
+    return _times_power_of_two(w, -unit), unit, rounding
+
+
+def _histogram(digits: Tensor, mass: Tensor, width: int) -> Tensor:
+    """The mass of each digit of so many bits, [len(mass), 2^width]."""
+    histogram = mass.new_zeros(len(mass), 1 << width)
+    return histogram.scatter_add_(1, digits.expand_as(mass), mass)
+
+
+def _histogram_within(keys: Tensor, mass: Tensor, prefix: Tensor, shift: int, width: int) -> Tensor:
+    """That of the digits after the prefix, of the keys that begin with it."""
+    digits = ((keys >> shift) & ((1 << width) - 1)).long()
+    return _histogram(digits, mass * (keys >> (shift + width) == prefix), width)
+
+
+def _descend(histogram: Tensor, above: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The highest digit from which on the mass reaches the target: (digit, mass above, mass at)."""
+    reached = above + histogram.flip(1).cumsum(1).flip(1)
+    digit = ((_real(reached) >= target).sum().reshape(1) - 1).clamp(min=0)
+    at = histogram.index_select(1, digit)
+    return digit, reached.index_select(1, digit) - at, at
+
+
+def _exponent(dtype: torch.dtype, device: torch.device, histogram: Tensor, digit: Tensor) -> Tensor:
+    """e such that 2^e bounds the finite losses with this first digit or a higher one."""
+    exponents, bins = _exponents(dtype, device)
+    is_there = (histogram > 0).any(0) & (bins >= digit)
+    return torch.where(is_there, exponents, exponents.min()).max().reshape(1)
+
+
+@functools.lru_cache
+def _exponents(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each first digit e such that 2^e bounds the finite losses that have it; the digits."""
+    kind, (first, *_) = _FORMATS[dtype]
+    shift = torch.iinfo(kind).bits - first
+    bins = torch.arange(1 << first)
+    lowest = (bins - (1 << first >> 1)) << shift
+    edges = _from_keys(torch.stack([lowest, lowest + (1 << shift) - 1]), dtype)
+    # Where one end is finite and the other is not, the largest number lies between
+    largest = edges.double().nan_to_num(torch.finfo(dtype).max).abs()
+    largest = largest.clamp(max=torch.finfo(dtype).max).amax(0)
+    largest = torch.where((edges.isfinite()).any(0), largest, 0.0)
+    return torch.frexp(largest).exponent.long().to(device), bins.to(device)
+
+
+def _to_keys(x: Tensor) -> Tensor:
+    """Integers in the order of the losses: NaN is the largest, and -0 is 0."""
+    kind = _FORMATS[x.dtype][0]
+    keys = _flipped((x + 0.0).view(kind))
+    return keys.masked_fill_(x.isnan(), torch.iinfo(kind).max)
+
+
+def _from_keys(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """The losses with these keys."""
+    return _flipped(keys.to(_FORMATS[dtype][0])).view(dtype)
+
+
+def _flipped(bits: Tensor) -> Tensor:
+    """Between the bits of a number and its key: of a negative one, all bits but the sign."""
+    info = torch.iinfo(bits.dtype)
+    flipped: Tensor = bits ^ ((bits >> (info.bits - 1)) & info.max)
+    return flipped
+
+
+def _to_limbs(x: Tensor) -> Tensor:
+    """Integers [_LIMBS, n] that add up, see _real, to numbers below 1 but for 2^-84."""
+    cut = (x * _scales(x.device)).trunc()
+    cut[1:] -= cut[:-1] * 2.0**_LIMB  # exact: what is left are the lower bits of x
+    return cut.long()
+
+
+@functools.lru_cache
+def _scales(device: torch.device) -> Tensor:
+    scales = [2.0 ** (_LIMB * (i + 1)) for i in range(_LIMBS)]
+    return torch.tensor(scales, dtype=torch.float64, device=device).unsqueeze(1)
+
+
+def _real(sums: Tensor) -> Tensor:
+    """In double, and in their order: sums of limbs [_LIMBS, ...], or of integers [1, ...]."""
+    if len(sums) == 1:
+        return sums[0].double()
+    high, middle, low = sums
+    middle = middle + (low >> _LIMB)
+    high = high + (middle >> _LIMB)
+    middle, low = (limb & ((1 << _LIMB) - 1) for limb in (middle, low))
+    scale = 2.0**-_LIMB
+    real: Tensor = (high.double() + (middle.double() + low.double() * scale) * scale) * scale
+    return real
+
+
+def _times_power_of_two(x: Tensor, exponent: Tensor) -> Tensor:
+    """x * 2^exponent for exponents up to 2,000, where 2^exponent may be out of range."""
+    half = exponent >> 1
+    product: Tensor = x * _power_of_two(half) * _power_of_two(exponent - half)
+    return product
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent in double; functions of torch may round it."""
+    bits: Tensor = (exponent + 1023) << 52
+    return bits.view(torch.float64)
 
 
 # --- per-sample losses ----------------------------------------------------------------------------

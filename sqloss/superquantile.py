@@ -87,7 +87,7 @@ def cvar(
         >>> sqloss.cvar(losses.view(2, 5), tail_fraction=0.2, dim=1)
         tensor([16., 81.])
     """
-    fraction, weight, mask, dims = _arguments(
+    fraction, weight, mask, dims = checked_arguments(
         "cvar", losses, alpha, tail_fraction, dim, weight, mask
     )
     return _op.cvar(losses, fraction, weight, mask, dims, keepdim)
@@ -120,7 +120,7 @@ def value_at_risk(
         >>> sqloss.value_at_risk(losses, alpha=0.75)
         tensor(49.)
     """
-    fraction, weight, mask, dims = _arguments(
+    fraction, weight, mask, dims = checked_arguments(
         "value_at_risk", losses, alpha, tail_fraction, dim, weight, mask
     )
     return _op.value_at_risk(losses, fraction, weight, mask, dims, keepdim)
@@ -154,13 +154,13 @@ def tail_weights(
         tensor([0.0000, 0.2000, 0.4000, 0.4000])
     """
     with torch.no_grad():
-        fraction, weight, mask, dims = _arguments(
+        fraction, weight, mask, dims = checked_arguments(
             "tail_weights", losses, alpha, tail_fraction, dim, weight, mask
         )
         return _op.tail_weights(losses, fraction, weight, mask, dims)
 
 
-def _arguments(
+def checked_arguments(
     function: str,
     losses: Tensor,
     alpha: float | None,
@@ -168,6 +168,7 @@ def _arguments(
     dim: int | Sequence[int] | None,
     weight: Tensor | None,
     mask: Tensor | None,
+    may_be_empty: bool = False,
 ) -> tuple[float, Tensor | None, Tensor | None, tuple[int, ...]]:
     """The operator's (tail_fraction, weight, mask, dim), everything checked; dim empty for all."""
     check_floating(function, "losses", losses)
@@ -176,7 +177,7 @@ def _arguments(
     else:
         fraction = resolve_tail_fraction(function, alpha, tail_fraction)
     dims = () if dim is None else _dims(function, losses, dim)
-    if losses.numel() == 0:
+    if losses.numel() == 0 and not may_be_empty:
         _check_not_empty(function, losses, dims)
     if weight is not None:
         weight = _weight(function, losses, weight)

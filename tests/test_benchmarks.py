@@ -311,3 +311,21 @@ def test_sizes_are_of_an_operation(run, capsys):
     with pytest.raises(SystemExit):
         run("--sizes", 64)
     assert "--sizes: expected --op as well, got none" in capsys.readouterr().err
+
+
+def test_bias_of_the_mean_of_the_ranks_tails(benchmark, monkeypatch):
+    distributed = benchmark("distributed")
+    monkeypatch.setattr(distributed, "LOSSES", 2**16)
+    draw = distributed.DISTRIBUTIONS["exponential"]
+    assert distributed.bias(draw, 1, 64, 0.1) == pytest.approx((0, 0), abs=1e-12)
+    error, lost = distributed.bias(draw, 8, 8, 0.1)
+    assert -0.18 < error < -0.14 and 0.23 < lost < 0.28
+    table = list(distributed.bias_table())
+    assert len([row for row in table if row.startswith("| exponential")]) == len(
+        distributed.BATCHES
+    )
+
+
+def test_cost_of_the_tail_of_two_processes(benchmark):
+    *_, row = benchmark("distributed").cost_table([2], rounds=3)
+    assert row.startswith("| 2 | 2,064, 2,048, 1,029 |") and " us " in row

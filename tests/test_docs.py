@@ -25,7 +25,7 @@ def test_docstring_examples(name):
 
 PUBLIC = {f"sqloss.{name}": getattr(sqloss, name) for name in sqloss.__all__} | {
     f"{module.__name__}.{name}": found
-    for module in (sqloss.distributions, sqloss.losses, sqloss.nn)
+    for module in (sqloss.distributed, sqloss.distributions, sqloss.losses, sqloss.nn)
     for name, found in vars(module).items()
     if getattr(found, "__module__", None) == module.__name__ and not name.startswith("_")
 }

@@ -25,7 +25,8 @@ C10_HOST_DEVICE inline int compare(T x, T threshold) {
 // Unsigned integers in the same order: all bits of a negative number flipped, the sign bit of a
 // positive one; NaN is the largest. Expects no -0 (add 0 to a number first).
 template <typename T>
-using ordered_key_t = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+using ordered_key_t = std::conditional_t<sizeof(T) == 8, uint64_t,
+                                         std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>>;
 
 template <typename T>
 C10_HOST_DEVICE inline ordered_key_t<T> to_ordered_key(T x) {

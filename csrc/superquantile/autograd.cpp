@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "core/on.h"
+#include "superquantile/distributed.h"
 #include "superquantile/superquantile.h"
 
 namespace sqloss::superquantile {
@@ -91,6 +92,24 @@ struct SuperquantileBackward final : TailNode {
   std::string name() const override { return "SuperquantileBackward"; }
 };
 
+// The gradient of the value of all ranks to that of this one's losses.
+struct DistributedSuperquantileBackward final : TailNode {
+  int64_t scale = 1;
+
+  variable_list apply(variable_list&& grads) override {
+    if (!task_should_compute_output(0) || !grads[0].defined()) return {at::Tensor()};
+    // Not of the gradient of the value: a scaler's may be as large as the dtype allows
+    return {tail().gradient(grads[0], {}) * scale};
+  }
+  std::string name() const override { return "DistributedSuperquantileBackward"; }
+
+ protected:
+  void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    TailNode::collect_constants(args);
+    args.collect(scale);
+  }
+};
+
 // The backward operator is linear in the two gradients it takes and constant in the losses.
 struct SuperquantileBackwardBackward final : TailNode {
   variable_list apply(variable_list&& grads) override {
@@ -172,6 +191,22 @@ Outputs forward_autocast(const at::Tensor& losses, const at::Tensor& tail_fracti
 }
 
 }  // namespace
+
+at::Tensor distributed_with_gradient(const at::Tensor& value, const at::Tensor& losses,
+                                     const OptionalTensor& weight, const OptionalTensor& mask,
+                                     const at::Tensor& threshold, const at::Tensor& counts,
+                                     int64_t scale) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!core::tangent(losses),
+                              "distributed superquantile: losses: expected no tangent (forward "
+                              "mode is not implemented), got one");
+  if (!torch::autograd::compute_requires_grad(losses)) return value;
+  const auto node = core::make_node<DistributedSuperquantileBackward>();
+  node->set_next_edges(torch::autograd::collect_next_edges(losses));
+  node->save({losses, weight, mask, threshold, counts, {}, false});
+  node->scale = scale;
+  torch::autograd::set_history(value, node);
+  return value;
+}
 
 TORCH_LIBRARY_IMPL(sqloss, Autograd, m) {
   m.impl("superquantile", forward_autograd);

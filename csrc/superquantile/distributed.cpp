@@ -1,0 +1,410 @@
+#include "superquantile/distributed.h"
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <limits>
+
+#include "core/dtype.h"
+#include "core/total_order.h"
+#include "superquantile/superquantile.h"
+
+namespace sqloss::superquantile {
+namespace {
+
+using core::from_ordered_key;
+using core::ordered_key_t;
+using core::to_ordered_key;
+
+// Bits of the digits of a key, from the leading one. The first has as many whatever the dtype.
+constexpr int kFirst = 11;
+constexpr int64_t kFirstBins = int64_t(1) << kFirst;
+template <typename Key>
+constexpr auto kDigits = std::array{kFirst, 11, 10};
+template <>
+constexpr auto kDigits<uint64_t> = std::array{kFirst, 11, 11, 11, 10, 10};
+template <>
+constexpr auto kDigits<uint16_t> = std::array{kFirst, 5};
+
+// A number of magnitude below 1 is so many integers of so many bits each, whose sums are exact.
+constexpr int kLimb = 28;
+using Limbs = std::array<int64_t, 3>;
+
+Limbs to_limbs(double x) {
+  constexpr double scale = int64_t(1) << kLimb;
+  Limbs limbs;
+  for (int64_t& limb : limbs) {
+    x *= scale;
+    limb = static_cast<int64_t>(x);
+    x -= static_cast<double>(limb);  // exact: what is left are the lower bits
+  }
+  return limbs;
+}
+
+double to_real(Limbs sums) {
+  constexpr double scale = 1.0 / (int64_t(1) << kLimb);
+  constexpr int64_t bits = (int64_t(1) << kLimb) - 1;
+  sums[1] += sums[2] >> kLimb;
+  sums[0] += sums[1] >> kLimb;
+  const auto middle = static_cast<double>(sums[1] & bits);
+  const auto low = static_cast<double>(sums[2] & bits);
+  return (static_cast<double>(sums[0]) + (middle + low * scale) * scale) * scale;
+}
+
+double power_of_two(int64_t exponent) { return std::bit_cast<double>((exponent + 1023) << 52); }
+
+// x * 2^exponent for exponents up to 2,000, where 2^exponent may be out of range.
+double times_power_of_two(double x, int64_t exponent) {
+  const int64_t half = exponent >> 1;
+  return x * power_of_two(half) * power_of_two(exponent - half);
+}
+
+// Masses: of unweighted losses their number, else limbs.
+struct Number {
+  static constexpr int64_t kParts = 1;
+  int64_t parts[kParts] = {0};
+
+  static Number of(double) { return {{1}}; }
+  double real() const { return static_cast<double>(parts[0]); }
+};
+struct Weight {
+  static constexpr int64_t kParts = 3;
+  int64_t parts[kParts] = {0, 0, 0};
+
+  static Weight of(double w) {
+    const Limbs limbs = to_limbs(w);
+    return {{limbs[0], limbs[1], limbs[2]}};
+  }
+  double real() const { return to_real({parts[0], parts[1], parts[2]}); }
+};
+
+// [parts, bins] of a payload
+template <typename Mass>
+struct Histogram {
+  int64_t* data;
+  int64_t bins;
+
+  void add(int64_t bin, const Mass& mass) {
+    for (const auto i : c10::irange(Mass::kParts)) data[i * bins + bin] += mass.parts[i];
+  }
+  Mass at(int64_t bin) const {
+    Mass mass;
+    for (const auto i : c10::irange(Mass::kParts)) mass.parts[i] = data[i * bins + bin];
+    return mass;
+  }
+  bool holds(int64_t bin) const {
+    bool some = false;
+    for (const auto i : c10::irange(Mass::kParts)) some |= data[i * bins + bin] > 0;
+    return some;
+  }
+};
+
+// What ranks add up. Their own part is all that has been written into it before.
+class Payload {
+ public:
+  explicit Payload(int64_t size) : tensor_(at::zeros({size}, at::kLong)) {}
+
+  int64_t* data() { return tensor_.mutable_data_ptr<int64_t>(); }
+  int64_t* end() { return data() + tensor_.numel(); }
+  void reduce(const std::function<void(const at::Tensor&)>& all_reduce) { all_reduce(tensor_); }
+
+ private:
+  at::Tensor tensor_;
+};
+
+// The first payload: what ranks must agree on with its square, the number of losses, that of
+// invalid weights, and a histogram.
+struct Agreement {
+  const std::vector<int64_t>& config;
+  int64_t ranks;
+  const std::function<void(const at::Tensor&)>& all_reduce;
+  const std::function<void(const at::Tensor&)>& disagree;
+  Payload payload{2 * static_cast<int64_t>(config.size()) + 2 + kFirstBins};
+
+  int64_t* histogram() { return payload.end() - kFirstBins; }
+  int64_t& losses() { return histogram()[-2]; }
+  int64_t& invalid() { return histogram()[-1]; }
+
+  void reduce() {
+    const auto size = static_cast<int64_t>(config.size());
+    for (const auto i : c10::irange(size)) {
+      payload.data()[i] = config[i];
+      payload.data()[size + i] = config[i] * config[i];
+    }
+    payload.reduce(all_reduce);
+    at::Tensor equal = at::empty({size}, at::kBool);
+    bool* const is_equal = equal.mutable_data_ptr<bool>();
+    for (const auto i : c10::irange(size)) {
+      is_equal[i] = payload.data()[i] == config[i] * ranks &&
+                    payload.data()[size + i] == config[i] * config[i] * ranks;
+    }
+    if (!std::all_of(is_equal, is_equal + size, [](bool each) { return each; })) disagree(equal);
+  }
+};
+
+// e such that 2^e bounds the finite losses with this first digit.
+template <typename T>
+int64_t exponent_of(int64_t digit) {
+  using Key = ordered_key_t<T>;
+  constexpr int shift = 8 * sizeof(Key) - kFirst;
+  const Key lowest = static_cast<Key>(static_cast<Key>(digit) << shift);
+  const Key highest = static_cast<Key>(lowest + ((Key(1) << shift) - 1));
+  const auto largest = static_cast<double>(std::numeric_limits<T>::max());
+  double bound = 0;
+  bool some = false;
+  for (const Key key : {lowest, highest}) {
+    const double x = std::abs(static_cast<double>(from_ordered_key<T>(key)));
+    some |= std::isfinite(x);
+    bound = std::max(bound, std::isfinite(x) ? x : largest);
+  }
+  int exponent = 0;
+  std::frexp(some ? bound : 0.0, &exponent);
+  return exponent;
+}
+
+template <typename Key>
+struct Item {
+  Key key;
+  double weight;
+};
+
+// The items that count, their weights below 1 in units of 2^unit. Without weights they are 1.
+template <typename T>
+struct Items {
+  std::vector<Item<ordered_key_t<T>>> items;
+  int64_t unit = 0;
+
+  Items(const at::Tensor& losses, const std::optional<at::Tensor>& mask,
+        const std::optional<at::Tensor>& weight, Agreement& agreement) {
+    const int64_t n = losses.numel();
+    const T* const x = losses.const_data_ptr<T>();
+    const auto* const keep = mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;
+    const double* const w = weight ? weight->const_data_ptr<double>() : nullptr;
+    items.reserve(n);
+    agreement.losses() = n;
+    for (const auto i : c10::irange(n)) {
+      if (keep != nullptr && keep[i] == 0) continue;
+      if (w != nullptr && !(w[i] > 0 && std::isfinite(w[i]))) {
+        agreement.invalid() += !(w[i] == 0);
+        continue;
+      }
+      const T loss = x[i] + T(0);  // -0 is 0
+      items.push_back({to_ordered_key(loss), w != nullptr ? w[i] : 1.0});
+    }
+    if (weight) scale(agreement);  // also those that have none: their pointer is null
+  }
+
+ private:
+  // A round of its own: the unit is that of the largest weight of all ranks.
+  void scale(Agreement& agreement) {
+    constexpr int lowest = 1 - kFirstBins / 2;  // of the exponents that have a bin
+    for (const auto& item : items) {
+      int exponent = 0;
+      std::frexp(item.weight, &exponent);
+      ++agreement.histogram()[std::max(exponent, lowest) - lowest];
+    }
+    agreement.reduce();
+    TORCH_CHECK_VALUE(agreement.invalid() == 0,
+                      "distributed superquantile: weight: expected finite values >= 0");
+    for (const auto bin : c10::irange(kFirstBins)) {
+      if (agreement.histogram()[bin] > 0) unit = bin + lowest;
+    }
+    for (auto& item : items) item.weight = times_power_of_two(item.weight, -unit);
+  }
+};
+
+template <typename T, typename Mass>
+class Search {
+ public:
+  using Key = ordered_key_t<T>;
+
+  Search(const Items<T>& items, double tail_fraction) : items_(items), fraction_(tail_fraction) {}
+
+  void run(Agreement& agreement) {
+    const auto& all_reduce = agreement.all_reduce;
+    if constexpr (std::is_same_v<Mass, Number>) {
+      begin({agreement.histogram(), kFirstBins}, [&] { agreement.reduce(); }, kAlphaRounding);
+    } else {
+      Payload payload(Mass::kParts * kFirstBins);
+      begin(
+          {payload.data(), kFirstBins}, [&] { payload.reduce(all_reduce); },
+          kAlphaRounding + static_cast<double>(agreement.losses()) * kSumRounding);
+    }
+    for (size_t i = 1; i + 1 < kDigits<Key>.size(); ++i) {
+      const int width = kDigits<Key>[i];
+      Payload payload(Mass::kParts << width);
+      Histogram<Mass> histogram = within_prefix(payload, width);
+      payload.reduce(all_reduce);
+      descend(histogram, width);
+    }
+    end(all_reduce);
+  }
+
+  double value() const {
+    const double above = above_.real();
+    const double k = tail();
+    const double rest = k - above;
+    const auto t = static_cast<double>(threshold_);
+    double value =
+        (to_real(sums_) + (rest > 0 ? rest * times_power_of_two(t, -exponent_) : 0.0)) / k;
+    value = times_power_of_two(value, exponent_);
+    if (above == 0) value = t;  // the maximum, exactly
+    if (infinite_ && t < std::numeric_limits<double>::infinity()) {
+      value = std::numeric_limits<double>::infinity();  // even where t is -inf
+    }
+    return nan_ ? std::numeric_limits<double>::quiet_NaN() : value;
+  }
+  T threshold() const { return threshold_; }
+  Counts counts() const {
+    const auto real = [&](double mass) { return times_power_of_two(mass, items_.unit); };
+    return {real(above_.real()), real(at_.real()), real(tail())};
+  }
+
+ private:
+  void begin(Histogram<Mass> histogram, const auto& reduce, double rounding) {
+    for (const auto& item : items_.items) {
+      histogram.add(item.key >> shift_, Mass::of(item.weight));
+    }
+    reduce();
+    Mass total;
+    for (const auto bin : c10::irange(kFirstBins)) add(total, histogram.at(bin));
+    total_ = total.real();
+    TORCH_CHECK_VALUE(total_ > 0,
+                      "distributed superquantile: losses: expected one that counts on any of the "
+                      "ranks, got none");
+    TORCH_CHECK_VALUE(std::isfinite(times_power_of_two(total_, items_.unit)),
+                      "distributed superquantile: weight: expected a finite sum over all ranks");
+    target_ = tail_target(fraction_, total_, rounding);
+    descend(histogram, 0);
+    exponent_ = std::numeric_limits<int64_t>::min();
+    for (int64_t bin = static_cast<int64_t>(prefix_); bin < kFirstBins; ++bin) {
+      if (histogram.holds(bin)) exponent_ = std::max(exponent_, exponent_of<T>(bin));
+    }
+  }
+
+  // That of the digits after the prefix, of the keys that begin with it.
+  Histogram<Mass> within_prefix(Payload& payload, int width) {
+    shift_ -= width;
+    Histogram<Mass> histogram{payload.data(), int64_t(1) << width};
+    const auto low = static_cast<Key>(histogram.bins - 1);
+    for (const auto& item : items_.items) {
+      const auto digits = static_cast<Key>(item.key >> shift_);
+      if (static_cast<Key>(digits >> width) != prefix_) continue;
+      histogram.add(digits & low, Mass::of(item.weight));
+    }
+    return histogram;
+  }
+
+  // To the highest digit from which on the mass reaches the target.
+  void descend(const Histogram<Mass>& histogram, int width) {
+    int64_t digit = histogram.bins;
+    do {
+      --digit;
+      at_ = histogram.at(digit);
+      Mass reached = above_;
+      add(reached, at_);
+      if (reached.real() >= target_) break;
+      above_ = reached;
+    } while (digit > 0);
+    prefix_ = static_cast<Key>((prefix_ << width) | static_cast<Key>(digit));
+  }
+
+  // The last round, before which only losses of its histogram are not known to be above the
+  // threshold or not, and whose bins are keys.
+  void end(const std::function<void(const at::Tensor&)>& all_reduce) {
+    constexpr int width = kDigits<Key>.back();
+    constexpr int64_t bins = int64_t(1) << width;
+    Payload payload(Mass::kParts * bins + 5);
+    const Histogram<Mass> histogram = within_prefix(payload, width);
+    int64_t* const sums = payload.data() + Mass::kParts * bins;
+    int64_t* const special = sums + 3;
+    for (const auto& item : items_.items) {
+      const auto x = static_cast<double>(from_ordered_key<T>(item.key));
+      special[0] += x == std::numeric_limits<double>::infinity();
+      special[1] += std::isnan(x);
+      if (static_cast<Key>(item.key >> width) > prefix_ && std::isfinite(x)) {
+        add_limbs(sums, times_power_of_two(x, -exponent_) * item.weight);
+      }
+    }
+    payload.reduce(all_reduce);
+    infinite_ = special[0] > 0;
+    nan_ = special[1] > 0;
+    const Key prefix = prefix_;
+    descend(histogram, width);
+    threshold_ = from_ordered_key<T>(prefix_);
+    for (int64_t digit = (prefix_ & (bins - 1)) + 1; digit < bins; ++digit) {
+      if (!histogram.holds(digit)) continue;
+      const auto key = static_cast<Key>((prefix << width) | static_cast<Key>(digit));
+      const auto x = static_cast<double>(from_ordered_key<T>(key));
+      if (!std::isfinite(x)) continue;
+      add_limbs(sums, times_power_of_two(x, -exponent_) * histogram.at(digit).real());
+    }
+    std::copy_n(sums, 3, sums_.begin());
+  }
+
+  static void add(Mass& sum, const Mass& mass) {
+    for (const auto i : c10::irange(Mass::kParts)) sum.parts[i] += mass.parts[i];
+  }
+  static void add_limbs(int64_t* sums, double x) {
+    const Limbs limbs = to_limbs(x);
+    for (const auto i : c10::irange(3)) sums[i] += limbs[i];
+  }
+
+  double tail() const {
+    const double above = above_.real();
+    return std::min(std::max(fraction_ * total_, above), above + at_.real());
+  }
+
+  const Items<T>& items_;
+  double fraction_;
+  double total_ = 0, target_ = 0;
+  int shift_ = 8 * sizeof(Key) - kFirst;
+  Key prefix_ = 0;        // the digits of the threshold that are known
+  Mass above_, at_;       // of all keys that begin with more, and with these
+  int64_t exponent_ = 0;  // 2^this bounds the finite losses that are not below
+  Limbs sums_{};          // of what lies above the threshold, over that
+  bool infinite_ = false, nan_ = false;
+  T threshold_ = 0;
+};
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> distributed(
+    const at::Tensor& losses, double tail_fraction, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& mask, const std::vector<int64_t>& config, int64_t ranks,
+    const std::function<void(const at::Tensor&)>& all_reduce,
+    const std::function<void(const at::Tensor&)>& disagree) {
+  const at::Tensor x = losses.contiguous();
+  std::optional<at::Tensor> w, m;
+  if (weight) w = weight->to(at::kDouble).contiguous();
+  if (mask) m = mask->contiguous();
+
+  at::Tensor value = at::empty({}, x.options()), threshold = at::empty({}, x.options());
+  at::Tensor counts = at::empty({3}, x.options().dtype(at::kDouble));
+  core::for_dtype(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    Agreement agreement{config, ranks, all_reduce, disagree};
+    const Items<T> items(x, m, w, agreement);
+    const auto run = [&](auto search) {
+      search.run(agreement);
+      *value.mutable_data_ptr<T>() = c10::convert<T>(search.value());
+      *threshold.mutable_data_ptr<T>() = search.threshold();
+      const Counts found = search.counts();
+      double* const into = counts.mutable_data_ptr<double>();
+      into[0] = found.above;
+      into[1] = found.at;
+      into[2] = found.tail;
+    };
+    if (w) {
+      run(Search<T, Weight>(items, tail_fraction));
+    } else {
+      run(Search<T, Number>(items, tail_fraction));
+    }
+  });
+  return {value, threshold, counts};
+}
+
+}  // namespace sqloss::superquantile

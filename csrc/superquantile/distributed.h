@@ -1,0 +1,31 @@
+// The superquantile of losses that are spread over ranks: what distributed_superquantile in
+// sqloss/reference.py tells, in loops over the losses of this process, on the CPU.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace sqloss::superquantile {
+
+// Value and threshold [] in the dtype of losses, and counts [3] in float64, of all ranks.
+// `all_reduce` turns an int64 tensor into its sum over them, in place. `config` are integers below
+// 2^16; where some differ between ranks, `disagree` is called after the first sum with a bool
+// tensor that is False for these.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> distributed(
+    const at::Tensor& losses, double tail_fraction, const std::optional<at::Tensor>& weight,
+    const std::optional<at::Tensor>& mask, const std::vector<int64_t>& config, int64_t ranks,
+    const std::function<void(const at::Tensor&)>& all_reduce,
+    const std::function<void(const at::Tensor&)>& disagree);
+
+// That value as a function of the losses of this rank: its gradient in them, times `scale`.
+at::Tensor distributed_with_gradient(const at::Tensor& value, const at::Tensor& losses,
+                                     const std::optional<at::Tensor>& weight,
+                                     const std::optional<at::Tensor>& mask,
+                                     const at::Tensor& threshold, const at::Tensor& counts,
+                                     int64_t scale);
+
+}  // namespace sqloss::superquantile

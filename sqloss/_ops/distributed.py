@@ -1,0 +1,53 @@
+"""The superquantile over ranks, by its kernel or, on devices without one, by the reference.
+
+It is no operator of torch's dispatcher: it runs collectives, which no transform of torch.func and
+no fake tensor can.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sqloss import _C, reference
+
+
+def distributed_superquantile(
+    losses: Tensor,
+    tail_fraction: float,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    config: Sequence[int],
+    ranks: int,
+    all_reduce: Callable[[Tensor], None],
+    check: Callable[[Tensor], None],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """That of the reference, whose docstring tells the arguments."""
+    on_cpu = losses.device.type == "cpu"
+    select = _C.distributed_superquantile if on_cpu else reference.distributed_superquantile
+    return select(losses, tail_fraction, weight, mask, config, ranks, all_reduce, check)
+
+
+def with_gradient(
+    value: Tensor,
+    losses: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    threshold: Tensor,
+    counts: Tensor,
+    scale: int,
+) -> Tensor:
+    """That value as a function of the losses of this rank: its gradient in them, times a scale."""
+    return _C.distributed_superquantile_with_gradient(
+        value, losses, weight, mask, threshold, counts, scale
+    )
+
+
+def tail_weights(
+    losses: Tensor, weight: Tensor | None, mask: Tensor | None, threshold: Tensor, counts: Tensor
+) -> Tensor:
+    """The gradient of the value of all ranks in the losses of this one."""
+    weights: Tensor = torch.ops.sqloss.superquantile_backward(
+        torch.ones_like(threshold), None, losses, weight, mask, threshold, counts, (), False
+    )
+    return weights

@@ -1,0 +1,275 @@
+r"""The superquantile of a batch that is spread over the processes of torch.distributed.
+
+The tail of a distributed batch is not made of the tails of its parts: the mean of the ranks' own
+superquantiles is too low, and gives no gradient to a part of the true tail (docs/distributed.md).
+Here the tail is that of all losses together, exactly, without gathering them: the ranks add up
+histograms of the losses' bits, a digit at a time from the leading one, and with each digit all
+know that of the threshold. Everything that is added up between ranks is an integer, so that the
+result does not depend on an order, or on which rank has which losses.
+"""
+
+import struct
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sqloss._checks import DTYPES
+from sqloss._ops import distributed as _op
+from sqloss.superquantile import checked_arguments
+
+GRAD_REDUCTIONS = ("mean", "sum")
+
+
+def cvar(
+    losses: Tensor,
+    alpha: float | None = None,
+    *,
+    tail_fraction: float | None = None,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    grad_reduction: str = "mean",
+) -> Tensor:
+    r"""The superquantile of the losses of all ranks together, on every rank.
+
+    With :math:`l` the concatenation of the ranks' losses, the value is that of :func:`sqloss.cvar`,
+
+    .. math::
+        \mathrm{cvar}_\alpha(l) = \frac{1}{k} \Big( \sum_{i \le \lfloor k \rfloor} l_{(i)}
+            + (k - \lfloor k \rfloor)\, l_{(\lfloor k \rfloor + 1)} \Big),
+        \qquad k = (1 - \alpha) \sum_r n_r,
+
+    and the gradient that of the rank's own losses in it. All ranks of the group must call this,
+    with equal ``alpha``; they may have any numbers of losses, also none.
+
+    Args:
+        losses: this rank's losses, of any shape; the same dtype on all ranks.
+        alpha, tail_fraction: as in :func:`sqloss.cvar`.
+        weight, mask: of this rank's losses, as in :func:`sqloss.cvar`. All ranks give a weight, or
+            none.
+        group: the ranks that take part; ``None``: all.
+        grad_reduction: what happens to the gradients of the ranks' parameters afterwards:
+            ``"mean"`` if they are averaged, as DistributedDataParallel does, ``"sum"`` if they are
+            added up. Either way they become those of one process with all losses: with
+            ``"mean"``, the gradient of ``losses`` carries a factor of the number of ranks.
+
+    Returns:
+        Tensor: as :func:`sqloss.cvar`; the same bits on all ranks.
+
+    There are three all-reduces of up to 2,064 int64 for losses of float32, two for float16 and
+    bfloat16, six for float64, and with weights one more, whose histograms are three times as long;
+    none in backward. Tensors of a device stay on it, and the host waits for nothing. Under
+    torch.compile this breaks the graph; forward mode and torch.func are not implemented.
+
+    The threshold is bit for bit that of one process with all losses (with weights: unless sums of
+    them are within rounding of k), and so is, up to the rounding of that process, the value. It is
+    the same bits however the losses are spread over ranks: each loss above the threshold counts to
+    2^-84 of the largest, and these numbers are added up as integers, exactly (up to 2^34 losses).
+
+    Raises:
+        TypeError, ValueError: as :func:`sqloss.cvar`, on the rank with that argument alone: the
+            others then wait until the group's time-out.
+        ValueError: torch.distributed without this rank in the group; on every rank: ``alpha``,
+            dtype or the presence of weights differ between ranks, no losses on any rank, or
+            weights that are negative, not finite or sum to 0. (On devices other than the CPU these
+            last ones are assertions of the device.)
+        RuntimeError: that of torch.distributed, with the name of this function, where a rank is
+            gone, or later than the group's time-out.
+
+    Example::
+
+        >>> import tempfile, torch, sqloss
+        >>> torch.distributed.init_process_group(
+        ...     "gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1
+        ... )
+        >>> losses = torch.tensor([0., 1., 4., 9., 16., 25., 36., 49., 64., 81.])
+        >>> sqloss.distributed.cvar(losses, alpha=0.75)  # of this rank and all others
+        tensor(67.8000)
+        >>> torch.distributed.destroy_process_group()
+    """
+    function = "distributed.cvar"
+    fraction, weight, mask, _ = checked_arguments(
+        function, losses, alpha, tail_fraction, None, weight, mask, may_be_empty=True
+    )
+    call = _call(function, group, alpha, tail_fraction, fraction)
+    scale = _scale(call, grad_reduction)
+    losses = _out_of_autocast(losses)
+    tail = _select(call, losses, weight, mask)
+    return _op.with_gradient(tail.value, losses, weight, mask, tail.threshold, tail.counts, scale)
+
+
+def tail_indices(
+    losses: Tensor,
+    alpha: float | None = None,
+    *,
+    tail_fraction: float | None = None,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    grad_reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:
+    r"""Which of this rank's losses are in the tail of all ranks' losses, and how much each counts.
+
+    For a second forward pass with a graph on those rows alone: the gradient of
+    ``(weights * losses[indices]).sum()`` is that of :func:`cvar`, whose arguments, collectives and
+    errors these are. Without ``"mean"``, the sum over all ranks of ``(weights *
+    losses[indices]).sum()`` is the superquantile; with it, their mean is.
+
+    Args:
+        losses: ``[N]``, this rank's losses.
+        alpha, tail_fraction, weight, mask, group, grad_reduction: as in :func:`cvar`.
+
+    Returns:
+        (Tensor, Tensor): indices, int64, ascending: of all losses at or above the global
+        value-at-risk, of which this rank may have any number, also none; weights, of the dtype of
+        losses (float32 under autocast). They carry no gradient.
+
+    The size is not known before, so that the host waits for the device. Where losses tie with the
+    value-at-risk all of them are taken, with equal shares, on whichever rank, as
+    :func:`sqloss.tail_weights` does.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`cvar`.
+        ValueError: ``losses`` that are not ``[N]``.
+
+    Example::
+
+        >>> import tempfile, torch, sqloss
+        >>> torch.distributed.init_process_group(
+        ...     "gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1
+        ... )
+        >>> losses = torch.tensor([0., 81., 4., 9., 16., 25., 36., 49., 64., 1.])
+        >>> sqloss.distributed.tail_indices(losses, alpha=0.75)
+        (tensor([1, 7, 8]), tensor([0.4000, 0.2000, 0.4000]))
+        >>> torch.distributed.destroy_process_group()
+    """
+    function = "distributed.tail_indices"
+    with torch.no_grad():
+        fraction, weight, mask, _ = checked_arguments(
+            function, losses, alpha, tail_fraction, None, weight, mask, may_be_empty=True
+        )
+        if losses.dim() != 1:
+            raise ValueError(f"{function}: losses: expected shape [N], got {tuple(losses.shape)}")
+        call = _call(function, group, alpha, tail_fraction, fraction)
+        scale = _scale(call, grad_reduction)
+        losses = _out_of_autocast(losses)
+        tail = _select(call, losses, weight, mask)
+        # In double: in half precision the smallest would be 0
+        weights = _op.tail_weights(
+            losses.double(), weight, mask, tail.threshold.double(), tail.counts
+        )
+        indices = weights.nonzero().squeeze(1)
+        return indices, (weights[indices] * scale).to(losses.dtype)
+
+
+class _Call(NamedTuple):
+    """What all ranks of a group must agree on, and with whom."""
+
+    function: str
+    group: dist.ProcessGroup | None
+    rank: int
+    ranks: int
+    given: str  # alpha=0.8
+    fraction: float
+
+
+class _Tail(NamedTuple):
+    value: Tensor
+    threshold: Tensor
+    counts: Tensor  # of csrc/superquantile/superquantile.h
+
+
+def _scale(call: _Call, grad_reduction: str) -> int:
+    if grad_reduction not in GRAD_REDUCTIONS:
+        raise ValueError(
+            f"{call.function}: grad_reduction: expected one of {GRAD_REDUCTIONS}, got "
+            f"{grad_reduction!r}"
+        )
+    return call.ranks if grad_reduction == "mean" else 1
+
+
+def _out_of_autocast(losses: Tensor) -> Tensor:
+    """As the operator's autocast does."""
+    half = losses.dtype in (torch.float16, torch.bfloat16)
+    return losses.float() if half and torch.is_autocast_enabled(losses.device.type) else losses
+
+
+# --- what ranks tell each other -------------------------------------------------------------------
+
+
+def _call(
+    function: str,
+    group: dist.ProcessGroup | None,
+    alpha: float | None,
+    tail_fraction: float | None,
+    fraction: float,
+) -> _Call:
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            f"{function}: group: expected torch.distributed to be initialised "
+            f"(torch.distributed.init_process_group), but it is not"
+        )
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError(f"{function}: group: expected one of which this rank is, got {group}")
+    given = f"tail_fraction={tail_fraction}" if alpha is None else f"alpha={alpha}"
+    return _Call(function, group, rank, dist.get_world_size(group), given, fraction)
+
+
+def _select(call: _Call, losses: Tensor, weight: Tensor | None, mask: Tensor | None) -> _Tail:
+    """The tail of all ranks' losses."""
+    bits = struct.unpack("4H", struct.pack("d", call.fraction))
+    config = sum(call.function.encode()), DTYPES.index(losses.dtype), int(weight is not None), *bits
+
+    def all_reduce(sums: Tensor) -> None:
+        try:
+            dist.all_reduce(sums, group=call.group)
+        except RuntimeError as error:
+            raise type(error)(
+                f"{call.function}: expected all {call.ranks} ranks of the group to call it, but "
+                f"torch.distributed.all_reduce failed on rank {call.rank}: {error}"
+            ) from error
+
+    def check(equal: Tensor) -> None:
+        if equal.device.type != "cpu":
+            for i, what in enumerate(("the function", "losses", "weight")):
+                torch._assert_async(equal[i], f"{call.function}: {what}: {_SAME}")
+            torch._assert_async(equal[3:].all(), f"{call.function}: alpha, tail_fraction: {_SAME}")
+        elif not equal.all():
+            raise _disagreement(call, losses, weight)
+
+    return _Tail(
+        *_op.distributed_superquantile(
+            losses.detach(), call.fraction, weight, mask, config, call.ranks, all_reduce, check
+        )
+    )
+
+
+_SAME = "expected the same on all ranks"
+
+
+def _disagreement(call: _Call, losses: Tensor, weight: Tensor | None) -> ValueError:
+    """What the ranks do not agree about, once all know that there is something."""
+    own = {
+        "the function": call.function,
+        "losses": str(losses.dtype),
+        "weight": "none" if weight is None else "a tensor",
+        "alpha, tail_fraction": call.given,
+    }
+    of_ranks: list[Any] = [None] * call.ranks
+    dist.all_gather_object(of_ranks, own, group=call.group)
+    differences = []
+    for what in own:
+        ranks: dict[str, list[int]] = {}
+        for rank, of_rank in enumerate(of_ranks):
+            ranks.setdefault(of_rank[what], []).append(rank)
+        if len(ranks) > 1:
+            got = [f"{value} on rank {_some(those)}" for value, those in ranks.items()]
+            differences.append(f"{what}: {_SAME}, got {', '.join(got)}")
+    return ValueError(f"{call.function}: {'; '.join(differences)}")
+
+
+def _some(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:3])) + (f" and {len(ranks) - 3} more" if ranks[3:] else "")

@@ -1,0 +1,557 @@
+"""Backward through the tail alone: which samples it holds, and their losses with a graph.
+
+A step on the superquantile that computes all losses with a graph multiplies most of them by zero in
+backward. Where the loss of a sample does not depend on the other samples, the same gradient comes
+from the samples of the tail: score all of them without a graph, select, then run forward and
+backward on the rows of the tail.
+"""
+
+import contextlib
+import functools
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import CellType, FunctionType, MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from sqloss._checks import check_floating, check_tensor, resolve_tail_fraction
+from sqloss._ops import superquantile as _op
+from sqloss.reference import ALPHA_ROUNDING
+from sqloss.superquantile import checked_arguments
+
+LossFunction = Callable[..., Tensor]
+
+
+class _Tail(NamedTuple):
+    value: Tensor  # the superquantile
+    indices: Tensor
+    weights: Tensor  # in float64
+
+
+def tail_indices(
+    losses: Tensor,
+    alpha: float | None = None,
+    *,
+    tail_fraction: float | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Which losses make the tail, and how much each counts in it.
+
+    With :math:`k = (1 - \alpha)\, n`, a real number, the tail of ``n`` losses is its
+    :math:`\lceil k \rceil` worst, and for their ``indices`` and ``weights``
+
+    .. math::
+        \sum_j \mathrm{weights}_j \; l_{\mathrm{indices}_j} = \mathrm{cvar}_\alpha(l):
+
+    ``1/k`` above the value-at-risk, and at it the remaining mass. The size of the results is known
+    from ``n`` and ``alpha`` alone, so nothing waits for a device, and ``torch.compile`` and CUDA
+    graphs take it.
+
+    Where more losses tie with the value-at-risk than belong to the tail, those of the lowest
+    indices are taken and share the remaining mass evenly. That is a subgradient of :func:`cvar`
+    too, and the only one there is without ties; :func:`tail_weights`, whose size is ``n``, spreads
+    the mass over all ties.
+
+    Args:
+        losses: ``[N]``, float16, bfloat16, float32 or float64.
+        alpha, tail_fraction: as in :func:`cvar`.
+        mask: bool, broadcastable to ``losses``; where it is False the loss does not count. The size
+            is then still that of ``N`` losses: after the tail comes its first index, with weight 0.
+
+    Returns:
+        (Tensor, Tensor): indices, int64, ascending; weights, of the dtype of ``losses`` (float32
+        under autocast). They carry no gradient.
+
+    Sample weights are not an argument: with them the number of samples in the tail depends on their
+    values. Take ``tail_weights(losses, alpha, weight=weight).nonzero()``.
+
+    NaN, infinities, errors and repeatability are as in :func:`cvar`.
+
+    Raises:
+        TypeError, ValueError: as :func:`cvar`.
+        ValueError: ``losses`` that are not ``[N]``.
+
+    Example::
+
+        >>> import torch, sqloss
+        >>> losses = torch.tensor([0., 81., 4., 9., 16., 25., 36., 49., 64., 1.])
+        >>> sqloss.tail_indices(losses, alpha=0.75)
+        (tensor([1, 7, 8]), tensor([0.4000, 0.2000, 0.4000]))
+    """
+    with torch.no_grad():
+        fraction, _, mask, _ = checked_arguments(
+            "tail_indices", losses, alpha, tail_fraction, None, None, mask
+        )
+        if losses.dim() != 1:
+            raise ValueError(f"tail_indices: losses: expected shape [N], got {tuple(losses.shape)}")
+        tail = _select(losses, fraction, mask)
+        return tail.indices, tail.weights.to(tail.value.dtype)
+
+
+def tail_loss(
+    fn: LossFunction,
+    *tensors: Tensor,
+    alpha: float | None = None,
+    tail_fraction: float | None = None,
+    mask: Tensor | None = None,
+    check: bool | None = None,
+) -> Tensor:
+    r"""The superquantile of ``fn(*tensors)``, computed with a graph for the rows of its tail alone.
+
+    The value and the gradient of
+
+    .. math::
+        \mathrm{cvar}_\alpha(\mathrm{fn}(t_1, t_2, \dots)),
+
+    where row i of the result is a function of row i of each tensor. ``fn`` runs twice: without a
+    graph on all rows, then with one on the rows of :func:`tail_indices`. If forward costs 1 and
+    backward 2, that is :math:`1 + 3 (1 - \alpha)` instead of 3: half of a step on the mean at
+    ``alpha=0.8``, and more than a step on all rows below ``alpha=1/3``.
+
+    Use the result like any loss: gradients reach the parameters of modules, tensors that ``fn``
+    closes over and ``tensors``, any number of times. :func:`tail_backward` is for batches that are
+    larger than memory.
+
+    Args:
+        fn: from tensors of some rows to their losses, ``[rows]``: a module or any other callable.
+            What has no rows it may close over.
+        tensors: of N rows each (their first dimension), at least one.
+        alpha, tail_fraction: as in :func:`cvar`.
+        mask: bool ``[N]``; where it is False the row does not count.
+        check: whether to compare the losses of the second pass with those of the first; ``None``:
+            on the CPU, since elsewhere the host would wait for the device. Losses that differ by
+            more than 1 % of the largest (3 % in half precision) are an error.
+
+    Returns:
+        Tensor: what :func:`cvar` returns for the losses of the first pass, with the gradient of
+        the second pass. Where more rows tie with the value-at-risk than the tail holds, it is the
+        subgradient of :func:`tail_indices`. Where gradients are disabled there is no second pass.
+
+    A row must get the same noise in both passes: pass the noise as one of the tensors, or the
+    numbers of the rows, from which this package's own samplers draw a row's noise again (see the
+    second example). Random numbers from torch's generators, as dropout takes them, are refused, and
+    so are modules that let rows depend on each other: batch norms that use the statistics of the
+    batch. These are found by name in the first pass, before they run; other dependence, such as
+    attention between the rows, by ``check``. Under torch.compile nothing is checked: call the
+    function once without. A module that changes its own state in forward, does so twice.
+
+    The tensors may be on another device than the losses, such as a batch that waits in the host's
+    memory: then choosing rows waits for the losses.
+
+    Raises:
+        TypeError: ``fn`` not callable or not returning a tensor, no tensors, and as :func:`cvar`.
+        ValueError: tensors of different numbers of rows, losses that are not one per row, a module
+            or a function as above, and as :func:`cvar`.
+
+    Example::
+
+        >>> import torch, sqloss
+        >>> model = torch.nn.Linear(10, 3)
+        >>> x, y = torch.randn(128, 10), torch.randint(3, (128,))
+        >>> def losses(x, y):
+        ...     return torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+        >>> loss = sqloss.tail_loss(losses, x, y, alpha=0.8)  # was: cvar(losses(x, y), alpha=0.8)
+        >>> loss.backward()
+
+    Noise by the numbers of the rows::
+
+        >>> seed = sqloss.draw_seed()
+        >>> def losses(x, rows):
+        ...     z = sqloss.student_t_rsample(5.0, x, 1.0, seed=seed, rows=rows)
+        ...     return model(z).square().sum(1)
+        >>> loss = sqloss.tail_loss(losses, x, torch.arange(128), alpha=0.8)
+        >>> loss.backward()
+    """
+    name = "tail_loss"
+    losses, tail = _tail_of(name, fn, tensors, alpha, tail_fraction, mask, None)
+    if not torch.is_grad_enabled():
+        return tail.value
+    again = _losses_of(name, fn, [_rows(t, tail.indices) for t in tensors], len(tail.indices))
+    if _is_checked(check, losses):
+        _check_same(name, again.detach(), losses[tail.indices])
+    function = _WithGradient if is_compiling() else _WithTangent
+    loss: Tensor = function.apply(tail.value, again, tail.weights)
+    return loss
+
+
+def tail_backward(
+    fn: LossFunction,
+    *tensors: Tensor,
+    alpha: float | None = None,
+    tail_fraction: float | None = None,
+    mask: Tensor | None = None,
+    chunk_size: int,
+    gradient: Tensor | float = 1.0,
+    check: bool | None = None,
+) -> Tensor:
+    r"""Backward through the superquantile of a batch of any size, in chunks.
+
+    Adds to the ``grad`` of parameters and other leaves what ``tail_loss(fn, *tensors, ...)
+    .backward(gradient)`` would, with no more than ``chunk_size`` rows at once: scores all rows
+    without a graph, selects once, then runs forward and backward on the rows of the tail, chunk by
+    chunk. So the tail is the exact one of a batch of any size, in the memory of ``chunk_size``
+    rows, but for the losses, and the gradients of those ``tensors`` that require one. It costs what
+    :func:`tail_loss` does, where as many steps on the tails of small batches would train on others:
+    the mean of the tails of parts is below that of the whole.
+
+    Args:
+        fn, tensors, alpha, tail_fraction, mask, check: as in :func:`tail_loss`.
+        chunk_size: the most rows at once.
+        gradient: that of the value, as in :meth:`torch.Tensor.backward`, a number or a tensor
+            without dimensions. With an AMP gradient scaler: ``scaler.scale(torch.ones(()))``, on
+            the device of the losses.
+
+    Returns:
+        Tensor: the value, without a graph.
+
+    ``fn`` must not close over tensors that have a graph of their own, which the first chunk's
+    backward would free: give them as ``tensors``. Of those, the graph is gone through once. With
+    DistributedDataParallel call this under ``model.no_sync()``, which would otherwise reduce
+    gradients in each chunk, and reduce them afterwards.
+
+    Raises:
+        TypeError, ValueError: as :func:`tail_loss`; ``chunk_size`` not an int, or below 1.
+        RuntimeError: torch's own, where nothing requires a gradient.
+
+    Example::
+
+        >>> import torch, sqloss
+        >>> model = torch.nn.Linear(10, 3)
+        >>> x, y = torch.randn(2048, 10), torch.randint(3, (2048,))
+        >>> def losses(x, y):
+        ...     return torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+        >>> loss = sqloss.tail_backward(losses, x, y, alpha=0.8, chunk_size=128)
+        >>> loss.requires_grad, model.weight.grad.shape
+        (False, torch.Size([3, 10]))
+    """
+    name = "tail_backward"
+    _check_chunk_size(name, chunk_size)
+    losses, (value, indices, weights) = _tail_of(
+        name, fn, tensors, alpha, tail_fraction, mask, chunk_size
+    )
+    weights = torch.where(weights > 0, weights * gradient, 0.0).to(losses.dtype)
+    losses = losses[indices]  # the others make room
+    with torch.enable_grad():
+        # Once: from each chunk they would get a gradient of the size of the tensor
+        taken = {i: _rows(t, indices) for i, t in enumerate(tensors) if t.requires_grad}
+    gradients = {i: torch.empty_like(rows) for i, rows in taken.items()}
+
+    for start in range(0, len(indices), chunk_size):
+        part = slice(start, start + chunk_size)
+        rows = [
+            taken[i].detach()[part].requires_grad_() if i in taken else _rows(t, indices[part])
+            for i, t in enumerate(tensors)
+        ]
+        with torch.enable_grad():
+            again = _losses_of(name, fn, rows, len(rows[0]))
+        if _is_checked(check, losses):
+            _check_same(name, again.detach(), losses[part])
+        again.backward(weights[part])
+        for i, of_tail in gradients.items():
+            of_part = rows[i].grad
+            of_tail[part] = 0.0 if of_part is None else of_part
+        del rows, again  # before there are those of the next chunk
+    if taken:
+        torch.autograd.backward(list(taken.values()), list(gradients.values()))
+    return value
+
+
+def _select(losses: Tensor, fraction: float, mask: Tensor | None) -> _Tail:
+    """The tail of losses [N], of which there are as many as the mask says."""
+    half = losses.dtype in (torch.float16, torch.bfloat16)
+    if half and torch.is_autocast_enabled(losses.device.type):
+        losses = losses.float()  # as the operator's autocast does
+    value, threshold, counts = _op.superquantile(losses, fraction, None, mask, (), False)
+    above, _, k = counts.unbind()
+    n = losses.shape[0]
+    size = max(math.ceil(fraction * n - n * ALPHA_ROUNDING), 1)
+
+    nan, threshold_is_nan = losses.isnan(), threshold.isnan()
+    at = (losses == threshold) | (nan & threshold_is_nan)
+    reached = at | (losses > threshold) | nan
+    wanted: Tensor | int = size
+    if mask is not None:
+        at, reached = at & mask, reached & mask
+        kept = mask.sum().double()
+        wanted = (fraction * kept - kept * ALPHA_ROUNDING).ceil().clamp(min=1)
+    ties = wanted - above  # that belong to the tail
+    chosen = reached & ~(at & (at.cumsum(0) > ties))
+    indices = torch.nonzero_static(chosen, size=size, fill_value=0).squeeze(1)
+    weights = torch.where(at[indices], (k - above) / k / ties, 1 / k)
+    if mask is not None:
+        is_tail = torch.arange(size, device=losses.device) < wanted
+        indices = torch.where(is_tail, indices, indices[0])
+        weights = torch.where(is_tail, weights, 0.0)
+    return _Tail(value, indices, weights)
+
+
+class _WithGradient(torch.autograd.Function):
+    """The value, with the gradient of the weighted sum of the losses."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, losses: Tensor, weights: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        _, losses, weights = inputs
+        ctx.save_for_backward(weights)
+        ctx.save_for_forward(weights)  # of _WithTangent
+        ctx.dtypes = losses.dtype, output.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        (weights,) = ctx.saved_tensors
+        return None, torch.where(weights > 0, grad * weights, 0.0).to(ctx.dtypes[0]), None
+
+
+class _WithTangent(_WithGradient):
+    """The same in forward mode, too, which torch.compile does not take."""
+
+    @staticmethod
+    def jvp(ctx: Any, _value: None, losses: Tensor, _weights: None) -> Tensor:
+        (weights,) = ctx.saved_tensors
+        return torch.where(weights > 0, losses * weights, 0.0).sum().to(ctx.dtypes[1])
+
+
+# --- the two passes -------------------------------------------------------------------------------
+
+
+def _tail_of(
+    function: str,
+    fn: LossFunction,
+    tensors: tuple[Tensor, ...],
+    alpha: float | None,
+    tail_fraction: float | None,
+    mask: Tensor | None,
+    chunk_size: int | None,
+) -> tuple[Tensor, _Tail]:
+    """The losses of all rows and their tail, from a pass without a graph."""
+    fraction = resolve_tail_fraction(function, alpha, tail_fraction)
+    n = _number_of_rows(function, fn, tensors)
+    with torch.no_grad():
+        with _refuses_coupling(function, fn), _refuses_random_numbers(function, tensors):
+            if chunk_size is None or n <= chunk_size:
+                losses = _losses_of(function, fn, tensors, n)
+            else:
+                parts = zip(*(t.split(chunk_size) for t in tensors), strict=True)
+                losses = torch.cat([_losses_of(function, fn, p, len(p[0])) for p in parts])
+        # Weights that autocast has cast here would have no graph in the second pass
+        torch.clear_autocast_cache()
+        arguments = checked_arguments(function, losses, None, fraction, None, None, mask)
+        return losses, _select(losses, fraction, arguments[2])
+
+
+def _losses_of(function: str, fn: LossFunction, rows: Sequence[Tensor], n: int) -> Tensor:
+    losses = fn(*rows)
+    if not isinstance(losses, Tensor):
+        raise TypeError(
+            f"{function}: fn: expected to return a tensor of losses, got {type(losses).__name__}"
+        )
+    check_floating(function, "fn", losses)
+    if losses.shape != (n,):
+        raise ValueError(
+            f"{function}: fn: expected one loss for each row (reduction='none'), shape ({n},), "
+            f"got {tuple(losses.shape)}"
+        )
+    return losses
+
+
+def _rows(tensor: Tensor, indices: Tensor) -> Tensor:
+    return tensor.index_select(0, indices.to(tensor.device))
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def _number_of_rows(function: str, fn: object, tensors: tuple[object, ...]) -> int:
+    """How many rows each of the tensors has."""
+    if not callable(fn):
+        raise TypeError(f"{function}: fn: expected a callable, got {type(fn).__name__}")
+    if not tensors:
+        raise TypeError(f"{function}: tensors: expected at least one, got none")
+    shapes = []
+    for tensor in tensors:
+        check_tensor(function, "tensors", tensor)
+        assert isinstance(tensor, Tensor)
+        shapes.append(tuple(tensor.shape))
+    if any(not shape or shape[0] != shapes[0][0] for shape in shapes):
+        raise ValueError(
+            f"{function}: tensors: expected the same number of rows, got shapes "
+            f"{', '.join(map(str, shapes))}"
+        )
+    n: int = shapes[0][0]
+    if n == 0:
+        raise ValueError(f"{function}: tensors: expected at least one row, got shapes {shapes}")
+    return n
+
+
+def _check_chunk_size(function: str, chunk_size: object) -> None:
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool):
+        raise TypeError(f"{function}: chunk_size: expected an int, got {type(chunk_size).__name__}")
+    if chunk_size < 1:
+        raise ValueError(f"{function}: chunk_size: expected at least 1, got {chunk_size}")
+
+
+def _is_checked(check: bool | None, losses: Tensor) -> bool:
+    if check is None:
+        return losses.device.type == "cpu" and not is_compiling()
+    return check
+
+
+def _check_same(function: str, again: Tensor, first: Tensor) -> None:
+    """That the losses of rows do not depend on what other rows there are."""
+    same = (again == first) | (again.isnan() & first.isnan())
+    difference = torch.where(same, 0.0, (again.double() - first.double()).abs())
+    largest = first.double().abs().nan_to_num(0.0, 0.0, 0.0).max()
+    tolerance = max(0.01, 4 * torch.finfo(first.dtype).eps)
+    if not (difference <= tolerance * largest).all():
+        raise ValueError(
+            f"{function}: fn: expected the same loss of a row without the other rows (its noise a "
+            f"tensor or drawn by the row's number, no dependence on the batch), got losses of the "
+            f"tail that differ by up to {difference.max():.3g}, where the largest is {largest:.3g}"
+        )
+
+
+@contextlib.contextmanager
+def _refuses_coupling(function: str, fn: LossFunction) -> Iterator[None]:
+    """Stops a module whose rows depend on each other, or on chance, before it runs."""
+    if is_compiling():
+        yield
+        return
+    reached = list(_reached(fn))
+    if any(map(_is_compiled, reached)):  # it would be compiled again for every new hook
+        modules = [each for each in map(_plain, reached) if isinstance(each, nn.Module)]
+        for inner in [inner for each in modules for inner in each.modules()]:
+            _refuse(function, inner, modules)
+        yield
+        return
+    thread = threading.get_ident()  # the hook is one of all threads
+    called: list[nn.Module] = []
+
+    def before(module: nn.Module, _args: Any) -> None:
+        if is_compiling() or threading.get_ident() != thread:
+            return
+        called.append(module)
+        _refuse(function, module, called)
+
+    hook = register_module_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _reached(fn: object) -> Iterator[object]:
+    """What a function calls or closes over, as far as it can be told without a call."""
+    seen: set[int] = set()
+    left = [fn]
+    while left:
+        given = left.pop()
+        if id(given) in seen:
+            continue
+        seen.add(id(given))
+        yield given
+        given = _plain(given)
+        if isinstance(given, functools.partial):
+            left += [given.func, *given.args, *given.keywords.values()]
+        elif isinstance(given, MethodType):
+            left += [given.__func__, given.__self__]
+        elif isinstance(given, FunctionType):
+            cells = [cell.cell_contents for cell in given.__closure__ or () if _is_set(cell)]
+            names = [n for n in given.__code__.co_names if n in given.__globals__]
+            of_file = [given.__globals__[name] for name in names]
+            left += [
+                each
+                for each in (*cells, *of_file, *(given.__defaults__ or ()))
+                if isinstance(each, (nn.Module, functools.partial, MethodType))
+                or getattr(_plain(each), "__globals__", None) is given.__globals__
+            ]
+
+
+def _is_set(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _is_compiled(given: object) -> bool:
+    in_place = getattr(given, "_compiled_call_impl", None) if isinstance(given, nn.Module) else None
+    return _plain(given) is not given or in_place is not None
+
+
+def _plain(given: object) -> object:
+    """What torch.compile was given."""
+    if isinstance(given, nn.Module):
+        return getattr(given, "_orig_mod", given)
+    return getattr(given, "_torchdynamo_orig_callable", given)
+
+
+def _refuse(function: str, module: nn.Module, called: list[nn.Module]) -> None:
+    refusal = _refusal(module)
+    if refusal is not None:
+        raise ValueError(
+            f"{function}: fn: expected rows that do not depend on each other or on chance, got "
+            f"{_name(module, called)}, {refusal}"
+        )
+
+
+def _refusal(module: nn.Module) -> str | None:
+    """Why a module can't run on rows of a batch alone."""
+    if isinstance(module, _BatchNorm):
+        if module.training:
+            return "in training mode, which normalises by the statistics of the batch"
+        if module.running_mean is None:
+            return "with track_running_stats=False, which normalises by the statistics of the batch"
+    if not module.training:
+        return None
+    if isinstance(module, _DropoutNd) and module.p > 0:
+        return f"in training mode with p={module.p}, which draws random numbers"
+    if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and module.dropout > 0:
+        return f"in training mode with dropout={module.dropout}, which draws random numbers"
+    if isinstance(module, nn.RReLU):
+        return "in training mode, which draws random numbers"
+    return None
+
+
+def _name(module: nn.Module, called: list[nn.Module]) -> str:
+    """The module as a part of the first one called that has it."""
+    for outer in called:
+        for name, inner in outer.named_modules(prefix=type(outer).__name__):
+            if inner is module:
+                return name if inner is outer else f"{name} ({type(module).__name__})"
+    return type(module).__name__
+
+
+@contextlib.contextmanager
+def _refuses_random_numbers(function: str, tensors: tuple[Tensor, ...]) -> Iterator[None]:
+    """An error after calls that have moved one of torch's own generators."""
+    if is_compiling():
+        yield
+        return
+    generators = [torch.default_generator]
+    # While a graph is captured, their state can't be read
+    if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
+        devices = {t.device.index for t in tensors if t.device.type == "cuda"}
+        devices.add(torch.cuda.current_device())
+        generators += [torch.cuda.default_generators[index] for index in devices]
+    before = [generator.get_state() for generator in generators]
+    yield
+    for generator, state in zip(generators, before, strict=True):
+        if not torch.equal(generator.get_state(), state):
+            raise ValueError(
+                f"{function}: fn: expected no random numbers from torch's own generators (a row's "
+                f"noise is a tensor, or drawn by a seed and the row's number), but it took some "
+                f"from that of {generator.device}"
+            )

@@ -1,0 +1,168 @@
+"""Processes of torch.distributed for tests, and what these have them do."""
+
+import datetime
+import multiprocessing
+import os
+import tempfile
+import threading
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import sqloss
+
+CONTEXT = multiprocessing.get_context("forkserver")
+LATE = datetime.timedelta(seconds=1)
+
+
+class Ranks:
+    """Processes that wait for functions to run; of the first of them there is a group each."""
+
+    def __init__(self, size, groups):
+        CONTEXT.set_forkserver_preload(["sqloss", "torch._dynamo"])  # once, not by each
+        folder = tempfile.mkdtemp()
+        self.pipes, self.processes = [], []
+        for rank in range(size):
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(
+                target=serve, args=(theirs, rank, size, groups, folder), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function, of_ranks, *arguments):
+        """What the function returns, or the exception it raises, on as many ranks as arguments."""
+        pipes = self.pipes[: len(of_ranks)]
+        for pipe, of_rank in zip(pipes, of_ranks, strict=True):
+            pipe.send((function, len(pipes), of_rank, arguments))
+        results = [pipe.recv() for pipe in pipes]
+        for result in results:
+            if isinstance(result, str):
+                raise AssertionError(result)
+        return results
+
+    def close(self):
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join()
+
+
+GROUPS = {}
+
+
+def serve(pipe, rank, size, groups, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{Path(folder, 'store')}", rank=rank, world_size=size
+    )
+    for count in groups:
+        GROUPS[count] = dist.new_group(range(count))
+    GROUPS["late"] = dist.new_group(range(2), timeout=LATE)
+    while True:
+        try:
+            function, count, of_rank, arguments = pipe.recv()
+        except EOFError:  # the tests are done
+            os._exit(0)
+        try:
+            result = function(GROUPS[count], of_rank, *arguments)
+        except AssertionError:
+            result = traceback.format_exc()
+        except Exception as error:
+            result = error
+        pipe.send(result)
+
+
+def tails(group, shards, calls):
+    """(value, gradient, indices, weights) of each shard, each with its alpha and options."""
+    results = []
+    for losses, (alpha, options) in zip(shards, calls, strict=True):
+        losses, of_rank = losses
+        leaf = losses.clone().requires_grad_()
+        options = {**of_rank, **options, "group": group}
+        value = sqloss.distributed.cvar(leaf, alpha, **options)
+        (gradient,) = torch.autograd.grad(value, leaf)
+        indices, weights = sqloss.distributed.tail_indices(losses, alpha, **options)
+        results.append((value.detach(), gradient, indices, weights))
+    return results
+
+
+def raises(group, of_rank):
+    function, losses, options = of_rank
+    return getattr(sqloss.distributed, function)(losses, **options, group=group)
+
+
+def not_in_the_group(group, is_in):
+    others = dist.new_group([0])
+    if not is_in:
+        sqloss.distributed.cvar(torch.randn(3), 0.5, group=others)
+
+
+def late(group, comes):
+    if comes:
+        sqloss.distributed.cvar(torch.randn(3), 0.5, group=GROUPS["late"])
+
+
+def regression():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+
+
+def losses_of(model, x, y):
+    return (model(x) - y).square().sum(1)
+
+
+def gradients(group, batch, alpha, reduction):
+    """Of a model in DistributedDataParallel, or whose gradients are added up by hand."""
+    x, y, only_tail = batch
+    model = regression()
+    run = DistributedDataParallel(model, process_group=group) if reduction == "mean" else model
+    options = {"group": group, "grad_reduction": reduction}
+    if only_tail:
+        with torch.no_grad():
+            losses = losses_of(model, x, y)
+        indices, weights = sqloss.distributed.tail_indices(losses, alpha, **options)
+        loss = (weights * losses_of(run, x[indices], y[indices])).sum()
+    else:
+        loss = sqloss.distributed.cvar(losses_of(run, x, y), alpha, **options)
+    loss.backward()
+    for parameter in model.parameters():
+        if reduction == "sum":
+            dist.all_reduce(parameter.grad, group=group)
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def in_threads(count, function):
+    """function(rank, all_reduce) on as many threads, whose tensors all_reduce adds up."""
+    barrier, payloads, results = threading.Barrier(count), [None] * count, [None] * count
+
+    def run(rank):
+        def all_reduce(payload):
+            payloads[rank] = payload.clone()
+            barrier.wait()
+            payload.copy_(sum(payloads))
+            barrier.wait()
+
+        try:
+            results[rank] = function(rank, all_reduce)
+        except BaseException as error:
+            results[rank] = error
+            barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        if isinstance(result, BaseException) and not isinstance(
+            result, threading.BrokenBarrierError
+        ):
+            raise result
+    return results

@@ -1,0 +1,455 @@
+"""The tail of losses on many ranks against that of all of them in one process."""
+
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import forward_ad
+
+import sqloss
+from sqloss import reference
+from sqloss._ops import distributed as op
+
+sys.path.insert(0, str(Path(__file__).parent))
+import ranks as on_ranks  # what the processes import, too
+
+ALPHAS = [0.0, 0.3, 0.5, 0.8, 0.97, 1 - 2**-53]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+INF, NAN = math.inf, math.nan
+EXACT = {"rtol": 1e-12, "atol": 1e-15}
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    ranks = on_ranks.Ranks(8, groups=(1, 2, 3, 8))
+    yield ranks
+    ranks.close()
+
+
+def split(tensor, sizes):
+    return None if tensor is None else tensor.split(sizes)
+
+
+def shards_of(n, count):
+    """Uneven sizes of shards, some of them empty."""
+    cuts = torch.randint(n + 1, (count - 1,)).sort().values.tolist()
+    return [b - a for a, b in zip([0, *cuts], [*cuts, n], strict=True)]
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+def special(n):
+    x = torch.randn(n)
+    x[torch.rand(n) < 0.03] = -INF
+    x[torch.rand(n) < 0.02] = INF
+    return x.masked_fill(torch.rand(n) < 0.005, NAN)
+
+
+LOSSES = {
+    "normal": torch.randn,
+    "ties": lambda n: torch.randn(n).mul(2).round(),
+    "special": special,
+    "huge": lambda n: torch.randn(n) * 3e4,
+    "constant": lambda n: torch.full((n,), 0.1),
+}
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_it_is_the_tail_of_all_losses(ranks, count):
+    cases = []
+    for i, (kind, dtype) in enumerate(itertools.product(LOSSES, DTYPES)):
+        n = (5, 700, 64)[(i + count) % 3]
+        alpha, options = [
+            (0.8, {}),
+            (0.3, {"mask": torch.rand(n) < 0.7}),
+            (0.97, {"weight": torch.rand(n).double() + 0.01}),
+            (0.5, {"weight": torch.randint(1, 3, (n,)), "mask": torch.rand(n) < 0.9}),
+            (0.999, {}),  # one loss, on one rank
+        ][i % 5]
+        cases.append((LOSSES[kind](n).to(dtype), alpha, options))
+    sizes = [shards_of(len(losses), count) for losses, _, _ in cases]
+    of_ranks = [
+        [
+            (
+                losses.split(size)[rank],
+                {name: given.split(size)[rank] for name, given in options.items()},
+            )
+            for size, (losses, _, options) in zip(sizes, cases, strict=True)
+        ]
+        for rank in range(count)
+    ]
+    calls = [(alpha, {}) for _, alpha, _ in cases]
+    results = ranks.run(on_ranks.tails, of_ranks, calls)
+
+    for i, (losses, alpha, options) in enumerate(cases):
+        values, gradients, indices, weights = zip(*(of_rank[i] for of_rank in results), strict=True)
+        assert all(torch.equal(v.nan_to_num(), values[0].nan_to_num()) for v in values)
+        eps = torch.finfo(losses.dtype).eps
+        close = {"rtol": max(2 * eps, 1e-12), "atol": 1e-12 + eps / 100, "equal_nan": True}
+        expected = sqloss.cvar(losses, alpha, **options)
+        torch.testing.assert_close(values[0], expected, **close)
+
+        q = sqloss.tail_weights(losses, alpha, **options)
+        torch.testing.assert_close(torch.cat(gradients) / count, q, **close)
+        starts = [sum(sizes[i][:rank]) for rank in range(count)]
+        rows = torch.cat([r + start for r, start in zip(indices, starts, strict=True)])
+        dense = torch.zeros_like(q).index_put((rows,), torch.cat(weights) / count)
+        torch.testing.assert_close(dense, q, **close)
+        assert (torch.cat(weights) > 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("only_tail", [False, True])
+def test_gradients_of_parameters_are_those_of_one_process(ranks, reduction, only_tail):
+    x, y = torch.randn(60, 4).double(), torch.randn(60, 2).double()
+    order = on_ranks.losses_of(on_ranks.regression(), x, y).argsort()
+    for rows, sizes in (  # of the tail of 12 rows: some, all and none
+        (torch.arange(60), [30, 30]),
+        (torch.arange(60), [13, 40, 7]),
+        (order, [40, 20]),
+    ):
+        model = on_ranks.regression()
+        sqloss.cvar(on_ranks.losses_of(model, x[rows], y[rows]), 0.8).backward()
+        expected = [parameter.grad for parameter in model.parameters()]
+        batches = zip(x[rows].split(sizes), y[rows].split(sizes), strict=True)
+        of_ranks = [(*batch, only_tail) for batch in batches]
+        for got in ranks.run(on_ranks.gradients, of_ranks, 0.8, reduction):
+            torch.testing.assert_close(got, expected, **EXACT)
+
+
+def differing(**of_second):
+    first = {"function": "cvar", "losses": torch.randn(9), "alpha": 0.8}
+    return [
+        (each.pop("function"), each.pop("losses"), each)
+        for each in (dict(first), {**first, **of_second}, dict(first))
+    ]
+
+
+@pytest.mark.parametrize(
+    "second, message",
+    [
+        (
+            {"alpha": 0.9},
+            "alpha, tail_fraction: expected the same on all ranks, got alpha=0.8 on rank 0, 2, "
+            "alpha=0.9 on rank 1",
+        ),
+        (
+            {"alpha": None, "tail_fraction": 0.5},
+            "alpha, tail_fraction: .* tail_fraction=0.5 on rank 1",
+        ),
+        (
+            {"losses": torch.randn(9).double()},
+            "losses: expected the same on all ranks, got torch.float32 on rank 0, 2, torch.float64",
+        ),
+        (
+            {"losses": torch.randn(0).half(), "alpha": 0.1},
+            "losses: .* torch.float16 on rank 1; alpha, tail_fraction: .* alpha=0.1 on rank 1",
+        ),
+        (
+            {"weight": torch.ones(9)},
+            "weight: expected the same on all ranks, got none on rank 0, 2, a tensor on rank 1",
+        ),
+        (
+            {"function": "tail_indices"},
+            "the function: expected the same on all ranks, got distributed.cvar on rank 0, 2, "
+            "distributed.tail_indices on rank 1",
+        ),
+    ],
+)
+def test_disagreement_is_named_on_every_rank(ranks, second, message):
+    for rank, error in enumerate(ranks.run(on_ranks.raises, differing(**second))):
+        name = "tail_indices" if rank == 1 and "function" in second else "cvar"
+        assert isinstance(error, ValueError)
+        with pytest.raises(ValueError, match=f"^distributed.{name}: {message}"):
+            raise error
+
+
+@pytest.mark.parametrize(
+    "of_ranks, message",
+    [
+        ([{}, {}], "losses: expected one that counts on any of the ranks, got none"),
+        (
+            [{"losses": torch.ones(3), "mask": torch.zeros(3).bool()}, {}],
+            "losses: expected one that counts on any of the ranks, got none",
+        ),
+        (
+            [{"losses": torch.ones(3), "weight": torch.zeros(3)}, {"weight": torch.ones(0)}],
+            "losses: expected one that counts on any of the ranks, got none",
+        ),
+        (
+            [
+                {"losses": torch.ones(3), "weight": torch.ones(3)},
+                {"losses": torch.ones(2), "weight": torch.tensor([1.0, -1.0])},
+            ],
+            "weight: expected finite values >= 0",
+        ),
+        (
+            [
+                {"losses": torch.ones(3), "weight": torch.full((3,), 1e308, dtype=torch.float64)},
+                {"weight": torch.ones(0)},
+            ],
+            "weight: expected a finite sum over all ranks",
+        ),
+    ],
+)
+def test_what_is_wrong_on_one_rank_is_an_error_on_all(ranks, of_ranks, message):
+    calls = [
+        ("cvar", each.pop("losses", torch.ones(0)), {"alpha": 0.5, **each}) for each in of_ranks
+    ]
+    for error in ranks.run(on_ranks.raises, calls):
+        assert isinstance(error, ValueError)
+        with pytest.raises(ValueError, match=f"^distributed superquantile: {message}"):
+            raise error
+
+
+def test_a_rank_outside_of_the_group(ranks):
+    _, error = ranks.run(on_ranks.not_in_the_group, [True, False])
+    assert "distributed.cvar: group: expected one of which this rank is" in str(error)
+
+
+def test_a_rank_that_is_late_ends_in_a_time_out_with_the_name_of_the_function(ranks):
+    error, nothing = ranks.run(on_ranks.late, [True, False])
+    assert isinstance(error, RuntimeError) and nothing is None
+    assert "distributed.cvar: expected all 2 ranks of the group to call it, but " in str(error)
+    assert "all_reduce failed on rank 0" in str(error)
+
+
+def test_without_torch_distributed():
+    assert not dist.is_initialized()
+    for function in (sqloss.distributed.cvar, sqloss.distributed.tail_indices):
+        with pytest.raises(ValueError, match="group: expected torch"):
+            function(torch.randn(3), 0.5)
+
+
+# --- one process of its own -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    store = tmp_path_factory.mktemp("store") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_any_shape_and_strides(alone):
+    losses = torch.randn(6, 10)[:, ::2].t().requires_grad_()
+    value = sqloss.distributed.cvar(losses, 0.8)
+    torch.testing.assert_close(value, sqloss.cvar(losses, 0.8))
+    (gradient,) = torch.autograd.grad(2 * value, losses, create_graph=True)
+    torch.testing.assert_close(gradient, 2 * sqloss.tail_weights(losses, 0.8))
+
+
+def test_the_gradient_is_linear_in_that_of_the_value(alone):
+    losses = torch.randn(20).double().requires_grad_()
+    scale = torch.tensor(3.0).double().requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        scale * sqloss.distributed.cvar(losses, 0.8), losses, create_graph=True
+    )
+    torch.testing.assert_close(
+        torch.autograd.grad(gradient.square().sum(), scale)[0],
+        6 * sqloss.tail_weights(losses, 0.8).square().sum(),
+    )
+
+
+def test_forward_mode_is_refused(alone):
+    with forward_ad.dual_level():
+        losses = forward_ad.make_dual(torch.randn(5), torch.ones(5))
+        with pytest.raises(NotImplementedError, match="losses: expected no tangent"):
+            sqloss.distributed.cvar(losses, 0.5)
+
+
+def test_torch_compile_breaks_its_graph_there(alone):
+    losses = torch.randn(50, requires_grad=True)
+    step = torch.compile(lambda x: 3 * sqloss.distributed.cvar(2 * x, 0.8), backend="eager")
+    (gradient,) = torch.autograd.grad(step(losses), losses)
+    torch.testing.assert_close(gradient, 6 * sqloss.tail_weights(losses, 0.8))
+
+
+def test_autocast_computes_in_float32(alone):
+    losses = torch.randn(30).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = sqloss.distributed.cvar(losses, 0.8)
+        _, weights = sqloss.distributed.tail_indices(losses, 0.8)
+    assert value.dtype == weights.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (
+            lambda: sqloss.distributed.cvar(torch.randn(3), 0.5, grad_reduction="none"),
+            ValueError,
+            r"distributed.cvar: grad_reduction: expected one of \('mean', 'sum'\), got 'none'",
+        ),
+        (
+            lambda: sqloss.distributed.cvar(torch.randn(3), 1.5),
+            ValueError,
+            "distributed.cvar: alpha: expected a confidence level",
+        ),
+        (
+            lambda: sqloss.distributed.cvar(torch.ones(3).long(), 0.5),
+            TypeError,
+            "distributed.cvar: losses: expected a dense tensor of float16",
+        ),
+        (
+            lambda: sqloss.distributed.cvar(torch.ones(3), 0.5, mask=torch.ones(2).bool()),
+            ValueError,
+            "distributed.cvar: mask: expected a shape that broadcasts",
+        ),
+        (
+            lambda: sqloss.distributed.tail_indices(torch.randn(3, 2), 0.5),
+            ValueError,
+            r"distributed.tail_indices: losses: expected shape \[N\], got \(3, 2\)",
+        ),
+    ],
+)
+def test_errors(alone, call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+# --- the digits, on threads -----------------------------------------------------------------------
+
+
+def test_kernel_and_reference_agree_bit_for_bit():
+    """Also with each other, as ranks on different devices."""
+
+    def mixed(x, *arguments):
+        twin = reference.distributed_superquantile
+        return (twin if x.numel() == 300 else op.distributed_superquantile)(x, *arguments)
+
+    for kind, dtype in itertools.product(LOSSES, DTYPES):
+        n = 700
+        losses = (LOSSES[kind](n) * 1.7).to(dtype)
+        weight, mask = torch.randn(n).mul(3).exp(), torch.rand(n) < 0.7
+        for alpha in (0.0, 0.35, 0.9, 1 - 2**-53):
+            for given_ in ({}, {"mask": mask}, {"weight": weight, "mask": mask}):
+                ways = op.distributed_superquantile, reference.distributed_superquantile, mixed
+                first, *others = [
+                    on_threads(losses, alpha, [300, 400], **given_, superquantile=way)[0]
+                    for way in ways
+                ]
+                for other in others:
+                    for got, expected in zip(other, first, strict=True):
+                        assert torch.equal(got.nan_to_num(1e5), expected.nan_to_num(1e5))
+                        assert got.dtype == expected.dtype and got.shape == expected.shape
+
+
+def on_threads(losses, alpha, sizes, weight=None, mask=None, payloads=None, superquantile=None):
+    """(value, threshold, counts) on each rank."""
+    superquantile = superquantile or op.distributed_superquantile
+    shards = [split(tensor, sizes) for tensor in (losses, weight, mask)]
+
+    def run(rank, all_reduce):
+        def counted(payload):
+            if payloads is not None and rank == 0:
+                payloads.append(payload.numel())
+            all_reduce(payload)
+
+        def check(equal):
+            assert equal.all()
+
+        x, w, m = (None if tensor is None else tensor[rank] for tensor in shards)
+        return superquantile(x, 1 - alpha, w, m, [1, 2, 65535], len(sizes), counted, check)
+
+    return on_ranks.in_threads(len(sizes), run)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", LOSSES)
+def test_threshold_and_counts_are_those_of_one_process_bit_for_bit(dtype, kind):
+    for n in (1, 9, 500):
+        losses, mask = LOSSES[kind](n).to(dtype), torch.rand(n) < 0.7
+        mask[0] = True
+        for alpha in ALPHAS:
+            for given_ in ({}, {"mask": mask}):
+                expected = sqloss.value_at_risk(losses, alpha, **given_)
+                counts = reference.superquantile(losses, 1 - alpha, **given_)[2]
+                for _, threshold, got in on_threads(losses, alpha, shards_of(n, 3), **given_):
+                    assert threshold.dtype == dtype and got.tolist() == counts.tolist()
+                    assert torch.equal(threshold.nan_to_num(77), expected.nan_to_num(77))
+                    assert not (threshold == 0 and threshold.signbit())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_bits_do_not_depend_on_the_layout(dtype, weighted):
+    n = 3000
+    losses = (torch.randn(n).exp() * torch.randn(n)).to(dtype)
+    weight = torch.randn(n).mul(3).exp() if weighted else None
+    for alpha in ALPHAS:
+        results = set()
+        for sizes in ([n], shards_of(n, 2), shards_of(n, 5), [0, n, 0], [1] * 20 + [n - 20]):
+            order = torch.randperm(n)
+            shuffled = weight[order] if weighted else None
+            for result in on_threads(losses[order], alpha, sizes, shuffled):
+                results.add(tuple(x for tensor in result for x in tensor.reshape(-1).tolist()))
+        assert len(results) == 1
+
+
+@pytest.mark.parametrize("scale", [1e-320, 1e-300, 1e-30, 1e30, 1e307])
+def test_losses_and_weights_of_any_magnitude(scale):
+    losses = torch.randn(200, dtype=torch.float64)
+    weight = torch.rand(200, dtype=torch.float64) + 0.5
+    for alpha in ALPHAS:
+        value = on_threads(losses * scale, alpha, [120, 80])[0][0]
+        expected = sqloss.cvar(losses, alpha) * scale
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-322)
+        if 1e-300 <= scale < 1e300:
+            value, threshold, _ = on_threads(losses, alpha, [120, 80], weight * scale)[0]
+            torch.testing.assert_close(value, sqloss.cvar(losses, alpha, weight=weight), **EXACT)
+            assert threshold == sqloss.value_at_risk(losses, alpha, weight=weight)
+
+
+def test_an_outlier_hides_nothing():
+    losses = torch.tensor([1.0] * 999 + [1e18], dtype=torch.float64)
+    for alpha in (0.0, 0.5):
+        k = (1 - alpha) * 1000
+        value = on_threads(losses, alpha, [400, 600])[0][0]
+        assert value.item() == pytest.approx((1e18 + k - 1) / k, rel=1e-15)
+
+
+ROUNDS = {torch.float64: 6, torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_there_are_as_many_collectives_as_promised(dtype, weighted):
+    for n in (3, 1000):
+        payloads = []
+        weight = torch.rand(n) if weighted else None
+        on_threads(torch.randn(n).to(dtype), 0.8, [1, n - 1], weight, payloads=payloads)
+        assert len(payloads) == ROUNDS[dtype] + weighted
+        assert max(payloads) <= (6200 if weighted else 2065)
+
+
+floats = st.one_of(
+    st.floats(-1e6, 1e6, width=32), st.integers(-2, 2).map(float), st.sampled_from([INF, -INF, NAN])
+)
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(st.lists(floats, max_size=12), min_size=1, max_size=4).filter(any),
+    st.sampled_from(ALPHAS),
+    st.sampled_from(DTYPES),
+)
+def test_law_the_tail_is_that_of_the_concatenation(shards, alpha, dtype):
+    losses = torch.tensor([x for shard in shards for x in shard], dtype=torch.float64).to(dtype)
+    value, threshold, counts = reference.superquantile(losses.double(), 1 - alpha)
+    for got in on_threads(losses, alpha, list(map(len, shards))):
+        eps = torch.finfo(dtype).eps
+        scale = losses.double().nan_to_num(0, 0, 0).abs().max().item()
+        expected = value.to(dtype)
+        close = {"rtol": 2 * eps, "atol": 4 * eps * eps * scale + 1e-7 * (dtype == torch.float16)}
+        torch.testing.assert_close(got[0], expected, **close, equal_nan=True)
+        assert torch.equal(got[1].double().nan_to_num(0.5), threshold.nan_to_num(0.5))
+        assert torch.equal(got[2], counts)
