@@ -500,10 +500,11 @@ def _refuses_coupling(function: str, fn: LossFunction) -> Iterator[None]:
         yield
         return
     reached = list(_reached(fn))
-    if any(map(_is_compiled, reached)):  # it would be compiled again for every new hook
-        modules = [each for each in map(_plain, reached) if isinstance(each, nn.Module)]
-        for inner in [inner for each in modules for inner in each.modules()]:
-            _refuse(function, inner, modules)
+    modules = [each for each in map(_plain, reached) if isinstance(each, nn.Module)]
+    parts = [part for module in modules for part in module.modules()]
+    if any(map(_is_compiled, (*reached, *parts))):  # it would be compiled again for every new hook
+        for part in parts:
+            _refuse(function, part, modules)
         yield
         return
     thread = threading.get_ident()  # the hook is one of all threads
