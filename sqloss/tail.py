@@ -218,8 +218,8 @@ def tail_backward(
 
     ``fn`` must not close over tensors that have a graph of their own, which the first chunk's
     backward would free: give them as ``tensors``. Of those, the graph is gone through once. With
-    DistributedDataParallel call this under ``model.no_sync()``, which would otherwise reduce
-    gradients in each chunk, and reduce them afterwards.
+    DistributedDataParallel or FSDP use :func:`sqloss.distributed.tail_backward`, whose ranks run as
+    many chunks.
 
     Raises:
         TypeError, ValueError: as :func:`tail_loss`; ``chunk_size`` not an int, or below 1.
