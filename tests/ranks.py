@@ -6,6 +6,7 @@ import os
 import tempfile
 import threading
 import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -118,24 +119,34 @@ def losses_of(model, x, y):
     return (model(x) - y).square().sum(1)
 
 
-def gradients(group, batch, alpha, reduction):
-    """Of a model in DistributedDataParallel, or whose gradients are added up by hand."""
-    x, y, only_tail = batch
+def gradients(group, batch, way, alpha, reduction):
+    """(value, gradients) of a model in DistributedDataParallel, or that are added up by hand."""
+    x, y, mask = batch
     model = regression()
     run = DistributedDataParallel(model, process_group=group) if reduction == "mean" else model
-    options = {"group": group, "grad_reduction": reduction}
-    if only_tail:
+    options = {"alpha": alpha, "mask": mask, "group": group, "grad_reduction": reduction}
+    fn = partial(losses_of, run)
+    if way == "all rows":
+        value = sqloss.distributed.cvar(fn(x, y), **options)
+        value.backward()
+    elif way == "tail_indices":
         with torch.no_grad():
             losses = losses_of(model, x, y)
-        indices, weights = sqloss.distributed.tail_indices(losses, alpha, **options)
-        loss = (weights * losses_of(run, x[indices], y[indices])).sum()
+        indices, weights = sqloss.distributed.tail_indices(losses, **options)
+        (weights * fn(x[indices], y[indices])).sum().backward()
+        value = sqloss.distributed.cvar(losses, **options)
+    elif way == "tail_loss":
+        value = sqloss.distributed.tail_loss(fn, x, y, **options)
+        value.backward()
     else:
-        loss = sqloss.distributed.cvar(losses_of(run, x, y), alpha, **options)
-    loss.backward()
+        options["chunk_size"] = 5
+        if way == "tail_backward, no_sync" and reduction == "mean":
+            options["no_sync"] = run.no_sync
+        value = sqloss.distributed.tail_backward(fn, x, y, **options)
     for parameter in model.parameters():
         if reduction == "sum":
             dist.all_reduce(parameter.grad, group=group)
-    return [parameter.grad for parameter in model.parameters()]
+    return value.detach(), [parameter.grad for parameter in model.parameters()]
 
 
 def in_threads(count, function):
