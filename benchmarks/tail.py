@@ -219,8 +219,8 @@ def memory_table() -> Iterator[str]:
     prices = list(peaks)[:2]
     yield f"The exact tail of {SAMPLES:,} random images of {' x '.join(map(str, MNIST))} by"
     yield f"`tail_backward`, then Adam, and steps on {CHUNK} of these. The peak of what torch's"
-    yield "allocator holds, with parameters, gradients, Adam's moments and the images of the step but"
-    yield "without the data set:"
+    yield "allocator holds, with parameters, gradients, Adam's moments and the images of the step,"
+    yield "and without the data set:"
     yield ""
     yield f"| step | MB | {' | '.join(f'x {price}' for price in prices)} | bar |"
     yield "|:--|--:|--:|--:|:--|"
