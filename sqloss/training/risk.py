@@ -5,10 +5,13 @@ be trained on any risk: the model never averages, and the risk never knows the m
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from torch import Tensor
 
+from sqloss import distributed
 from sqloss.nn import CVaR
+from sqloss.training import ranks
 
 Risk = Callable[[Tensor], Tensor]
 Objective = Callable[[Mapping[str, Tensor]], Tensor]
@@ -21,6 +24,11 @@ def risk(alpha: float) -> Risk:
     return mean if alpha == 0 else CVaR(alpha)
 
 
+def risk_over_ranks(alpha: float) -> Risk:
+    """The risk of the losses of all ranks, of which each gives its own."""
+    return risk(alpha) if ranks.count() == 1 else partial(distributed.cvar, alpha=alpha)
+
+
 def mean(losses: Tensor) -> Tensor:
     """The literal mean, so that alpha = 0 is bit for bit the plain training."""
     return losses.mean()
@@ -31,18 +39,24 @@ def risk_name(alpha: float) -> str:
     return "mean" if alpha == 0 else f"CVaR {alpha:g}"
 
 
-def vae_objective(alpha: float, tail: str, beta: float, iwae_samples: int) -> Objective:
+def vae_objective(
+    alpha: float,
+    tail: str,
+    beta: float,
+    iwae_samples: int,
+    risk: Callable[[float], Risk] = risk,
+) -> Objective:
     """The objective of a VAE, whose tail is that of the whole bound or of one of its terms.
 
     With iwae_samples > 0 the bound is the importance-weighted one, which has no such terms.
     """
-    risk_of = risk(alpha)
+    risk_of, mean_of = risk(alpha), risk(0.0)
 
     def elbo(losses: Mapping[str, Tensor]) -> Tensor:
         return risk_of(losses["reconstruction"] + beta * losses["kl"])
 
     def reconstruction(losses: Mapping[str, Tensor]) -> Tensor:
-        return risk_of(losses["reconstruction"]) + beta * losses["kl"].mean()
+        return risk_of(losses["reconstruction"]) + beta * mean_of(losses["kl"])
 
     def iw_bound(losses: Mapping[str, Tensor]) -> Tensor:
         return risk_of(losses["negative_iw_bound"])

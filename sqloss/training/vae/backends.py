@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sqloss.models import VAE
+from sqloss.training import ranks
 from sqloss.training.errors import require
 from sqloss.training.vae.config import VAEConfig
 
@@ -14,8 +15,8 @@ from sqloss.training.vae.config import VAEConfig
 class Backend(Protocol):
     """Trains one model, in place."""
 
-    def step(self, x: Tensor, seed: Tensor) -> Tensor | float:
-        """One step on pixels [B, *data_shape]; the objective before it."""
+    def step(self, x: Tensor, seed: Tensor, rows: Tensor) -> Tensor | float:
+        """One step on pixels [B, *data_shape], these rows of a batch; the objective before it."""
 
     def state_dict(self) -> dict[str, Any]:
         """What it keeps from step to step beside the model."""
@@ -23,27 +24,35 @@ class Backend(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class Losses(nn.Module):
+    """The losses of a model, one per sample, that the objectives are of."""
+
+    def __init__(self, model: VAE, iwae_samples: int) -> None:
+        super().__init__()
+        self.model = model
+        self.iwae_samples = iwae_samples
+
+    def forward(self, x: Tensor, seed: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        if self.iwae_samples:
+            bound = self.model.negative_iw_bound(x, seed, self.iwae_samples, rows=rows)
+            return {"negative_iw_bound": bound}
+        return self.model.losses(x, seed, rows=rows)
+
+
 class Torch:
     """Adam on what autograd makes of the model's losses."""
 
     def __init__(self, model: VAE, contender: str, config: VAEConfig) -> None:
-        self.model = model
-        self.iwae_samples = config.iwae_samples
-        self.objective = config.objectives[contender]
+        self.losses = ranks.parallel(Losses(model, config.iwae_samples))
+        self.objective = config.training_objective(contender)
         self.adam = torch.optim.Adam(model.parameters(), config.learning_rate, fused=True)
 
-    def step(self, x: Tensor, seed: Tensor) -> Tensor:
-        loss = self.objective(self.losses(x, seed))
+    def step(self, x: Tensor, seed: Tensor, rows: Tensor) -> Tensor:
+        loss = self.objective(self.losses(x, seed, rows))
         self.adam.zero_grad()
         loss.backward()
         self.adam.step()
         return loss.detach()
-
-    def losses(self, x: Tensor, seed: Tensor) -> dict[str, Tensor]:
-        """The losses, one per sample, that the objectives are of."""
-        if self.iwae_samples:
-            return {"negative_iw_bound": self.model.negative_iw_bound(x, seed, self.iwae_samples)}
-        return self.model.losses(x, seed)
 
     def state_dict(self) -> dict[str, Any]:
         return self.adam.state_dict()
@@ -55,7 +64,8 @@ class Torch:
 class NumPy:
     """SGD on arrays that are the memory of the model's parameters: torch takes no part in it.
 
-    The noise is a function of the step's seed as it is in torch, but has other bits.
+    The noise is a function of the step's seed as it is in torch, but has other bits. There is one
+    rank, which has all rows.
     """
 
     def __init__(self, model: VAE, contender: str, config: VAEConfig) -> None:
@@ -72,7 +82,7 @@ class NumPy:
             "beta": config.beta,
         }
 
-    def step(self, x: Tensor, seed: Tensor) -> float:
+    def step(self, x: Tensor, seed: Tensor, _rows: Tensor) -> float:
         bits = int(seed) % 2**64  # NumPy's seeds have no sign
         return self.train_step(self.parameters, x.flatten(1).numpy(), bits, **self.settings)
 

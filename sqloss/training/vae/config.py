@@ -7,7 +7,13 @@ from typing import ClassVar
 from sqloss.models.vae import ARCHITECTURES, GREATEST_DF, LEAST_DF, PRIORS
 from sqloss.training.config import RunConfig, as_flag, flag, parse_sizes
 from sqloss.training.errors import UserError
-from sqloss.training.risk import TAILS, Objective, objective_name, vae_objective
+from sqloss.training.risk import (
+    TAILS,
+    Objective,
+    objective_name,
+    risk_over_ranks,
+    vae_objective,
+)
 
 DEFAULT_LR = {"torch": 1e-3, "numpy": 1e-2}  # of Adam, and of SGD; the keys are the backends
 SMALLEST_DF = 0.5  # for which the sampling is made
@@ -135,6 +141,10 @@ class VAEConfig(RunConfig):
     def objectives(self) -> dict[str, Objective]:
         """What is measured of every model; that of the tail also where none is trained on it."""
         return {name: vae_objective(alpha, *self._bound) for name, alpha in self.alphas.items()}
+
+    def training_objective(self, contender: str) -> Objective:
+        """That which a contender minimises, of the losses of all ranks."""
+        return vae_objective(self.alphas[contender], *self._bound, risk_over_ranks)
 
     @property
     def objective_names(self) -> dict[str, str]:

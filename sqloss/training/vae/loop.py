@@ -10,6 +10,7 @@ from sqloss.models import VAE
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import initialisation
 from sqloss.student_t import draw_seed
+from sqloss.training import ranks
 from sqloss.training.data import Dataset
 from sqloss.training.loop import Row, Training
 from sqloss.training.vae.backends import BACKENDS
@@ -47,9 +48,10 @@ class VAETraining(Training):
         }
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
-        x, seed = pixels(images), draw_seed(generator=self.noise)
+        part, seed = ranks.part(len(images)), draw_seed(generator=self.noise)
+        x, rows = pixels(images[part]), torch.arange(len(images), device=images.device)[part]
         for name, optimiser in self.optimisers.items():
-            self.objective_sums[name] += optimiser.step(x, seed) * len(x)
+            self.objective_sums[name] += optimiser.step(x, seed, rows) * len(images)
 
     def measure(self, data: Dataset) -> list[Row]:
         return [self._measure(name, data) for name in self.models]
