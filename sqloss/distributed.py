@@ -8,18 +8,23 @@ know that of the threshold. Everything that is added up between ranks is an inte
 result does not depend on an order, or on which rank has which losses.
 """
 
+import contextlib
 import struct
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sqloss._checks import DTYPES
+from sqloss._checks import DTYPES, resolve_tail_fraction
 from sqloss._ops import distributed as _op
 from sqloss.superquantile import checked_arguments
+from sqloss.tail import LossFunction, Selection, Tail, backward_of_tail, loss_of_tail
 
 GRAD_REDUCTIONS = ("mean", "sum")
+FUNCTIONS = ("cvar", "tail_indices", "tail_loss", "tail_backward")  # by which ranks compare theirs
 
 
 def cvar(
@@ -93,11 +98,10 @@ def cvar(
     fraction, weight, mask, _ = checked_arguments(
         function, losses, alpha, tail_fraction, None, weight, mask, may_be_empty=True
     )
-    call = _call(function, group, alpha, tail_fraction, fraction)
-    scale = _scale(call, grad_reduction)
+    call = _call(function, group, alpha, tail_fraction, fraction, grad_reduction)
     losses = _out_of_autocast(losses)
-    tail = _select(call, losses, weight, mask)
-    return _op.with_gradient(tail.value, losses, weight, mask, tail.threshold, tail.counts, scale)
+    value, threshold, counts = _select(call, losses, weight, mask)
+    return _op.with_gradient(value, losses, weight, mask, threshold, counts, call.scale)
 
 
 def tail_indices(
@@ -152,16 +156,174 @@ def tail_indices(
         )
         if losses.dim() != 1:
             raise ValueError(f"{function}: losses: expected shape [N], got {tuple(losses.shape)}")
-        call = _call(function, group, alpha, tail_fraction, fraction)
-        scale = _scale(call, grad_reduction)
+        call = _call(function, group, alpha, tail_fraction, fraction, grad_reduction)
         losses = _out_of_autocast(losses)
-        tail = _select(call, losses, weight, mask)
-        # In double: in half precision the smallest would be 0
-        weights = _op.tail_weights(
-            losses.double(), weight, mask, tail.threshold.double(), tail.counts
+        tail = _rows_of_tail(call, losses, weight, mask)
+        return tail.indices, tail.weights.to(losses.dtype)
+
+
+def tail_loss(
+    fn: LossFunction,
+    *tensors: Tensor,
+    alpha: float | None = None,
+    tail_fraction: float | None = None,
+    mask: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    grad_reduction: str = "mean",
+    check: bool | None = None,
+) -> Tensor:
+    r"""The superquantile of all ranks' losses, with a graph for this rank's rows of its tail alone.
+
+    What :func:`sqloss.tail_loss` is for one process: with :math:`t^r` the tensors of rank r, the
+    value and the gradient of
+
+    .. math::
+        \mathrm{cvar}_\alpha(\mathrm{fn}(t^1_1, t^1_2, \dots), \mathrm{fn}(t^2_1, t^2_2, \dots),
+        \dots)
+
+    by two passes, whose second takes the rows of :func:`tail_indices`. All ranks of the group must
+    call this, with equal ``alpha``; they may have any numbers of rows, also none, in the batch and
+    in the tail. ``fn`` then gets tensors of no rows, with a graph in the second pass: so it runs
+    as often on all ranks, and so does backward, in which DistributedDataParallel and FSDP reduce.
+
+    Args:
+        fn, tensors, alpha, tail_fraction, mask, check: as in :func:`sqloss.tail_loss`. Where one
+            rank's losses differ between its passes, ``check`` is an error on all.
+        group, grad_reduction: as in :func:`cvar`.
+
+    Returns:
+        Tensor: as :func:`cvar`, the same bits on all ranks; the gradient is that of the second
+        pass. Losses that tie with the value-at-risk share its mass evenly, as in :func:`cvar`.
+
+    How many rows a rank has in the tail, and so how long its second pass takes, depends on the
+    losses: batches drawn at random are even, but for sqrt(n). The host waits for the losses. Noise,
+    and what is refused, are as in :func:`sqloss.tail_loss`, for modules within
+    DistributedDataParallel too; forward mode and torch.func are not implemented.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`sqloss.tail_loss` and :func:`cvar`. What
+            ``fn`` raises on one rank alone leaves the others in a collective, that of this
+            function, of ``fn``, or of backward, until the group's time-out.
+
+    Example::
+
+        >>> import tempfile, torch, sqloss
+        >>> torch.distributed.init_process_group(
+        ...     "gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1
+        ... )
+        >>> model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(10, 3))
+        >>> x, y = torch.randn(128, 10), torch.randint(3, (128,))  # of this rank
+        >>> def losses(x, y):
+        ...     return torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+        >>> loss = sqloss.distributed.tail_loss(losses, x, y, alpha=0.8)
+        >>> loss.backward()
+        >>> torch.distributed.destroy_process_group()
+    """
+    selection = _of_all_ranks(
+        "distributed.tail_loss", alpha, tail_fraction, mask, group, grad_reduction
+    )
+    return loss_of_tail(selection, fn, tensors, check)
+
+
+def tail_backward(
+    fn: LossFunction,
+    *tensors: Tensor,
+    alpha: float | None = None,
+    tail_fraction: float | None = None,
+    mask: Tensor | None = None,
+    chunk_size: int,
+    gradient: Tensor | float = 1.0,
+    group: dist.ProcessGroup | None = None,
+    grad_reduction: str = "mean",
+    no_sync: Callable[[], AbstractContextManager[Any]] | None = None,
+    check: bool | None = None,
+) -> Tensor:
+    r"""Backward through the superquantile of all ranks' batches of any size, in chunks.
+
+    What :func:`sqloss.tail_backward` is for one process: adds to the ``grad`` of parameters and
+    other leaves what ``tail_loss(fn, *tensors, ...).backward(gradient)`` would, with no more than
+    ``chunk_size`` rows at once. All ranks run as many chunks as the one that has most, the last of
+    them on tensors of no rows, so that collectives in ``fn`` and in backward find each other: the
+    gathering of parameters by FSDP, or the reduction of their gradients.
+
+    Args:
+        fn, tensors, alpha, tail_fraction, mask, group, grad_reduction, check: as in
+            :func:`tail_loss`.
+        chunk_size, gradient: as in :func:`sqloss.tail_backward`.
+        no_sync: makes the context in which all chunks of the second pass but the last one run: the
+            method of that name of DistributedDataParallel, which then reduces gradients once.
+            ``None``: it reduces them in each chunk, with the same result.
+
+    Returns:
+        Tensor: the value, without a graph; the same bits on all ranks.
+
+    Beside the all-reduces of :func:`cvar` there is one of a number before each pass is cut into
+    chunks, and with ``check`` one after each chunk, for which the host waits. ``fn`` must not close
+    over tensors that have a graph of their own, as in :func:`sqloss.tail_backward`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`tail_loss`; ``chunk_size`` as
+            :func:`sqloss.tail_backward`.
+
+    Example::
+
+        >>> import tempfile, torch, sqloss
+        >>> torch.distributed.init_process_group(
+        ...     "gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1
+        ... )
+        >>> model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(10, 3))
+        >>> x, y = torch.randn(2048, 10), torch.randint(3, (2048,))  # of this rank
+        >>> def losses(x, y):
+        ...     return torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+        >>> loss = sqloss.distributed.tail_backward(
+        ...     losses, x, y, alpha=0.8, chunk_size=128, no_sync=model.no_sync
+        ... )
+        >>> loss.requires_grad, model.module.weight.grad.shape
+        (False, torch.Size([3, 10]))
+        >>> torch.distributed.destroy_process_group()
+    """
+    selection = _of_all_ranks(
+        "distributed.tail_backward", alpha, tail_fraction, mask, group, grad_reduction
+    )
+    return backward_of_tail(
+        selection, fn, tensors, chunk_size, gradient, check, no_sync or contextlib.nullcontext
+    )
+
+
+def _of_all_ranks(
+    function: str,
+    alpha: float | None,
+    tail_fraction: float | None,
+    mask: Tensor | None,
+    group: dist.ProcessGroup | None,
+    grad_reduction: str,
+) -> Selection:
+    fraction = resolve_tail_fraction(function, alpha, tail_fraction)
+    call = _call(function, group, alpha, tail_fraction, fraction, grad_reduction)
+
+    def select(losses: Tensor) -> Tail:
+        _, _, kept, _ = checked_arguments(
+            function, losses, None, fraction, None, None, mask, may_be_empty=True
         )
-        indices = weights.nonzero().squeeze(1)
-        return indices, (weights[indices] * scale).to(losses.dtype)
+        return _rows_of_tail(call, _out_of_autocast(losses), None, kept)
+
+    def most(number: int, device: torch.device) -> int:
+        numbers = torch.tensor([number], device=device)
+        _all_reduce(call, numbers, dist.ReduceOp.MAX)
+        return int(numbers.item())
+
+    return Selection(function, select, most, of_ranks=True)
+
+
+def _rows_of_tail(
+    call: "_Call", losses: Tensor, weight: Tensor | None, mask: Tensor | None
+) -> Tail:
+    """This rank's rows of the tail of all ranks, their weights times the scale."""
+    value, threshold, counts = _select(call, losses, weight, mask)
+    # In double: in half precision the smallest would be 0
+    weights = _op.tail_weights(losses.double(), weight, mask, threshold.double(), counts)
+    indices = weights.nonzero().squeeze(1)
+    return Tail(value, indices, weights[indices] * call.scale)
 
 
 class _Call(NamedTuple):
@@ -173,21 +335,12 @@ class _Call(NamedTuple):
     ranks: int
     given: str  # alpha=0.8
     fraction: float
+    grad_reduction: str
 
-
-class _Tail(NamedTuple):
-    value: Tensor
-    threshold: Tensor
-    counts: Tensor  # of csrc/superquantile/superquantile.h
-
-
-def _scale(call: _Call, grad_reduction: str) -> int:
-    if grad_reduction not in GRAD_REDUCTIONS:
-        raise ValueError(
-            f"{call.function}: grad_reduction: expected one of {GRAD_REDUCTIONS}, got "
-            f"{grad_reduction!r}"
-        )
-    return call.ranks if grad_reduction == "mean" else 1
+    @property
+    def scale(self) -> int:
+        """Of the gradient."""
+        return self.ranks if self.grad_reduction == "mean" else 1
 
 
 def _out_of_autocast(losses: Tensor) -> Tensor:
@@ -205,7 +358,12 @@ def _call(
     alpha: float | None,
     tail_fraction: float | None,
     fraction: float,
+    grad_reduction: str,
 ) -> _Call:
+    if grad_reduction not in GRAD_REDUCTIONS:
+        raise ValueError(
+            f"{function}: grad_reduction: expected one of {GRAD_REDUCTIONS}, got {grad_reduction!r}"
+        )
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
             f"{function}: group: expected torch.distributed to be initialised "
@@ -215,49 +373,63 @@ def _call(
     if rank < 0:
         raise ValueError(f"{function}: group: expected one of which this rank is, got {group}")
     given = f"tail_fraction={tail_fraction}" if alpha is None else f"alpha={alpha}"
-    return _Call(function, group, rank, dist.get_world_size(group), given, fraction)
+    ranks = dist.get_world_size(group)
+    return _Call(function, group, rank, ranks, given, fraction, grad_reduction)
 
 
-def _select(call: _Call, losses: Tensor, weight: Tensor | None, mask: Tensor | None) -> _Tail:
-    """The tail of all ranks' losses."""
+def _select(
+    call: _Call, losses: Tensor, weight: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value, threshold and counts (of csrc/superquantile/superquantile.h) of all ranks' losses."""
     bits = struct.unpack("4H", struct.pack("d", call.fraction))
-    config = sum(call.function.encode()), DTYPES.index(losses.dtype), int(weight is not None), *bits
+    config = (
+        FUNCTIONS.index(call.function.removeprefix("distributed.")),
+        DTYPES.index(losses.dtype),
+        int(weight is not None),
+        GRAD_REDUCTIONS.index(call.grad_reduction),
+        *bits,
+    )
 
     def all_reduce(sums: Tensor) -> None:
-        try:
-            dist.all_reduce(sums, group=call.group)
-        except RuntimeError as error:
-            raise type(error)(
-                f"{call.function}: expected all {call.ranks} ranks of the group to call it, but "
-                f"torch.distributed.all_reduce failed on rank {call.rank}: {error}"
-            ) from error
+        _all_reduce(call, sums, dist.ReduceOp.SUM)
 
     def check(equal: Tensor) -> None:
         if equal.device.type != "cpu":
-            for i, what in enumerate(("the function", "losses", "weight")):
-                torch._assert_async(equal[i], f"{call.function}: {what}: {_SAME}")
-            torch._assert_async(equal[3:].all(), f"{call.function}: alpha, tail_fraction: {_SAME}")
+            for i, what in enumerate(_COMPARED):
+                agree = equal[i:].all() if what == _COMPARED[-1] else equal[i]
+                torch._assert_async(agree, f"{call.function}: {what}: {_SAME}")
         elif not equal.all():
             raise _disagreement(call, losses, weight)
 
-    return _Tail(
-        *_op.distributed_superquantile(
-            losses.detach(), call.fraction, weight, mask, config, call.ranks, all_reduce, check
-        )
+    return _op.distributed_superquantile(
+        losses.detach(), call.fraction, weight, mask, config, call.ranks, all_reduce, check
     )
 
 
+def _all_reduce(call: _Call, tensor: Tensor, operation: "dist.ReduceOp.RedOpType") -> None:
+    try:
+        dist.all_reduce(tensor, operation, group=call.group)
+    except RuntimeError as error:
+        raise type(error)(
+            f"{call.function}: expected all {call.ranks} ranks of the group to call it, but "
+            f"torch.distributed.all_reduce failed on rank {call.rank}: {error}"
+        ) from error
+
+
+_COMPARED = "the function", "losses", "weight", "grad_reduction", "alpha, tail_fraction"
 _SAME = "expected the same on all ranks"
 
 
 def _disagreement(call: _Call, losses: Tensor, weight: Tensor | None) -> ValueError:
     """What the ranks do not agree about, once all know that there is something."""
-    own = {
-        "the function": call.function,
-        "losses": str(losses.dtype),
-        "weight": "none" if weight is None else "a tensor",
-        "alpha, tail_fraction": call.given,
-    }
+    given = (
+        call.function,
+        str(losses.dtype),
+        "none" if weight is None else "a tensor",
+        call.grad_reduction,
+        call.given,
+    )
+    own = dict(zip(_COMPARED, given, strict=True))
     of_ranks: list[Any] = [None] * call.ranks
     dist.all_gather_object(of_ranks, own, group=call.group)
     differences = []

@@ -11,6 +11,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import CellType, FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -29,10 +30,21 @@ from sqloss.superquantile import checked_arguments
 LossFunction = Callable[..., Tensor]
 
 
-class _Tail(NamedTuple):
+class Tail(NamedTuple):
+    """The rows of this process in the tail; of its weights, the superquantile's gradient."""
+
     value: Tensor  # the superquantile
     indices: Tensor
     weights: Tensor  # in float64
+
+
+class Selection(NamedTuple):
+    """How the two passes find the tail: among this process's losses, or those of all ranks."""
+
+    function: str
+    select: Callable[[Tensor], Tail]  # from the losses [N] of this process
+    most: Callable[[int, torch.device], int]  # of the numbers of all ranks, agreed on a device
+    of_ranks: bool  # so that this one may have no rows, and derivatives are sums over ranks
 
 
 def tail_indices(
@@ -169,16 +181,8 @@ def tail_loss(
         >>> loss = sqloss.tail_loss(losses, x, torch.arange(128), alpha=0.8)
         >>> loss.backward()
     """
-    name = "tail_loss"
-    losses, tail = _tail_of(name, fn, tensors, alpha, tail_fraction, mask, None)
-    if not torch.is_grad_enabled():
-        return tail.value
-    again = _losses_of(name, fn, [_rows(t, tail.indices) for t in tensors], len(tail.indices))
-    if _is_checked(check, losses):
-        _check_same(name, again.detach(), losses[tail.indices])
-    function = _WithGradient if is_compiling() else _WithTangent
-    loss: Tensor = function.apply(tail.value, again, tail.weights)
-    return loss
+    selection = _of_this_process("tail_loss", alpha, tail_fraction, mask)
+    return loss_of_tail(selection, fn, tensors, check)
 
 
 def tail_backward(
@@ -231,39 +235,25 @@ def tail_backward(
         >>> loss.requires_grad, model.weight.grad.shape
         (False, torch.Size([3, 10]))
     """
-    name = "tail_backward"
-    _check_chunk_size(name, chunk_size)
-    losses, (value, indices, weights) = _tail_of(
-        name, fn, tensors, alpha, tail_fraction, mask, chunk_size
+    selection = _of_this_process("tail_backward", alpha, tail_fraction, mask)
+    return backward_of_tail(
+        selection, fn, tensors, chunk_size, gradient, check, contextlib.nullcontext
     )
-    weights = torch.where(weights > 0, weights * gradient, 0.0).to(losses.dtype)
-    losses = losses[indices]  # the others make room
-    with torch.enable_grad():
-        # Once: from each chunk they would get a gradient of the size of the tensor
-        taken = {i: _rows(t, indices) for i, t in enumerate(tensors) if t.requires_grad}
-    gradients = {i: torch.empty_like(rows) for i, rows in taken.items()}
-
-    for start in range(0, len(indices), chunk_size):
-        part = slice(start, start + chunk_size)
-        rows = [
-            taken[i].detach()[part].requires_grad_() if i in taken else _rows(t, indices[part])
-            for i, t in enumerate(tensors)
-        ]
-        with torch.enable_grad():
-            again = _losses_of(name, fn, rows, len(rows[0]))
-        if _is_checked(check, losses):
-            _check_same(name, again.detach(), losses[part])
-        again.backward(weights[part])
-        for i, of_tail in gradients.items():
-            of_part = rows[i].grad
-            of_tail[part] = 0.0 if of_part is None else of_part
-        del rows, again  # before there are those of the next chunk
-    if taken:
-        torch.autograd.backward(list(taken.values()), list(gradients.values()))
-    return value
 
 
-def _select(losses: Tensor, fraction: float, mask: Tensor | None) -> _Tail:
+def _of_this_process(
+    function: str, alpha: float | None, tail_fraction: float | None, mask: Tensor | None
+) -> Selection:
+    fraction = resolve_tail_fraction(function, alpha, tail_fraction)
+
+    def select(losses: Tensor) -> Tail:
+        _, _, kept, _ = checked_arguments(function, losses, None, fraction, None, None, mask)
+        return _select(losses, fraction, kept)
+
+    return Selection(function, select, lambda number, _device: number, of_ranks=False)
+
+
+def _select(losses: Tensor, fraction: float, mask: Tensor | None) -> Tail:
     """The tail of losses [N], of which there are as many as the mask says."""
     half = losses.dtype in (torch.float16, torch.bfloat16)
     if half and torch.is_autocast_enabled(losses.device.type):
@@ -289,7 +279,7 @@ def _select(losses: Tensor, fraction: float, mask: Tensor | None) -> _Tail:
         is_tail = torch.arange(size, device=losses.device) < wanted
         indices = torch.where(is_tail, indices, indices[0])
         weights = torch.where(is_tail, weights, 0.0)
-    return _Tail(value, indices, weights)
+    return Tail(value, indices, weights)
 
 
 class _WithGradient(torch.autograd.Function):
@@ -326,29 +316,96 @@ class _WithTangent(_WithGradient):
 # --- the two passes -------------------------------------------------------------------------------
 
 
-def _tail_of(
-    function: str,
+def loss_of_tail(
+    selection: Selection, fn: LossFunction, tensors: tuple[Tensor, ...], check: bool | None
+) -> Tensor:
+    """tail_loss, of the tail that the selection finds."""
+    losses, tail = _tail_of(selection, fn, tensors, None)
+    if not torch.is_grad_enabled():
+        return tail.value
+    rows = [_rows(t, tail.indices) for t in tensors]
+    again = _losses_of(selection.function, fn, rows, len(tail.indices))
+    if _is_checked(check, losses):
+        _check_same(selection, again.detach(), losses[tail.indices], tail.value)
+    function = _WithGradient if is_compiling() or selection.of_ranks else _WithTangent
+    loss: Tensor = function.apply(tail.value, again, tail.weights)
+    return loss
+
+
+def backward_of_tail(
+    selection: Selection,
     fn: LossFunction,
     tensors: tuple[Tensor, ...],
-    alpha: float | None,
-    tail_fraction: float | None,
-    mask: Tensor | None,
-    chunk_size: int | None,
-) -> tuple[Tensor, _Tail]:
+    chunk_size: int,
+    gradient: Tensor | float,
+    check: bool | None,
+    no_sync: Callable[[], AbstractContextManager[Any]],
+) -> Tensor:
+    """tail_backward, of the tail that the selection finds; the last chunk not under no_sync."""
+    _check_chunk_size(selection.function, chunk_size)
+    losses, (value, indices, weights) = _tail_of(selection, fn, tensors, chunk_size)
+    weights = torch.where(weights > 0, weights * gradient, 0.0).to(losses.dtype)
+    losses = losses[indices]  # the others make room
+    with torch.enable_grad():
+        # Once: from each chunk they would get a gradient of the size of the tensor
+        taken = {i: _rows(t, indices) for i, t in enumerate(tensors) if t.requires_grad}
+    gradients = {i: torch.empty_like(rows) for i, rows in taken.items()}
+
+    chunks = selection.most(_number_of_chunks(len(indices), chunk_size), losses.device)
+    for chunk in range(chunks):
+        part = slice(chunk * chunk_size, (chunk + 1) * chunk_size)
+        rows = [
+            taken[i].detach()[part].requires_grad_() if i in taken else _rows(t, indices[part])
+            for i, t in enumerate(tensors)
+        ]
+        with no_sync() if chunk + 1 < chunks else contextlib.nullcontext():
+            with torch.enable_grad():
+                again = _losses_of(selection.function, fn, rows, len(rows[0]))
+            if _is_checked(check, losses):
+                _check_same(selection, again.detach(), losses[part], value)
+            again.backward(weights[part])
+        for i, of_tail in gradients.items():
+            of_part = rows[i].grad
+            of_tail[part] = 0.0 if of_part is None else of_part
+        del rows, again  # before there are those of the next chunk
+    if taken:
+        torch.autograd.backward(list(taken.values()), list(gradients.values()))
+    return value
+
+
+def _tail_of(
+    selection: Selection, fn: LossFunction, tensors: tuple[Tensor, ...], chunk_size: int | None
+) -> tuple[Tensor, Tail]:
     """The losses of all rows and their tail, from a pass without a graph."""
-    fraction = resolve_tail_fraction(function, alpha, tail_fraction)
-    n = _number_of_rows(function, fn, tensors)
+    function = selection.function
+    n = _number_of_rows(function, fn, tensors, selection.of_ranks)
     with torch.no_grad():
         with _refuses_coupling(function, fn), _refuses_random_numbers(function, tensors):
-            if chunk_size is None or n <= chunk_size:
+            if chunk_size is None:
                 losses = _losses_of(function, fn, tensors, n)
             else:
-                parts = zip(*(t.split(chunk_size) for t in tensors), strict=True)
-                losses = torch.cat([_losses_of(function, fn, p, len(p[0])) for p in parts])
+                losses = _losses_in_chunks(selection, fn, tensors, n, chunk_size)
         # Weights that autocast has cast here would have no graph in the second pass
         torch.clear_autocast_cache()
-        arguments = checked_arguments(function, losses, None, fraction, None, None, mask)
-        return losses, _select(losses, fraction, arguments[2])
+        return losses, selection.select(losses)
+
+
+def _losses_in_chunks(
+    selection: Selection, fn: LossFunction, tensors: tuple[Tensor, ...], n: int, chunk_size: int
+) -> Tensor:
+    """Of all ranks as many chunks, the last of them without rows: fn may run collectives."""
+
+    def losses_of(chunk: int) -> Tensor:
+        rows = [t[chunk * chunk_size : (chunk + 1) * chunk_size] for t in tensors]
+        return _losses_of(selection.function, fn, rows, len(rows[0]))
+
+    first = losses_of(0)
+    chunks = selection.most(_number_of_chunks(n, chunk_size), first.device)
+    return torch.cat([first, *map(losses_of, range(1, chunks))]) if chunks > 1 else first
+
+
+def _number_of_chunks(n: int, chunk_size: int) -> int:
+    return max(math.ceil(n / chunk_size), 1)
 
 
 def _losses_of(function: str, fn: LossFunction, rows: Sequence[Tensor], n: int) -> Tensor:
@@ -373,7 +430,9 @@ def _rows(tensor: Tensor, indices: Tensor) -> Tensor:
 # --- what is refused ------------------------------------------------------------------------------
 
 
-def _number_of_rows(function: str, fn: object, tensors: tuple[object, ...]) -> int:
+def _number_of_rows(
+    function: str, fn: object, tensors: tuple[object, ...], may_be_none: bool
+) -> int:
     """How many rows each of the tensors has."""
     if not callable(fn):
         raise TypeError(f"{function}: fn: expected a callable, got {type(fn).__name__}")
@@ -390,7 +449,7 @@ def _number_of_rows(function: str, fn: object, tensors: tuple[object, ...]) -> i
             f"{', '.join(map(str, shapes))}"
         )
     n: int = shapes[0][0]
-    if n == 0:
+    if n == 0 and not may_be_none:
         raise ValueError(f"{function}: tensors: expected at least one row, got shapes {shapes}")
     return n
 
@@ -408,17 +467,26 @@ def _is_checked(check: bool | None, losses: Tensor) -> bool:
     return check
 
 
-def _check_same(function: str, again: Tensor, first: Tensor) -> None:
-    """That the losses of rows do not depend on what other rows there are."""
+def _check_same(selection: Selection, again: Tensor, first: Tensor, value: Tensor) -> None:
+    """That the losses of rows do not depend on what other rows there are, on all ranks."""
     same = (again == first) | (again.isnan() & first.isnan())
     difference = torch.where(same, 0.0, (again.double() - first.double()).abs())
-    largest = first.double().abs().nan_to_num(0.0, 0.0, 0.0).max()
+    # This rank's may all be close to 0
+    of_all = torch.cat([first.double(), value.detach().double()[None]])
+    largest = of_all.abs().nan_to_num(0.0, 0.0, 0.0).max()
     tolerance = max(0.01, 4 * torch.finfo(first.dtype).eps)
-    if not (difference <= tolerance * largest).all():
+    differs = not (difference <= tolerance * largest).all()
+    if selection.most(differs, first.device):
+        got = (
+            f"losses of the tail that differ by up to {difference.max():.3g}, where the largest is "
+            f"{largest:.3g}"
+            if differs
+            else "losses of the tail that differ on another rank"
+        )
         raise ValueError(
-            f"{function}: fn: expected the same loss of a row without the other rows (its noise a "
-            f"tensor or drawn by the row's number, no dependence on the batch), got losses of the "
-            f"tail that differ by up to {difference.max():.3g}, where the largest is {largest:.3g}"
+            f"{selection.function}: fn: expected the same loss of a row without the other rows "
+            f"(its noise a tensor or drawn by the row's number, no dependence on the batch), got "
+            f"{got}"
         )
 
 

@@ -6,6 +6,7 @@ import os
 import tempfile
 import threading
 import traceback
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,10 @@ LATE = datetime.timedelta(seconds=1)
 
 
 class Ranks:
-    """Processes that wait for functions to run; of the first of them there is a group each."""
+    """Processes that wait for functions to run; of so many of them there is a group each.
+
+    Where there are to be no groups the functions make their own.
+    """
 
     def __init__(self, size, groups):
         CONTEXT.set_forkserver_preload(["sqloss", "torch._dynamo"])  # once, not by each
@@ -59,24 +63,29 @@ GROUPS = {}
 
 def serve(pipe, rank, size, groups, folder):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{Path(folder, 'store')}", rank=rank, world_size=size
-    )
-    for count in groups:
-        GROUPS[count] = dist.new_group(range(count))
-    GROUPS["late"] = dist.new_group(range(2), timeout=LATE)
+    if groups:
+        join(rank, size, groups, folder)
     while True:
         try:
             function, count, of_rank, arguments = pipe.recv()
         except EOFError:  # the tests are done
             os._exit(0)
         try:
-            result = function(GROUPS[count], of_rank, *arguments)
+            result = function(GROUPS.get(count), of_rank, *arguments)
         except AssertionError:
             result = traceback.format_exc()
         except Exception as error:
             result = error
         pipe.send(result)
+
+
+def join(rank, size, groups, folder):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{Path(folder, 'store')}", rank=rank, world_size=size
+    )
+    for count in groups:
+        GROUPS[count] = dist.new_group(range(count))
+    GROUPS["late"] = dist.new_group(range(2), timeout=LATE)
 
 
 def tails(group, shards, calls):
@@ -118,24 +127,34 @@ def losses_of(model, x, y):
     return (model(x) - y).square().sum(1)
 
 
-def gradients(group, batch, alpha, reduction):
-    """Of a model in DistributedDataParallel, or whose gradients are added up by hand."""
-    x, y, only_tail = batch
+def gradients(group, batch, way, alpha, reduction):
+    """(value, gradients) of a model in DistributedDataParallel, or that are added up by hand."""
+    x, y, mask = batch
     model = regression()
     run = DistributedDataParallel(model, process_group=group) if reduction == "mean" else model
-    options = {"group": group, "grad_reduction": reduction}
-    if only_tail:
+    options = {"alpha": alpha, "mask": mask, "group": group, "grad_reduction": reduction}
+    fn = partial(losses_of, run)
+    if way == "all rows":
+        value = sqloss.distributed.cvar(fn(x, y), **options)
+        value.backward()
+    elif way == "tail_indices":
         with torch.no_grad():
             losses = losses_of(model, x, y)
-        indices, weights = sqloss.distributed.tail_indices(losses, alpha, **options)
-        loss = (weights * losses_of(run, x[indices], y[indices])).sum()
+        indices, weights = sqloss.distributed.tail_indices(losses, **options)
+        (weights * fn(x[indices], y[indices])).sum().backward()
+        value = sqloss.distributed.cvar(losses, **options)
+    elif way == "tail_loss":
+        value = sqloss.distributed.tail_loss(fn, x, y, **options)
+        value.backward()
     else:
-        loss = sqloss.distributed.cvar(losses_of(run, x, y), alpha, **options)
-    loss.backward()
+        options["chunk_size"] = 5
+        if way == "tail_backward, no_sync" and reduction == "mean":
+            options["no_sync"] = run.no_sync
+        value = sqloss.distributed.tail_backward(fn, x, y, **options)
     for parameter in model.parameters():
         if reduction == "sum":
             dist.all_reduce(parameter.grad, group=group)
-    return [parameter.grad for parameter in model.parameters()]
+    return value.detach(), [parameter.grad for parameter in model.parameters()]
 
 
 def in_threads(count, function):

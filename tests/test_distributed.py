@@ -105,22 +105,29 @@ def test_it_is_the_tail_of_all_losses(ranks, count):
         assert (torch.cat(weights) > 0).all()
 
 
+WAYS = ["all rows", "tail_indices", "tail_loss", "tail_backward", "tail_backward, no_sync"]
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("only_tail", [False, True])
-def test_gradients_of_parameters_are_those_of_one_process(ranks, reduction, only_tail):
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_of_parameters_are_those_of_one_process(ranks, reduction, way):
     x, y = torch.randn(60, 4).double(), torch.randn(60, 2).double()
     order = on_ranks.losses_of(on_ranks.regression(), x, y).argsort()
-    for rows, sizes in (  # of the tail of 12 rows: some, all and none
-        (torch.arange(60), [30, 30]),
-        (torch.arange(60), [13, 40, 7]),
-        (order, [40, 20]),
+    some, last = torch.rand(60) < 0.7, torch.arange(60) >= 40
+    for rows, sizes, mask in (  # of the tail of 12 rows: some, all and none
+        (torch.arange(60), [30, 30], None),
+        (torch.arange(60), [13, 40, 7], some),
+        (order, [40, 20], None),
+        (torch.arange(60), [60, 0], None),
+        (torch.arange(60), [40, 0, 20], last),
     ):
         model = on_ranks.regression()
-        sqloss.cvar(on_ranks.losses_of(model, x[rows], y[rows]), 0.8).backward()
-        expected = [parameter.grad for parameter in model.parameters()]
-        batches = zip(x[rows].split(sizes), y[rows].split(sizes), strict=True)
-        of_ranks = [(*batch, only_tail) for batch in batches]
-        for got in ranks.run(on_ranks.gradients, of_ranks, 0.8, reduction):
+        value = sqloss.cvar(on_ranks.losses_of(model, x[rows], y[rows]), 0.8, mask=mask)
+        value.backward()
+        expected = value.detach(), [parameter.grad for parameter in model.parameters()]
+        masks = [None] * len(sizes) if mask is None else mask.split(sizes)
+        of_ranks = list(zip(x[rows].split(sizes), y[rows].split(sizes), masks, strict=True))
+        for got in ranks.run(on_ranks.gradients, of_ranks, way, 0.8, reduction):
             torch.testing.assert_close(got, expected, **EXACT)
 
 
@@ -155,6 +162,10 @@ def differing(**of_second):
         (
             {"weight": torch.ones(9)},
             "weight: expected the same on all ranks, got none on rank 0, 2, a tensor on rank 1",
+        ),
+        (
+            {"grad_reduction": "sum"},
+            "grad_reduction: expected the same on all ranks, got mean on rank 0, 2, sum on rank 1",
         ),
         (
             {"function": "tail_indices"},

@@ -12,12 +12,15 @@ import datetime
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from sqloss.training.config import RunConfig
@@ -58,7 +61,7 @@ def is_joined() -> bool:
 class _Untold:
     """Why this rank ends, where that is for the first one to tell."""
 
-    def __init__(self, store: dist.Store) -> None:
+    def __init__(self, store: Store) -> None:
         self.store = store
         self.lines: list[str] = []
 
@@ -93,7 +96,7 @@ def joined() -> Iterator[None]:
     if not all(name in os.environ for name in GIVEN) or int(os.environ["WORLD_SIZE"]) == 1:
         yield
         return
-    store, rank, size = next(dist.rendezvous("env://"))
+    store, rank, size = next(rendezvous("env://"))
     with_gpu = torch.cuda.is_available() and dist.is_nccl_available()
     if with_gpu and local() < torch.cuda.device_count():
         torch.cuda.set_device(local())  # what the device "cuda" is
@@ -158,13 +161,14 @@ def of_first(function: Callable[[], Result]) -> Result:
     if is_first():
         try:
             outcome[0] = function()
-        except UserError as error:
-            outcome[1] = error
+        except UserError as refusal:
+            outcome[1] = refusal
     dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+    result: Result
     result, error = outcome
     if error is not None:
         raise error
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def in_turns(function: Callable[[], Result]) -> Result:
@@ -247,6 +251,8 @@ def whole(values: Tensor, size: int) -> Tensor:
 
 def summed(values: Tensor) -> Tensor:
     """The sum over the ranks, with its gradient in the values of each."""
+    if count() == 1:
+        return values
     total: Tensor = _Sum.apply(values)
     return total
 
@@ -267,4 +273,14 @@ def parallel(module: nn.Module) -> nn.Module:
     """The module, whose gradients become the means of those of all ranks."""
     if count() == 1:
         return module
-    return DistributedDataParallel(module, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        # From torch 2.14 on it has another name, which torch 2.11 does not know.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def no_sync(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Where gradients of ``parallel`` modules are kept for the next backward pass to reduce."""
+    if isinstance(module, DistributedDataParallel):
+        return module.no_sync()
+    return contextlib.nullcontext()

@@ -24,22 +24,27 @@ class BatchNorm2d(nn.BatchNorm2d):
         if not self.training or ranks.count() == 1:
             return super().forward(x)
         self._check_input_dim(x)
-        values_each = x.new_tensor([x.numel() / self.num_features], dtype=torch.float64)
-        sums = torch.cat([x.sum((0, 2, 3), dtype=torch.float64), values_each])
-        sums = ranks.summed(sums)
-        count = sums[-1]
-        mean = (sums[:-1] / count).to(x.dtype)
-        centred = x - mean[:, None, None]
-        variance = ranks.summed(centred.square().sum((0, 2, 3), dtype=torch.float64)) / count
+        assert self.running_mean is not None
+        # Near 0, so that squares lose nothing; a copy, as the average moves before backward.
+        origin = self.running_mean.clone()[:, None, None]
+        x = x - origin
+        count = x.new_tensor([x.numel() / self.num_features], dtype=torch.float64)
+        sums = (each.sum((0, 2, 3), dtype=torch.float64) for each in (x, x.square()))
+        *moments, count = ranks.summed(torch.cat([*sums, count])).split(self.num_features)
+        mean, square = (moment / count for moment in moments)
+        variance = square - mean.square()
         self._track(mean, variance * count / (count - 1))
         scale = self.weight * (variance + self.eps).rsqrt().to(x.dtype)
+        centred = x - mean.to(x.dtype)[:, None, None]
         return torch.addcmul(self.bias[:, None, None], centred, scale[:, None, None])
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
         self.num_batches_tracked += 1
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance.to(mean.dtype), self.momentum)
+        self.running_mean += self.momentum * mean  # which is the distance from it
+        self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
 
 
 def over_ranks(model: Model) -> Model:

@@ -329,8 +329,9 @@ def moving_average(generator: Generator, decay: float) -> AveragedModel:
 
 def own_part(drawn: Drawn) -> Drawn:
     """Of what is drawn for a batch this rank's part."""
-    parts = (each if each is None else each[ranks.part(len(each))] for each in drawn)
-    return drawn._make(parts)
+    part = ranks.part(len(drawn[0]))
+    parts = {name: each[part] for name, each in drawn._asdict().items() if each is not None}
+    return drawn._replace(**parts)
 
 
 def spread(images: Tensor, size: int) -> Tensor:
@@ -340,5 +341,7 @@ def spread(images: Tensor, size: int) -> Tensor:
     """
     if ranks.count() == 1:
         return images.std(0, correction=0).mean()
-    mean = ranks.summed(images.sum(0)) / size
-    return (ranks.summed((images - mean).square().sum(0)) / size).sqrt().mean()
+    wide = images.double()
+    mean, square = ranks.summed(torch.stack([wide.sum(0), wide.square().sum(0)])) / size
+    spreads: Tensor = (square - mean.square()).clamp_min(0).sqrt()
+    return spreads.mean().to(images.dtype)
