@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -68,10 +69,10 @@ class _Untold:
     def is_told(self) -> bool:
         try:
             self.store.wait([TOLD], PATIENCE)
-        except dist.DistStoreError:
-            return False
-        except RuntimeError:  # the first rank kept the store, and has left
+        except dist.DistNetworkError:  # the first rank kept the store, and has left
             return True
+        except RuntimeError:  # of each kind of store its own: nobody has told it in this time
+            return False
         return True
 
     def tell(self) -> None:
@@ -109,6 +110,8 @@ def joined() -> Iterator[None]:
         if is_joined():
             if not is_first() and not _untold.is_told():
                 _untold.tell()
+            # From now on torchrun may end this rank because others have ended: it does so itself.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             _untold.told()
             dist.destroy_process_group()
         _untold = None
@@ -250,23 +253,12 @@ def whole(values: Tensor, size: int) -> Tensor:
 
 
 def summed(values: Tensor) -> Tensor:
-    """The sum over the ranks, with its gradient in the values of each."""
+    """The sum over the ranks; without a gradient."""
     if count() == 1:
         return values
-    total: Tensor = _Sum.apply(values)
+    total = values.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
     return total
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(_ctx: Any, values: Tensor) -> Tensor:
-        total = values.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
-        return summed(gradient)
 
 
 def parallel(module: nn.Module) -> nn.Module:
