@@ -67,6 +67,7 @@ def distributed_superquantile(
     mask: Tensor | None,
     config: Sequence[int],
     ranks: int,
+    scale: int,
     all_reduce: Callable[[Tensor], None],
     disagree: Callable[[Tensor], None],
 ) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -77,7 +78,6 @@ def distributed_superquantile_with_gradient(
     mask: Tensor | None,
     threshold: Tensor,
     counts: Tensor,
-    scale: int,
 ) -> Tensor: ...
 def draw_seed(generator: torch.Generator | None, device: torch.device) -> Tensor: ...
 def student_t_rsample_kl(

@@ -10,7 +10,7 @@ result does not depend on an order, or on which rank has which losses.
 
 import contextlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -101,7 +101,7 @@ def cvar(
     call = _call(function, group, alpha, tail_fraction, fraction, grad_reduction)
     losses = _out_of_autocast(losses)
     value, threshold, counts = _select(call, losses, weight, mask)
-    return _op.with_gradient(value, losses, weight, mask, threshold, counts, call.scale)
+    return _op.with_gradient(value, losses, weight, mask, threshold, counts)
 
 
 def tail_indices(
@@ -187,8 +187,7 @@ def tail_loss(
     as often on all ranks, and so does backward, in which DistributedDataParallel and FSDP reduce.
 
     Args:
-        fn, tensors, alpha, tail_fraction, mask, check: as in :func:`sqloss.tail_loss`. Where one
-            rank's losses differ between its passes, ``check`` is an error on all.
+        fn, tensors, alpha, tail_fraction, mask, check: as in :func:`sqloss.tail_loss`.
         group, grad_reduction: as in :func:`cvar`.
 
     Returns:
@@ -196,14 +195,17 @@ def tail_loss(
         pass. Losses that tie with the value-at-risk share its mass evenly, as in :func:`cvar`.
 
     How many rows a rank has in the tail, and so how long its second pass takes, depends on the
-    losses: batches drawn at random are even, but for sqrt(n). The host waits for the losses. Noise,
+    losses: batches drawn at random are even, but for sqrt(n). The host waits for the losses. Beside
+    the all-reduces of :func:`cvar` there is one of a number after the first pass, and with
+    ``check`` one after the second, by which ranks tell each other of errors. Noise,
     and what is refused, are as in :func:`sqloss.tail_loss`, for modules within
     DistributedDataParallel too; forward mode and torch.func are not implemented.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`sqloss.tail_loss` and :func:`cvar`. What
-            ``fn`` raises on one rank alone leaves the others in a collective, that of this
-            function, of ``fn``, or of backward, until the group's time-out.
+        TypeError, ValueError, RuntimeError: as :func:`sqloss.tail_loss` and :func:`cvar`.
+        RuntimeError: on the other ranks, where ``fn`` raised an error on one of them in the first
+            pass or, with ``check``, in the second. (Without, and where ``fn`` runs collectives
+            itself, the others wait in theirs until the group's time-out.)
 
     Example::
 
@@ -257,8 +259,8 @@ def tail_backward(
     Returns:
         Tensor: the value, without a graph; the same bits on all ranks.
 
-    Beside the all-reduces of :func:`cvar` there is one of a number before each pass is cut into
-    chunks, and with ``check`` one after each chunk, for which the host waits. ``fn`` must not close
+    Beside the all-reduces of :func:`tail_loss` there is one of a number before each pass is cut
+    into chunks. ``fn`` must not close
     over tensors that have a graph of their own, as in :func:`sqloss.tail_backward`.
 
     Raises:
@@ -307,23 +309,40 @@ def _of_all_ranks(
         )
         return _rows_of_tail(call, _out_of_autocast(losses), None, kept)
 
-    def most(number: int, device: torch.device) -> int:
+    # Of a device that the group has collectives for, if it can be without a wait for that
+    devices = [each.partition(":")[0] for each in dist.get_backend_config(group).split(",")]
+    device = "cpu" if "cpu" in devices else devices[0]
+
+    def most(number: int) -> int:
         numbers = torch.tensor([number], device=device)
         _all_reduce(call, numbers, dist.ReduceOp.MAX)
         return int(numbers.item())
 
-    return Selection(function, select, most, of_ranks=True)
+    @contextlib.contextmanager
+    def together() -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            most(call.rank + 1)
+            raise
+        failed = most(0)
+        if failed:
+            raise RuntimeError(
+                f"{function}: fn: expected no error on any rank, got one on rank {failed - 1}"
+            )
+
+    return Selection(function, select, most, together, of_ranks=True)
 
 
 def _rows_of_tail(
     call: "_Call", losses: Tensor, weight: Tensor | None, mask: Tensor | None
 ) -> Tail:
-    """This rank's rows of the tail of all ranks, their weights times the scale."""
+    """This rank's rows of the tail of all ranks."""
     value, threshold, counts = _select(call, losses, weight, mask)
     # In double: in half precision the smallest would be 0
     weights = _op.tail_weights(losses.double(), weight, mask, threshold.double(), counts)
     indices = weights.nonzero().squeeze(1)
-    return Tail(value, indices, weights[indices] * call.scale)
+    return Tail(value, indices, weights[indices])
 
 
 class _Call(NamedTuple):
@@ -336,11 +355,6 @@ class _Call(NamedTuple):
     given: str  # alpha=0.8
     fraction: float
     grad_reduction: str
-
-    @property
-    def scale(self) -> int:
-        """Of the gradient."""
-        return self.ranks if self.grad_reduction == "mean" else 1
 
 
 def _out_of_autocast(losses: Tensor) -> Tensor:
@@ -380,7 +394,7 @@ def _call(
 def _select(
     call: _Call, losses: Tensor, weight: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, threshold and counts (of csrc/superquantile/superquantile.h) of all ranks' losses."""
+    """Value, threshold and counts (of csrc/superquantile/distributed.h) of all ranks' losses."""
     bits = struct.unpack("4H", struct.pack("d", call.fraction))
     config = (
         FUNCTIONS.index(call.function.removeprefix("distributed.")),
@@ -401,14 +415,15 @@ def _select(
         elif not equal.all():
             raise _disagreement(call, losses, weight)
 
+    scale = call.ranks if call.grad_reduction == "mean" else 1
     return _op.distributed_superquantile(
-        losses.detach(), call.fraction, weight, mask, config, call.ranks, all_reduce, check
+        losses.detach(), call.fraction, weight, mask, config, call.ranks, scale, all_reduce, check
     )
 
 
 def _all_reduce(call: _Call, tensor: Tensor, operation: "dist.ReduceOp.RedOpType") -> None:
     try:
-        dist.all_reduce(tensor, operation, group=call.group)
+        dist.all_reduce(tensor, op=operation, group=call.group)
     except RuntimeError as error:
         raise type(error)(
             f"{call.function}: expected all {call.ranks} ranks of the group to call it, but "

@@ -209,6 +209,7 @@ _FORMATS = {
 }
 # A number of magnitude below 1 is so many integers of so many bits each, whose sums are exact.
 _LIMBS, _LIMB = 3, 28
+_MOST_LOSSES = 1 << (62 - _LIMB)  # of which a sum of limbs fits
 # What a tail has to weigh, however small it is, in units of which the total is at least half of one
 _SOME = torch.finfo(torch.float64).tiny
 
@@ -220,11 +221,14 @@ def distributed_superquantile(
     mask: Tensor | None,
     config: Sequence[int],
     ranks: int,
+    scale: int,
     all_reduce: Callable[[Tensor], None],
     check: Callable[[Tensor], None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``superquantile`` of the losses of all ranks, from those of this one, without a gather.
 
+    Its counts are over ``scale``: the density they give, the gradient, is that of the value times
+    it. (Not the gradient in half precision, which may be too large with it, and 0 without.)
     ``all_reduce`` turns an int64 tensor into its sum over the ranks, in place. ``config`` are
     integers below 2^16; ``check`` gets for each whether it is equal on all ranks, after the first
     sum and before anything depends on it.
@@ -253,7 +257,13 @@ def distributed_superquantile(
             invalid = own.new_zeros(())
         sums = summed(own, invalid, histogram)
         check((sums[0][:-1] == own[:-1] * ranks).view(2, -1).all(0))
-        return [sums[0][-1:], *sums[1:]]
+        n = sums[0][-1:]
+        require(
+            (n <= _MOST_LOSSES).all(),
+            f"distributed superquantile: losses: expected at most {_MOST_LOSSES} on all ranks "
+            f"together",
+        )
+        return [n, *sums[1:]]
 
     # How much each loss counts: [1, n] integers, or [_LIMBS, n] in units of 2^unit
     w, unit = None, None
@@ -300,7 +310,8 @@ def distributed_superquantile(
     # not, and its bins are keys
     shift -= last
     assert shift == 0
-    is_above = (keys >> last > prefix) & counts & x.isfinite()
+    # Of a mass that is cut off to 0 the exponent may not be in the bound
+    is_above = (keys >> last > prefix) & (mass > 0).any(0) & x.isfinite()
     scaled = torch.where(is_above, _times_power_of_two(x.double(), -exponent), 0.0)
     sums = _to_limbs(scaled if w is None else scaled * w).sum(1)
     special = torch.stack([x == torch.inf, x.isnan()]).logical_and(counts).sum(1)
@@ -313,7 +324,10 @@ def distributed_superquantile(
     threshold = values.index_select(0, digit)
     is_above = (bins > digit) & values.isfinite()
     scaled = torch.where(is_above, _times_power_of_two(values.double(), -exponent), 0.0)
-    sums = sums + _to_limbs(scaled * _real(histogram)).sum(1)
+    if w is None:  # so many limbs
+        sums = sums + (_to_limbs(scaled) * histogram).sum(1)
+    else:
+        sums = sums + _to_limbs(scaled * _real(histogram)).sum(1)
 
     above, at = _real(above), _real(at)
     k = torch.minimum(torch.maximum(tail_fraction * total, above), above + at)
@@ -324,11 +338,12 @@ def distributed_superquantile(
     value = torch.where(above == 0, threshold, value)  # the maximum, exactly
     infinite, nan = special > 0
     value = torch.where(infinite & (threshold < torch.inf), torch.inf, value)  # -inf at it or not
-    value = torch.where(nan, torch.nan, value)
+    # Not a view, as which it could not get a node: an operation in place would lose that
+    value = torch.where(nan, torch.nan, value.squeeze())
     masses = torch.cat([above, at, k])
     if unit is not None:
         masses = _times_power_of_two(masses, unit)
-    return value.squeeze(), threshold.squeeze(), masses
+    return value, threshold.squeeze(), masses / scale
 
 
 def _scaled_weights(

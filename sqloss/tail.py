@@ -43,7 +43,8 @@ class Selection(NamedTuple):
 
     function: str
     select: Callable[[Tensor], Tail]  # from the losses [N] of this process
-    most: Callable[[int, torch.device], int]  # of the numbers of all ranks, agreed on a device
+    most: Callable[[int], int]  # of the numbers of all ranks
+    together: Callable[[], AbstractContextManager[Any]]  # an error inside is one on all ranks
     of_ranks: bool  # so that this one may have no rows, and derivatives are sums over ranks
 
 
@@ -139,7 +140,7 @@ def tail_loss(
         mask: bool ``[N]``; where it is False the row does not count.
         check: whether to compare the losses of the second pass with those of the first; ``None``:
             on the CPU, since elsewhere the host would wait for the device. Losses that differ by
-            more than 1 % of the largest (3 % in half precision) are an error.
+            more than 1 % of the largest (3 % in bfloat16) are an error.
 
     Returns:
         Tensor: what :func:`cvar` returns for the losses of the first pass, with the gradient of
@@ -221,7 +222,8 @@ def tail_backward(
     gradients in each chunk, and reduce them afterwards.
 
     Raises:
-        TypeError, ValueError: as :func:`tail_loss`; ``chunk_size`` not an int, or below 1.
+        TypeError, ValueError: as :func:`tail_loss`; ``chunk_size`` not an int, or below 1;
+            ``gradient`` neither a number nor a tensor without dimensions.
         RuntimeError: torch's own, where nothing requires a gradient.
 
     Example::
@@ -250,7 +252,9 @@ def _of_this_process(
         _, _, kept, _ = checked_arguments(function, losses, None, fraction, None, None, mask)
         return _select(losses, fraction, kept)
 
-    return Selection(function, select, lambda number, _device: number, of_ranks=False)
+    return Selection(
+        function, select, lambda number: number, contextlib.nullcontext, of_ranks=False
+    )
 
 
 def _select(losses: Tensor, fraction: float, mask: Tensor | None) -> Tail:
@@ -324,9 +328,7 @@ def loss_of_tail(
     if not torch.is_grad_enabled():
         return tail.value
     rows = [_rows(t, tail.indices) for t in tensors]
-    again = _losses_of(selection.function, fn, rows, len(tail.indices))
-    if _is_checked(check, losses):
-        _check_same(selection, again.detach(), losses[tail.indices], tail.value)
+    again = _losses_again(selection, fn, rows, losses[tail.indices], tail.value, check)
     function = _WithGradient if is_compiling() or selection.of_ranks else _WithTangent
     loss: Tensor = function.apply(tail.value, again, tail.weights)
     return loss
@@ -343,6 +345,7 @@ def backward_of_tail(
 ) -> Tensor:
     """tail_backward, of the tail that the selection finds; the last chunk not under no_sync."""
     _check_chunk_size(selection.function, chunk_size)
+    _check_gradient(selection.function, gradient)
     losses, (value, indices, weights) = _tail_of(selection, fn, tensors, chunk_size)
     weights = torch.where(weights > 0, weights * gradient, 0.0).to(losses.dtype)
     losses = losses[indices]  # the others make room
@@ -351,7 +354,7 @@ def backward_of_tail(
         taken = {i: _rows(t, indices) for i, t in enumerate(tensors) if t.requires_grad}
     gradients = {i: torch.empty_like(rows) for i, rows in taken.items()}
 
-    chunks = selection.most(_number_of_chunks(len(indices), chunk_size), losses.device)
+    chunks = selection.most(_number_of_chunks(len(indices), chunk_size))
     for chunk in range(chunks):
         part = slice(chunk * chunk_size, (chunk + 1) * chunk_size)
         rows = [
@@ -360,9 +363,7 @@ def backward_of_tail(
         ]
         with no_sync() if chunk + 1 < chunks else contextlib.nullcontext():
             with torch.enable_grad():
-                again = _losses_of(selection.function, fn, rows, len(rows[0]))
-            if _is_checked(check, losses):
-                _check_same(selection, again.detach(), losses[part], value)
+                again = _losses_again(selection, fn, rows, losses[part], value, check)
             again.backward(weights[part])
         for i, of_tail in gradients.items():
             of_part = rows[i].grad
@@ -379,29 +380,40 @@ def _tail_of(
     """The losses of all rows and their tail, from a pass without a graph."""
     function = selection.function
     n = _number_of_rows(function, fn, tensors, selection.of_ranks)
+    chunks, size = 1, n
+    if chunk_size is not None:
+        chunks, size = selection.most(_number_of_chunks(n, chunk_size)), chunk_size
     with torch.no_grad():
-        with _refuses_coupling(function, fn), _refuses_random_numbers(function, tensors):
-            if chunk_size is None:
-                losses = _losses_of(function, fn, tensors, n)
-            else:
-                losses = _losses_in_chunks(selection, fn, tensors, n, chunk_size)
+        with (
+            selection.together(),
+            _refuses_coupling(function, fn),
+            _refuses_random_numbers(function, tensors),
+        ):
+            parts = []
+            for start in range(0, chunks * size, size) if chunks > 1 else [0]:
+                rows = [t[start : start + size] for t in tensors] if chunks > 1 else tensors
+                parts.append(_losses_of(function, fn, rows, len(rows[0])))
+        losses = torch.cat(parts) if chunks > 1 else parts[0]
         # Weights that autocast has cast here would have no graph in the second pass
         torch.clear_autocast_cache()
         return losses, selection.select(losses)
 
 
-def _losses_in_chunks(
-    selection: Selection, fn: LossFunction, tensors: tuple[Tensor, ...], n: int, chunk_size: int
+def _losses_again(
+    selection: Selection,
+    fn: LossFunction,
+    rows: Sequence[Tensor],
+    first: Tensor,
+    value: Tensor,
+    check: bool | None,
 ) -> Tensor:
-    """Of all ranks as many chunks, the last of them without rows: fn may run collectives."""
-
-    def losses_of(chunk: int) -> Tensor:
-        rows = [t[chunk * chunk_size : (chunk + 1) * chunk_size] for t in tensors]
-        return _losses_of(selection.function, fn, rows, len(rows[0]))
-
-    first = losses_of(0)
-    chunks = selection.most(_number_of_chunks(n, chunk_size), first.device)
-    return torch.cat([first, *map(losses_of, range(1, chunks))]) if chunks > 1 else first
+    """With a graph, of rows whose losses of the first pass are known."""
+    checked = _is_checked(check, first)
+    with selection.together() if checked else contextlib.nullcontext():
+        losses = _losses_of(selection.function, fn, rows, len(first))
+        if checked:
+            _check_same(selection.function, losses.detach(), first, value)
+    return losses
 
 
 def _number_of_chunks(n: int, chunk_size: int) -> int:
@@ -461,32 +473,33 @@ def _check_chunk_size(function: str, chunk_size: object) -> None:
         raise ValueError(f"{function}: chunk_size: expected at least 1, got {chunk_size}")
 
 
+def _check_gradient(function: str, gradient: object) -> None:
+    expected = f"{function}: gradient: expected a number or a tensor without dimensions, got"
+    if not isinstance(gradient, (int, float, Tensor)):
+        raise TypeError(f"{expected} {type(gradient).__name__}")
+    if isinstance(gradient, Tensor) and gradient.dim() > 0:
+        raise ValueError(f"{expected} shape {tuple(gradient.shape)}")
+
+
 def _is_checked(check: bool | None, losses: Tensor) -> bool:
     if check is None:
         return losses.device.type == "cpu" and not is_compiling()
     return check
 
 
-def _check_same(selection: Selection, again: Tensor, first: Tensor, value: Tensor) -> None:
-    """That the losses of rows do not depend on what other rows there are, on all ranks."""
+def _check_same(function: str, again: Tensor, first: Tensor, value: Tensor) -> None:
+    """That the losses of rows do not depend on what other rows there are."""
     same = (again == first) | (again.isnan() & first.isnan())
     difference = torch.where(same, 0.0, (again.double() - first.double()).abs())
-    # This rank's may all be close to 0
-    of_all = torch.cat([first.double(), value.detach().double()[None]])
-    largest = of_all.abs().nan_to_num(0.0, 0.0, 0.0).max()
+    # With the value: all of a chunk's may be close to 0
+    largest = torch.cat([first.double(), value.detach().double()[None]]).abs()
+    largest = largest.nan_to_num(0.0, 0.0, 0.0).max()
     tolerance = max(0.01, 4 * torch.finfo(first.dtype).eps)
-    differs = not (difference <= tolerance * largest).all()
-    if selection.most(differs, first.device):
-        got = (
-            f"losses of the tail that differ by up to {difference.max():.3g}, where the largest is "
-            f"{largest:.3g}"
-            if differs
-            else "losses of the tail that differ on another rank"
-        )
+    if not (difference <= tolerance * largest).all():
         raise ValueError(
-            f"{selection.function}: fn: expected the same loss of a row without the other rows "
-            f"(its noise a tensor or drawn by the row's number, no dependence on the batch), got "
-            f"{got}"
+            f"{function}: fn: expected the same loss of a row without the other rows (its noise a "
+            f"tensor or drawn by the row's number, no dependence on the batch), got losses of the "
+            f"tail that differ by up to {difference.max():.3g}, where the largest is {largest:.3g}"
         )
 
 

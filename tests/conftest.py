@@ -22,6 +22,13 @@ settings.register_profile("sqloss", deadline=None, derandomize=True, max_example
 settings.register_profile("emulated", settings.get_profile("sqloss"), max_examples=20)
 settings.load_profile("sqloss")
 
+# Processes that share the tests share the cores, too: idle threads wait busily for work
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+if workers > 1:
+    threads = max((os.cpu_count() or 1) // workers, 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of processes that tests start
+    torch.set_num_threads(threads)
+
 
 def pytest_addoption(parser):
     parser.addoption(

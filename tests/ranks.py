@@ -3,11 +3,14 @@
 import datetime
 import multiprocessing
 import os
+import signal
 import tempfile
 import threading
+import time
 import traceback
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import sqloss
+from sqloss.models import VAE
 
 CONTEXT = multiprocessing.get_context("forkserver")
 LATE = datetime.timedelta(seconds=1)
@@ -45,7 +49,7 @@ class Ranks:
         pipes = self.pipes[: len(of_ranks)]
         for pipe, of_rank in zip(pipes, of_ranks, strict=True):
             pipe.send((function, len(pipes), of_rank, arguments))
-        results = [pipe.recv() for pipe in pipes]
+        results = [received(pipe) for pipe in pipes]
         for result in results:
             if isinstance(result, str):
                 raise AssertionError(result)
@@ -56,6 +60,13 @@ class Ranks:
             pipe.close()
         for process in self.processes:
             process.join()
+
+
+def received(pipe):
+    try:
+        return pipe.recv()
+    except EOFError as error:  # the process is gone
+        return error
 
 
 GROUPS = {}
@@ -118,6 +129,26 @@ def late(group, comes):
         sqloss.distributed.cvar(torch.randn(3), 0.5, group=GROUPS["late"])
 
 
+def leaves(group, how, function):
+    """In the middle of the function: between the first of its collectives and the second."""
+    all_reduce, rounds = dist.all_reduce, []
+
+    def leave(tensor, **options):
+        rounds.append(tensor)
+        if how == "killed" and len(rounds) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "late" and len(rounds) == 2:
+            time.sleep(1.5 * LATE.total_seconds())
+        all_reduce(tensor, **options)
+
+    with mock.patch.object(dist, "all_reduce", leave):
+        if function == "cvar":
+            sqloss.distributed.cvar(torch.randn(9), 0.5, group=GROUPS["late"])
+        else:
+            x = torch.randn(9, requires_grad=True)
+            sqloss.distributed.tail_loss(torch.square, x, alpha=0.5, group=GROUPS["late"])
+
+
 def regression():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
@@ -155,6 +186,83 @@ def gradients(group, batch, way, alpha, reduction):
         if reduction == "sum":
             dist.all_reduce(parameter.grad, group=group)
     return value.detach(), [parameter.grad for parameter in model.parameters()]
+
+
+def named(group, x, name, way="tail_loss"):
+    """The tail of a function of this file, with modules in DistributedDataParallel."""
+    fn = globals()[name]()
+    if isinstance(fn, nn.Module):
+        fn = DistributedDataParallel(fn, process_group=group)
+    options = {"alpha": 0.8, "group": group}
+    if way == "tail_backward":
+        options["chunk_size"] = 6
+    return getattr(sqloss.distributed, way)(lambda x: fn(x).sum(1), x, **options).detach()
+
+
+class Normalised(nn.Sequential):
+    def __init__(self, norm):
+        super().__init__(nn.Linear(4, 4), nn.Sequential(nn.Tanh(), norm))
+
+
+def batch_norm():
+    return Normalised(nn.BatchNorm1d(4))
+
+
+def sync_batch_norm():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(batch_norm())
+    return lambda x: model(x)  # on the CPU DistributedDataParallel takes none
+
+
+def dropout():
+    return Normalised(nn.Dropout(0.3))
+
+
+def random_numbers():
+    return lambda x: x + torch.rand_like(x)
+
+
+def by_position():
+    """Losses that change with the rows of the batch."""
+    return lambda x: x.requires_grad_() + torch.arange(len(x))[:, None]
+
+
+def fails_on_large_losses():
+    return lambda x: x * (1 // (x.sum().item() < 100))
+
+
+def sharded_gradients(group, batch, way):
+    """(value, gradients) of a VAE whose parameters FSDP shards over the ranks."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    model = vae()
+    mesh = DeviceMesh.from_group(group, "cpu")
+    for part in (model.encoder, model.decoder, model):
+        fully_shard(part, mesh=mesh)
+    register_fsdp_forward_method(model, "losses")
+    options = {"alpha": 0.8, "group": group}
+    fn = partial(vae_losses, model)
+    if way == "all rows":
+        value = sqloss.distributed.cvar(fn(*batch), **options)
+        value.backward()
+    elif way == "tail_loss":
+        value = sqloss.distributed.tail_loss(fn, *batch, **options)
+        value.backward()
+    else:
+        value = sqloss.distributed.tail_backward(fn, *batch, **options, chunk_size=3)
+    local = sum(parameter.to_local().numel() for parameter in model.parameters())
+    assert local < sum(parameter.numel() for parameter in model.parameters())
+    return value.detach(), [parameter.grad.full_tensor() for parameter in model.parameters()]
+
+
+def vae():
+    torch.manual_seed(0)
+    return VAE((1, 6, 6), hidden=(12,), latent=4).double()
+
+
+def vae_losses(model, x, rows):
+    losses = model.losses(x, torch.tensor(7), rows=rows)
+    return losses["reconstruction"] + losses["kl"]
 
 
 def in_threads(count, function):

@@ -3,6 +3,7 @@
 import itertools
 import math
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -232,11 +233,79 @@ def test_a_rank_that_is_late_ends_in_a_time_out_with_the_name_of_the_function(ra
     assert "all_reduce failed on rank 0" in str(error)
 
 
+@pytest.mark.parametrize("how, function", [("late", "cvar"), ("killed", "tail_loss")])
+def test_a_rank_that_leaves_in_the_middle_is_an_error_on_the_others(how, function):
+    ranks = on_ranks.Ranks(2, groups=(2,))
+    try:
+        start = time.monotonic()
+        error, other = ranks.run(on_ranks.leaves, ["stays", how], function)
+        assert time.monotonic() - start < 10 * on_ranks.LATE.total_seconds()
+    finally:
+        ranks.close()
+    assert isinstance(error, RuntimeError)
+    assert f"distributed.{function}: expected all 2 ranks of the group to call it" in str(error)
+    assert isinstance(other, EOFError if how == "killed" else RuntimeError)
+
+
 def test_without_torch_distributed():
     assert not dist.is_initialized()
-    for function in (sqloss.distributed.cvar, sqloss.distributed.tail_indices):
+    for call in (
+        lambda x: sqloss.distributed.cvar(x, 0.5),
+        lambda x: sqloss.distributed.tail_indices(x, 0.5),
+        lambda x: sqloss.distributed.tail_loss(torch.square, x, alpha=0.5),
+        lambda x: sqloss.distributed.tail_backward(torch.square, x, alpha=0.5, chunk_size=1),
+    ):
         with pytest.raises(ValueError, match="group: expected torch"):
-            function(torch.randn(3), 0.5)
+            call(torch.randn(3))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        ("batch_norm", r"got DistributedDataParallel\.module\.1\.1 \(BatchNorm1d\), in training"),
+        ("sync_batch_norm", r"got Normalised\.1\.1 \(SyncBatchNorm\), in training mode"),
+        ("dropout", r"got DistributedDataParallel\.module\.1\.1 \(Dropout\), .* random numbers"),
+        ("random_numbers", "no random numbers from torch's own generators"),
+    ],
+)
+def test_functions_that_two_passes_cannot_take(ranks, make, message):
+    x = torch.randn(20, 4)
+    error, other = ranks.run(on_ranks.named, [x, x[:0]], make)
+    assert isinstance(error, ValueError)
+    with pytest.raises(ValueError, match=f"^distributed.tail_loss: fn: expected .*{message}"):
+        raise error
+    assert isinstance(other, RuntimeError if make == "random_numbers" else ValueError)
+
+
+def test_an_error_on_one_rank_is_one_on_all(ranks):
+    high, low = torch.rand(20, 4) + 50, torch.rand(20, 4)
+    for make, kind, message in (
+        ("fails_on_large_losses", ZeroDivisionError, "by zero"),
+        ("by_position", ValueError, "expected the same loss of a row without the other rows"),
+    ):
+        for way in ("tail_loss", "tail_backward"):
+            first, error, last = ranks.run(on_ranks.named, [low, high, low[:0]], make, way)
+            assert isinstance(error, kind) and message in str(error)
+            for other in (first, last):
+                assert isinstance(other, RuntimeError)
+                expected = f"distributed.{way}: fn: expected no error on any rank, got one on rank "
+                assert str(other).startswith(expected)
+    # Rows that are all in the tail, in their order, are the same in both passes
+    for result in ranks.run(on_ranks.named, [high[:4], low[:10], low[:6]], "by_position"):
+        assert not isinstance(result, Exception)
+
+
+@pytest.mark.parametrize("way", ["all rows", "tail_loss", "tail_backward"])
+def test_parameters_that_are_sharded_over_ranks(ranks, way):
+    x, rows = torch.rand(50, 1, 6, 6).double(), torch.arange(50)
+    model = on_ranks.vae()
+    value = sqloss.cvar(on_ranks.vae_losses(model, x, rows), 0.8)
+    value.backward()
+    expected = value.detach(), [parameter.grad for parameter in model.parameters()]
+    for sizes in ([30, 20], [50, 0]):
+        of_ranks = list(zip(x.split(sizes), rows.split(sizes), strict=True))
+        for got in ranks.run(on_ranks.sharded_gradients, of_ranks, way):
+            torch.testing.assert_close(got, expected, **EXACT)
 
 
 # --- one process of its own -----------------------------------------------------------------------
@@ -369,7 +438,7 @@ def on_threads(losses, alpha, sizes, weight=None, mask=None, payloads=None, supe
             assert equal.all()
 
         x, w, m = (None if tensor is None else tensor[rank] for tensor in shards)
-        return superquantile(x, 1 - alpha, w, m, [1, 2, 65535], len(sizes), counted, check)
+        return superquantile(x, 1 - alpha, w, m, [1, 2, 65535], len(sizes), 1, counted, check)
 
     return on_ranks.in_threads(len(sizes), run)
 

@@ -94,20 +94,11 @@ struct SuperquantileBackward final : TailNode {
 
 // The gradient of the value of all ranks to that of this one's losses.
 struct DistributedSuperquantileBackward final : TailNode {
-  int64_t scale = 1;
-
   variable_list apply(variable_list&& grads) override {
-    if (!task_should_compute_output(0) || !grads[0].defined()) return {at::Tensor()};
-    // Not of the gradient of the value: a scaler's may be as large as the dtype allows
-    return {tail().gradient(grads[0], {}) * scale};
+    const bool wanted = task_should_compute_output(0) && grads[0].defined();
+    return {wanted ? tail().gradient(grads[0], {}) : at::Tensor()};
   }
   std::string name() const override { return "DistributedSuperquantileBackward"; }
-
- protected:
-  void collect_constants(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
-    TailNode::collect_constants(args);
-    args.collect(scale);
-  }
 };
 
 // The backward operator is linear in the two gradients it takes and constant in the losses.
@@ -194,8 +185,7 @@ Outputs forward_autocast(const at::Tensor& losses, const at::Tensor& tail_fracti
 
 at::Tensor distributed_with_gradient(const at::Tensor& value, const at::Tensor& losses,
                                      const OptionalTensor& weight, const OptionalTensor& mask,
-                                     const at::Tensor& threshold, const at::Tensor& counts,
-                                     int64_t scale) {
+                                     const at::Tensor& threshold, const at::Tensor& counts) {
   TORCH_CHECK_NOT_IMPLEMENTED(!core::tangent(losses),
                               "distributed superquantile: losses: expected no tangent (forward "
                               "mode is not implemented), got one");
@@ -203,7 +193,6 @@ at::Tensor distributed_with_gradient(const at::Tensor& value, const at::Tensor& 
   const auto node = core::make_node<DistributedSuperquantileBackward>();
   node->set_next_edges(torch::autograd::collect_next_edges(losses));
   node->save({losses, weight, mask, threshold, counts, {}, false});
-  node->scale = scale;
   torch::autograd::set_history(value, node);
   return value;
 }

@@ -31,6 +31,7 @@ constexpr auto kDigits<uint16_t> = std::array{kFirst, 5};
 
 // A number of magnitude below 1 is so many integers of so many bits each, whose sums are exact.
 constexpr int kLimb = 28;
+constexpr int64_t kMostLosses = int64_t(1) << (62 - kLimb);  // of which a sum of limbs fits
 using Limbs = std::array<int64_t, 3>;
 
 Limbs to_limbs(double x) {
@@ -67,18 +68,20 @@ struct Number {
   static constexpr int64_t kParts = 1;
   int64_t parts[kParts] = {0};
 
-  static Number of(double) { return {{1}}; }
   double real() const { return static_cast<double>(parts[0]); }
+  // The sum of as many x, of which each counts to its last limb.
+  Limbs times(double x) const {
+    Limbs limbs = to_limbs(x);
+    for (int64_t& limb : limbs) limb *= parts[0];
+    return limbs;
+  }
 };
 struct Weight {
   static constexpr int64_t kParts = 3;
   int64_t parts[kParts] = {0, 0, 0};
 
-  static Weight of(double w) {
-    const Limbs limbs = to_limbs(w);
-    return {{limbs[0], limbs[1], limbs[2]}};
-  }
   double real() const { return to_real({parts[0], parts[1], parts[2]}); }
+  Limbs times(double x) const { return to_limbs(x * real()); }
 };
 
 // [parts, bins] of a payload
@@ -95,54 +98,76 @@ struct Histogram {
     for (const auto i : c10::irange(Mass::kParts)) mass.parts[i] = data[i * bins + bin];
     return mass;
   }
-  bool holds(int64_t bin) const {
-    bool some = false;
-    for (const auto i : c10::irange(Mass::kParts)) some |= data[i * bins + bin] > 0;
-    return some;
-  }
 };
 
-// What ranks add up. Their own part is all that has been written into it before.
+// What ranks add up, one payload after another in the same memory.
 class Payload {
  public:
-  explicit Payload(int64_t size) : tensor_(at::zeros({size}, at::kLong)) {}
+  Payload(int64_t largest, const std::function<void(const at::Tensor&)>& all_reduce)
+      : tensor_(at::empty({largest}, at::kLong)), all_reduce_(all_reduce) {}
 
-  int64_t* data() { return tensor_.mutable_data_ptr<int64_t>(); }
-  int64_t* end() { return data() + tensor_.numel(); }
-  void reduce(const std::function<void(const at::Tensor&)>& all_reduce) { all_reduce(tensor_); }
+  // Zeros, of which this rank's own part is to be written before the sum.
+  int64_t* begin(int64_t size) {
+    size_ = size;
+    auto* const data = tensor_.mutable_data_ptr<int64_t>();
+    std::fill_n(data, size, 0);
+    return data;
+  }
+  void reduce() { all_reduce_(size_ == tensor_.numel() ? tensor_ : tensor_.narrow(0, 0, size_)); }
 
  private:
   at::Tensor tensor_;
+  const std::function<void(const at::Tensor&)>& all_reduce_;
+  int64_t size_ = 0;
 };
 
 // The first payload: what ranks must agree on with its square, the number of losses, that of
 // invalid weights, and a histogram.
-struct Agreement {
-  const std::vector<int64_t>& config;
-  int64_t ranks;
-  const std::function<void(const at::Tensor&)>& all_reduce;
-  const std::function<void(const at::Tensor&)>& disagree;
-  Payload payload{2 * static_cast<int64_t>(config.size()) + 2 + kFirstBins};
+class Agreement {
+ public:
+  Agreement(const std::vector<int64_t>& config, int64_t ranks, Payload& payload,
+            const std::function<void(const at::Tensor&)>& disagree)
+      : config_(config), ranks_(ranks), payload_(payload), disagree_(disagree) {
+    int64_t* data = payload.begin(size(config));
+    for (const int64_t number : config) *data++ = number;
+    for (const int64_t number : config) *data++ = number * number;
+    losses = data++;
+    invalid = data++;
+    histogram = data;
+  }
 
-  int64_t* histogram() { return payload.end() - kFirstBins; }
-  int64_t& losses() { return histogram()[-2]; }
-  int64_t& invalid() { return histogram()[-1]; }
+  static int64_t size(const std::vector<int64_t>& config) {
+    return 2 * static_cast<int64_t>(config.size()) + 2 + kFirstBins;
+  }
 
   void reduce() {
-    const auto size = static_cast<int64_t>(config.size());
-    for (const auto i : c10::irange(size)) {
-      payload.data()[i] = config[i];
-      payload.data()[size + i] = config[i] * config[i];
+    payload_.reduce();
+    const auto count = static_cast<int64_t>(config_.size());
+    const int64_t* const sums = losses - 2 * count;
+    const auto agree = [&](int64_t i) {
+      return sums[i] == config_[i] * ranks_ && sums[count + i] == config_[i] * config_[i] * ranks_;
+    };
+    bool all = true;
+    for (const auto i : c10::irange(count)) all &= agree(i);
+    if (!all) {
+      const at::Tensor equal = at::empty({count}, at::kBool);
+      for (const auto i : c10::irange(count)) equal.mutable_data_ptr<bool>()[i] = agree(i);
+      disagree_(equal);
     }
-    payload.reduce(all_reduce);
-    at::Tensor equal = at::empty({size}, at::kBool);
-    bool* const is_equal = equal.mutable_data_ptr<bool>();
-    for (const auto i : c10::irange(size)) {
-      is_equal[i] = payload.data()[i] == config[i] * ranks &&
-                    payload.data()[size + i] == config[i] * config[i] * ranks;
-    }
-    if (!std::all_of(is_equal, is_equal + size, [](bool each) { return each; })) disagree(equal);
+    TORCH_CHECK_VALUE(*losses <= kMostLosses,
+                      "distributed superquantile: losses: expected at most ", kMostLosses,
+                      " on all ranks together, got ", *losses);
   }
+
+  int64_t* losses;
+  int64_t* invalid;
+  int64_t* histogram;
+
+ private:
+  const std::vector<int64_t>& config_;
+  int64_t ranks_;
+  Payload& payload_;
+  const std::function<void(const at::Tensor&)>& disagree_;
 };
 
 // e such that 2^e bounds the finite losses with this first digit.
@@ -165,16 +190,29 @@ int64_t exponent_of(int64_t digit) {
   return exponent;
 }
 
-template <typename Key>
+// The losses that count, as keys, and how much.
+template <typename Key, typename Mass>
 struct Item {
   Key key;
-  double weight;
+
+  Mass mass() const { return {{1}}; }
+  Limbs times(double x) const { return to_limbs(x); }
+};
+template <typename Key>
+struct Item<Key, Weight> {
+  Key key;
+  double weight;  // below 1, in units of 2^unit
+
+  Weight mass() const {
+    const Limbs limbs = to_limbs(weight);
+    return {{limbs[0], limbs[1], limbs[2]}};
+  }
+  Limbs times(double x) const { return to_limbs(x * weight); }
 };
 
-// The items that count, their weights below 1 in units of 2^unit. Without weights they are 1.
-template <typename T>
+template <typename T, typename Mass>
 struct Items {
-  std::vector<Item<ordered_key_t<T>>> items;
+  std::vector<Item<ordered_key_t<T>, Mass>> items;
   int64_t unit = 0;
 
   Items(const at::Tensor& losses, const std::optional<at::Tensor>& mask,
@@ -182,19 +220,27 @@ struct Items {
     const int64_t n = losses.numel();
     const T* const x = losses.const_data_ptr<T>();
     const auto* const keep = mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;
-    const double* const w = weight ? weight->const_data_ptr<double>() : nullptr;
     items.reserve(n);
-    agreement.losses() = n;
-    for (const auto i : c10::irange(n)) {
-      if (keep != nullptr && keep[i] == 0) continue;
-      if (w != nullptr && !(w[i] > 0 && std::isfinite(w[i]))) {
-        agreement.invalid() += !(w[i] == 0);
-        continue;
+    *agreement.losses = n;
+    const auto each = [&](const auto& add) {
+      for (const auto i : c10::irange(n)) {
+        const T loss = x[i] + T(0);  // -0 is 0
+        if (keep == nullptr || keep[i] != 0) add(i, to_ordered_key(loss));
       }
-      const T loss = x[i] + T(0);  // -0 is 0
-      items.push_back({to_ordered_key(loss), w != nullptr ? w[i] : 1.0});
+    };
+    if constexpr (std::is_same_v<Mass, Number>) {
+      each([&](int64_t, auto key) { items.push_back({key}); });
+    } else {
+      const double* const w = weight->const_data_ptr<double>();
+      each([&](int64_t i, auto key) {
+        if (w[i] > 0 && std::isfinite(w[i])) {
+          items.push_back({key, w[i]});
+        } else {
+          *agreement.invalid += !(w[i] == 0);
+        }
+      });
+      scale(agreement);
     }
-    if (weight) scale(agreement);  // also those that have none: their pointer is null
   }
 
  private:
@@ -204,13 +250,13 @@ struct Items {
     for (const auto& item : items) {
       int exponent = 0;
       std::frexp(item.weight, &exponent);
-      ++agreement.histogram()[std::max(exponent, lowest) - lowest];
+      ++agreement.histogram[std::max(exponent, lowest) - lowest];
     }
     agreement.reduce();
-    TORCH_CHECK_VALUE(agreement.invalid() == 0,
+    TORCH_CHECK_VALUE(*agreement.invalid == 0,
                       "distributed superquantile: weight: expected finite values >= 0");
     for (const auto bin : c10::irange(kFirstBins)) {
-      if (agreement.histogram()[bin] > 0) unit = bin + lowest;
+      if (agreement.histogram[bin] > 0) unit = bin + lowest;
     }
     for (auto& item : items) item.weight = times_power_of_two(item.weight, -unit);
   }
@@ -221,26 +267,28 @@ class Search {
  public:
   using Key = ordered_key_t<T>;
 
-  Search(const Items<T>& items, double tail_fraction) : items_(items), fraction_(tail_fraction) {}
+  Search(const Items<T, Mass>& items, double tail_fraction, Payload& payload)
+      : items_(items), fraction_(tail_fraction), payload_(payload) {}
+
+  // The most integers of a payload of the search.
+  static int64_t size() { return Mass::kParts * kFirstBins + kSums; }
 
   void run(Agreement& agreement) {
-    const auto& all_reduce = agreement.all_reduce;
     if constexpr (std::is_same_v<Mass, Number>) {
-      begin({agreement.histogram(), kFirstBins}, [&] { agreement.reduce(); }, kAlphaRounding);
+      begin({agreement.histogram, kFirstBins}, [&] { agreement.reduce(); }, kAlphaRounding);
     } else {
-      Payload payload(Mass::kParts * kFirstBins);
+      const auto n = static_cast<double>(*agreement.losses);  // before its memory is taken
       begin(
-          {payload.data(), kFirstBins}, [&] { payload.reduce(all_reduce); },
-          kAlphaRounding + static_cast<double>(agreement.losses()) * kSumRounding);
+          {payload_.begin(Mass::kParts * kFirstBins), kFirstBins}, [&] { payload_.reduce(); },
+          kAlphaRounding + n * kSumRounding);
     }
     for (size_t i = 1; i + 1 < kDigits<Key>.size(); ++i) {
       const int width = kDigits<Key>[i];
-      Payload payload(Mass::kParts << width);
-      Histogram<Mass> histogram = within_prefix(payload, width);
-      payload.reduce(all_reduce);
+      const Histogram<Mass> histogram = within_prefix(width, 0);
+      payload_.reduce();
       descend(histogram, width);
     }
-    end(all_reduce);
+    end();
   }
 
   double value() const {
@@ -266,7 +314,7 @@ class Search {
  private:
   void begin(Histogram<Mass> histogram, const auto& reduce, double rounding) {
     for (const auto& item : items_.items) {
-      histogram.add(item.key >> shift_, Mass::of(item.weight));
+      histogram.add(item.key >> shift_, item.mass());
     }
     reduce();
     Mass total;
@@ -281,19 +329,21 @@ class Search {
     descend(histogram, 0);
     exponent_ = std::numeric_limits<int64_t>::min();
     for (int64_t bin = static_cast<int64_t>(prefix_); bin < kFirstBins; ++bin) {
-      if (histogram.holds(bin)) exponent_ = std::max(exponent_, exponent_of<T>(bin));
+      if (is_some(histogram.at(bin))) exponent_ = std::max(exponent_, exponent_of<T>(bin));
     }
   }
 
-  // That of the digits after the prefix, of the keys that begin with it.
-  Histogram<Mass> within_prefix(Payload& payload, int width) {
+  // That of the digits after the prefix, of the keys that begin with it, in a new payload with
+  // place for some more integers behind.
+  Histogram<Mass> within_prefix(int width, int64_t more) {
     shift_ -= width;
-    Histogram<Mass> histogram{payload.data(), int64_t(1) << width};
+    const int64_t bins = int64_t(1) << width;
+    Histogram<Mass> histogram{payload_.begin(Mass::kParts * bins + more), bins};
     const auto low = static_cast<Key>(histogram.bins - 1);
     for (const auto& item : items_.items) {
       const auto digits = static_cast<Key>(item.key >> shift_);
       if (static_cast<Key>(digits >> width) != prefix_) continue;
-      histogram.add(digits & low, Mass::of(item.weight));
+      histogram.add(digits & low, item.mass());
     }
     return histogram;
   }
@@ -314,42 +364,48 @@ class Search {
 
   // The last round, before which only losses of its histogram are not known to be above the
   // threshold or not, and whose bins are keys.
-  void end(const std::function<void(const at::Tensor&)>& all_reduce) {
+  void end() {
     constexpr int width = kDigits<Key>.back();
     constexpr int64_t bins = int64_t(1) << width;
-    Payload payload(Mass::kParts * bins + 5);
-    const Histogram<Mass> histogram = within_prefix(payload, width);
-    int64_t* const sums = payload.data() + Mass::kParts * bins;
+    const Histogram<Mass> histogram = within_prefix(width, kSums);
+    int64_t* const sums = histogram.data + Mass::kParts * bins;
     int64_t* const special = sums + 3;
+    const Key prefix = prefix_;
     for (const auto& item : items_.items) {
+      if (static_cast<Key>(item.key >> width) < prefix) continue;
       const auto x = static_cast<double>(from_ordered_key<T>(item.key));
       special[0] += x == std::numeric_limits<double>::infinity();
       special[1] += std::isnan(x);
-      if (static_cast<Key>(item.key >> width) > prefix_ && std::isfinite(x)) {
-        add_limbs(sums, times_power_of_two(x, -exponent_) * item.weight);
+      // Of a mass that is cut off to 0 the exponent may not be in the bound
+      if (static_cast<Key>(item.key >> width) > prefix && std::isfinite(x) &&
+          is_some(item.mass())) {
+        add_limbs(sums, item.times(times_power_of_two(x, -exponent_)));
       }
     }
-    payload.reduce(all_reduce);
+    payload_.reduce();
     infinite_ = special[0] > 0;
     nan_ = special[1] > 0;
-    const Key prefix = prefix_;
     descend(histogram, width);
     threshold_ = from_ordered_key<T>(prefix_);
     for (int64_t digit = (prefix_ & (bins - 1)) + 1; digit < bins; ++digit) {
-      if (!histogram.holds(digit)) continue;
+      const Mass mass = histogram.at(digit);
+      if (!is_some(mass)) continue;
       const auto key = static_cast<Key>((prefix << width) | static_cast<Key>(digit));
       const auto x = static_cast<double>(from_ordered_key<T>(key));
       if (!std::isfinite(x)) continue;
-      add_limbs(sums, times_power_of_two(x, -exponent_) * histogram.at(digit).real());
+      add_limbs(sums, mass.times(times_power_of_two(x, -exponent_)));
     }
     std::copy_n(sums, 3, sums_.begin());
   }
 
+  static bool is_some(const Mass& mass) {
+    return std::any_of(mass.parts, mass.parts + Mass::kParts,
+                       [](int64_t part) { return part > 0; });
+  }
   static void add(Mass& sum, const Mass& mass) {
     for (const auto i : c10::irange(Mass::kParts)) sum.parts[i] += mass.parts[i];
   }
-  static void add_limbs(int64_t* sums, double x) {
-    const Limbs limbs = to_limbs(x);
+  static void add_limbs(int64_t* sums, const Limbs& limbs) {
     for (const auto i : c10::irange(3)) sums[i] += limbs[i];
   }
 
@@ -358,8 +414,11 @@ class Search {
     return std::min(std::max(fraction_ * total_, above), above + at_.real());
   }
 
-  const Items<T>& items_;
+  static constexpr int64_t kSums = 5;  // the last payload's, behind the histogram
+
+  const Items<T, Mass>& items_;
   double fraction_;
+  Payload& payload_;
   double total_ = 0, target_ = 0;
   int shift_ = 8 * sizeof(Key) - kFirst;
   Key prefix_ = 0;        // the digits of the threshold that are known
@@ -375,7 +434,7 @@ class Search {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> distributed(
     const at::Tensor& losses, double tail_fraction, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& mask, const std::vector<int64_t>& config, int64_t ranks,
-    const std::function<void(const at::Tensor&)>& all_reduce,
+    int64_t scale, const std::function<void(const at::Tensor&)>& all_reduce,
     const std::function<void(const at::Tensor&)>& disagree) {
   const at::Tensor x = losses.contiguous();
   std::optional<at::Tensor> w, m;
@@ -386,22 +445,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> distributed(
   at::Tensor counts = at::empty({3}, x.options().dtype(at::kDouble));
   core::for_dtype(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    Agreement agreement{config, ranks, all_reduce, disagree};
-    const Items<T> items(x, m, w, agreement);
-    const auto run = [&](auto search) {
-      search.run(agreement);
-      *value.mutable_data_ptr<T>() = c10::convert<T>(search.value());
-      *threshold.mutable_data_ptr<T>() = search.threshold();
-      const Counts found = search.counts();
+    const auto run = [&](auto mass) {
+      using Found = Search<T, decltype(mass)>;
+      Payload payload(std::max(Agreement::size(config), Found::size()), all_reduce);
+      Agreement agreement(config, ranks, payload, disagree);
+      const Items<T, decltype(mass)> items(x, m, w, agreement);
+      Found found(items, tail_fraction, payload);
+      found.run(agreement);
+      *value.mutable_data_ptr<T>() = c10::convert<T>(found.value());
+      *threshold.mutable_data_ptr<T>() = found.threshold();
+      const Counts of_all = found.counts();
       double* const into = counts.mutable_data_ptr<double>();
-      into[0] = found.above;
-      into[1] = found.at;
-      into[2] = found.tail;
+      const auto over = static_cast<double>(scale);
+      into[0] = of_all.above / over;
+      into[1] = of_all.at / over;
+      into[2] = of_all.tail / over;
     };
     if (w) {
-      run(Search<T, Weight>(items, tail_fraction));
+      run(Weight());
     } else {
-      run(Search<T, Number>(items, tail_fraction));
+      run(Number());
     }
   });
   return {value, threshold, counts};

@@ -11,21 +11,21 @@
 
 namespace sqloss::superquantile {
 
-// Value and threshold [] in the dtype of losses, and counts [3] in float64, of all ranks.
+// Value and threshold [] in the dtype of losses, and counts [3] in float64, of all ranks; counts
+// over `scale`, so that the gradient, a density, is that of the value times it.
 // `all_reduce` turns an int64 tensor into its sum over them, in place. `config` are integers below
 // 2^16; where some differ between ranks, `disagree` is called after the first sum with a bool
 // tensor that is False for these.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> distributed(
     const at::Tensor& losses, double tail_fraction, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& mask, const std::vector<int64_t>& config, int64_t ranks,
-    const std::function<void(const at::Tensor&)>& all_reduce,
+    int64_t scale, const std::function<void(const at::Tensor&)>& all_reduce,
     const std::function<void(const at::Tensor&)>& disagree);
 
-// That value as a function of the losses of this rank: its gradient in them, times `scale`.
+// That value as a function of the losses of this rank, which counts make its gradient in them.
 at::Tensor distributed_with_gradient(const at::Tensor& value, const at::Tensor& losses,
                                      const std::optional<at::Tensor>& weight,
                                      const std::optional<at::Tensor>& mask,
-                                     const at::Tensor& threshold, const at::Tensor& counts,
-                                     int64_t scale);
+                                     const at::Tensor& threshold, const at::Tensor& counts);
 
 }  // namespace sqloss::superquantile

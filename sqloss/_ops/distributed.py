@@ -19,13 +19,14 @@ def distributed_superquantile(
     mask: Tensor | None,
     config: Sequence[int],
     ranks: int,
+    scale: int,
     all_reduce: Callable[[Tensor], None],
     check: Callable[[Tensor], None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """That of the reference, whose docstring tells the arguments."""
     on_cpu = losses.device.type == "cpu"
     select = _C.distributed_superquantile if on_cpu else reference.distributed_superquantile
-    return select(losses, tail_fraction, weight, mask, config, ranks, all_reduce, check)
+    return select(losses, tail_fraction, weight, mask, config, ranks, scale, all_reduce, check)
 
 
 def with_gradient(
@@ -35,18 +36,17 @@ def with_gradient(
     mask: Tensor | None,
     threshold: Tensor,
     counts: Tensor,
-    scale: int,
 ) -> Tensor:
-    """That value as a function of the losses of this rank: its gradient in them, times a scale."""
+    """That value as a function of the losses of this rank, with a gradient in them."""
     return _C.distributed_superquantile_with_gradient(
-        value, losses, weight, mask, threshold, counts, scale
+        value, losses, weight, mask, threshold, counts
     )
 
 
 def tail_weights(
     losses: Tensor, weight: Tensor | None, mask: Tensor | None, threshold: Tensor, counts: Tensor
 ) -> Tensor:
-    """The gradient of the value of all ranks in the losses of this one."""
+    """That gradient."""
     weights: Tensor = torch.ops.sqloss.superquantile_backward(
         torch.ones_like(threshold), None, losses, weight, mask, threshold, counts, (), False
     )

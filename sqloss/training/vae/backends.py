@@ -17,9 +17,9 @@ from sqloss.training.errors import require
 from sqloss.training.risk import risk_over_ranks
 from sqloss.training.vae.config import VAEConfig
 
-# That take as long as what does not grow with them: a second forward of small layers, and the
-# selection. Measured by benchmarks/tail.py on one core: 1 ms at 10^11 a second.
-FLOPS_TO_FIND_TAIL = 10**8
+# That take as long as what does not grow with them, such as reading the weights once more: 2 ms of
+# one core. Measured: benchmarks/results/tail.md.
+FLOPS_TO_FIND_TAIL = 2 * 10**8
 
 
 class Batch(NamedTuple):

@@ -96,10 +96,10 @@ def test_a_mean_has_microbatches_whatever_its_tail_would_be(trainer, tmp_path):
     ("changes", "takes"),
     [
         ({}, True),
-        ({"batch_size": 16}, False),
+        ({"batch_size": 100}, False),
         ({"alpha": 0.3}, False),
-        ({"alpha": 0.99, "batch_size": 64}, True),
-        ({"batch_size": 16, "architecture": "conv"}, True),
+        ({"alpha": 0.99, "batch_size": 100}, True),
+        ({"batch_size": 32, "architecture": "conv"}, True),
         ({"batch_size": 16, "iwae_samples": 20}, True),
         ({"batch_size": 16, "microbatch_size": 4}, True),
         ({"batch_size": 16, "backward": "tail"}, True),
