@@ -140,7 +140,7 @@ def tail_loss(
         mask: bool ``[N]``; where it is False the row does not count.
         check: whether to compare the losses of the second pass with those of the first; ``None``:
             on the CPU, since elsewhere the host would wait for the device. Losses that differ by
-            more than 1 % of the largest (3 % in half precision) are an error.
+            more than 1 % of the largest (3 % in bfloat16) are an error.
 
     Returns:
         Tensor: what :func:`cvar` returns for the losses of the first pass, with the gradient of
@@ -222,7 +222,8 @@ def tail_backward(
     many chunks.
 
     Raises:
-        TypeError, ValueError: as :func:`tail_loss`; ``chunk_size`` not an int, or below 1.
+        TypeError, ValueError: as :func:`tail_loss`; ``chunk_size`` not an int, or below 1;
+            ``gradient`` neither a number nor a tensor without dimensions.
         RuntimeError: torch's own, where nothing requires a gradient.
 
     Example::
@@ -344,6 +345,7 @@ def backward_of_tail(
 ) -> Tensor:
     """tail_backward, of the tail that the selection finds; the last chunk not under no_sync."""
     _check_chunk_size(selection.function, chunk_size)
+    _check_gradient(selection.function, gradient)
     losses, (value, indices, weights) = _tail_of(selection, fn, tensors, chunk_size)
     weights = torch.where(weights > 0, weights * gradient, 0.0).to(losses.dtype)
     losses = losses[indices]  # the others make room
@@ -469,6 +471,14 @@ def _check_chunk_size(function: str, chunk_size: object) -> None:
         raise TypeError(f"{function}: chunk_size: expected an int, got {type(chunk_size).__name__}")
     if chunk_size < 1:
         raise ValueError(f"{function}: chunk_size: expected at least 1, got {chunk_size}")
+
+
+def _check_gradient(function: str, gradient: object) -> None:
+    expected = f"{function}: gradient: expected a number or a tensor without dimensions, got"
+    if not isinstance(gradient, (int, float, Tensor)):
+        raise TypeError(f"{expected} {type(gradient).__name__}")
+    if isinstance(gradient, Tensor) and gradient.dim() > 0:
+        raise ValueError(f"{expected} shape {tuple(gradient.shape)}")
 
 
 def _is_checked(check: bool | None, losses: Tensor) -> bool:

@@ -26,7 +26,10 @@ LATE = datetime.timedelta(seconds=1)
 
 
 class Ranks:
-    """Processes that wait for functions to run; of the first of them there is a group each."""
+    """Processes that wait for functions to run; of so many of them there is a group each.
+
+    Where there are to be no groups the functions make their own.
+    """
 
     def __init__(self, size, groups):
         CONTEXT.set_forkserver_preload(["sqloss", "torch._dynamo"])  # once, not by each
@@ -72,24 +75,29 @@ GROUPS = {}
 
 def serve(pipe, rank, size, groups, folder):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{Path(folder, 'store')}", rank=rank, world_size=size
-    )
-    for count in groups:
-        GROUPS[count] = dist.new_group(range(count))
-    GROUPS["late"] = dist.new_group(range(2), timeout=LATE)
+    if groups:
+        join(rank, size, groups, folder)
     while True:
         try:
             function, count, of_rank, arguments = pipe.recv()
         except EOFError:  # the tests are done
             os._exit(0)
         try:
-            result = function(GROUPS[count], of_rank, *arguments)
+            result = function(GROUPS.get(count), of_rank, *arguments)
         except AssertionError:
             result = traceback.format_exc()
         except Exception as error:
             result = error
         pipe.send(result)
+
+
+def join(rank, size, groups, folder):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{Path(folder, 'store')}", rank=rank, world_size=size
+    )
+    for count in groups:
+        GROUPS[count] = dist.new_group(range(count))
+    GROUPS["late"] = dist.new_group(range(2), timeout=LATE)
 
 
 def tails(group, shards, calls):

@@ -329,3 +329,60 @@ def test_bias_of_the_mean_of_the_ranks_tails(benchmark, monkeypatch):
 def test_cost_of_the_tail_of_two_processes(benchmark):
     *_, row = benchmark("distributed").cost_table([2], rounds=3)
     assert row.startswith("| 2 | 2,066, 2,048, 1,029 |") and " us " in row
+
+
+@pytest.fixture
+def tail(benchmark, monkeypatch):
+    """Of small models and few rounds."""
+    tail, measure = benchmark("tail"), benchmark("measure")
+    monkeypatch.setattr(measure, "BLOCK_SECONDS", 1e-5)
+    monkeypatch.setattr(tail, "MNIST", (1, 4, 4))
+    monkeypatch.setattr(tail, "HIDDEN", 8)
+    monkeypatch.setattr(tail, "BATCHES", (16, 512))
+    monkeypatch.setattr(tail, "SIZES", [((1, 4, 4), {}, (16, 32), (0.5,))])
+    monkeypatch.setattr(tail, "SAMPLES", 2**10)
+    monkeypatch.setattr(tail, "CHUNK", 64)
+    threads = torch.get_num_threads()
+    yield tail
+    torch.set_num_threads(threads)
+
+
+def test_the_cost_of_the_tail_alone(tail, tmp_path, capsys):
+    tail.main(["--threads", "1", "--seconds", "0", "--output", str(tmp_path / "it.md")])
+    text, _ = capsys.readouterr()
+    assert text == (tmp_path / "it.md").read_text() + "\n"
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    steps = [row for row in rows if len(row) == 7 and row[0] == "1"]
+    assert [(row[1], row[2]) for row in steps] == [
+        (batch, name)
+        for batch in ("16", "512")
+        for name in (
+            *("mean in torch, normal", "mean, normal", "dense, normal", "tail, normal"),
+            *("mean, t", "dense, t", "tail, t"),
+        )
+    ]
+    judged = [row for row in steps if row[6]]
+    assert [(row[1], row[2]) for row in judged] == [("512", "tail, normal")]
+    sizes = [row for row in rows if len(row) == 9 and row[1] == "1 x 4 x 4"]
+    assert [(row[3], row[8]) for row in sizes] == [("16", "dense"), ("32", "dense")]
+
+
+def test_the_memory_of_the_tail_alone(tail):
+    peaks = tail.peaks_of_steps()
+    price, of_sqloss, accumulated, whole, half = peaks.values()
+    assert 0 < half < whole < 3 * price
+    assert 0 < of_sqloss < accumulated < whole
+    assert tail.gradient_error(torch.float64) < 1e-12
+
+
+def test_every_step_has_the_gradient_of_its_loss(tail):
+    torch.manual_seed(0)
+    model, images = sqloss.models.VAE((1, 4, 4), (8,), 3).double(), torch.rand(40, 1, 4, 4).double()
+
+    def gradient(risk):
+        torch.manual_seed(1)
+        model.zero_grad()
+        tail.of_sqloss(risk, model, images).backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    torch.testing.assert_close(gradient(tail.tail_alone), gradient(tail.all_images))

@@ -303,6 +303,8 @@ RUN_FLAGS = {
     "checkpoint-every",
 }
 VAE_FLAGS = {
+    "backward",
+    "microbatch-size",
     "tail",
     "lr",
     "hidden",

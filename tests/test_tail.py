@@ -688,6 +688,16 @@ def test_other_threads_are_left_alone():
             "tail_backward: chunk_size: expected an int, got float",
         ),
         (
+            lambda x: sqloss.tail_backward(torch.abs, x, alpha=0.5, chunk_size=2, gradient="1"),
+            TypeError,
+            "tail_backward: gradient: expected a number or a tensor without dimensions, got str",
+        ),
+        (
+            lambda x: sqloss.tail_backward(torch.abs, x, alpha=0.5, chunk_size=2, gradient=x[:4]),
+            ValueError,
+            r"tail_backward: gradient: expected a number or .*, got shape \(4,\)",
+        ),
+        (
             lambda x: sqloss.tail_loss(torch.abs, x, alpha=0.5, mask=x),
             TypeError,
             "tail_loss: mask: expected a bool tensor",

@@ -5,13 +5,17 @@ be trained on any risk: the model never averages, and the risk never knows the m
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
+from sqloss import distributed
 from sqloss.nn import CVaR
+from sqloss.training import ranks
 
 Risk = Callable[[Tensor], Tensor]
-Objective = Callable[[Mapping[str, Tensor]], Tensor]
+OfLosses = Callable[[Mapping[str, Tensor]], Tensor]
 
 TAILS = ("elbo", "reconstruction")
 
@@ -19,6 +23,11 @@ TAILS = ("elbo", "reconstruction")
 def risk(alpha: float) -> Risk:
     """The mean of the worst 1 - alpha share of the losses."""
     return mean if alpha == 0 else CVaR(alpha)
+
+
+def risk_over_ranks(alpha: float) -> Risk:
+    """The risk of the losses of all ranks, of which each gives its own."""
+    return risk(alpha) if ranks.count() == 1 else partial(distributed.cvar, alpha=alpha)
 
 
 def mean(losses: Tensor) -> Tensor:
@@ -31,25 +40,43 @@ def risk_name(alpha: float) -> str:
     return "mean" if alpha == 0 else f"CVaR {alpha:g}"
 
 
+@dataclass(frozen=True)
+class Objective:
+    """The risk of one loss for each sample, and what is added to it."""
+
+    alpha: float  # of the risk
+    risked: OfLosses
+    """From a model's losses to those that the risk is taken of, [B]."""
+    added: Callable[[Mapping[str, Tensor], Risk], Tensor] | None = None
+    """To a scalar, from a model's losses and what takes their mean."""
+    risks: Callable[[float], Risk] = risk
+    """From an alpha to the risk, whose alpha 0 is the mean."""
+
+    @property
+    def is_of_tail_alone(self) -> bool:
+        """Whether samples outside the tail have no part in the gradient."""
+        return self.alpha > 0 and self.added is None
+
+    def __call__(self, losses: Mapping[str, Tensor]) -> Tensor:
+        value = self.risks(self.alpha)(self.risked(losses))
+        return value if self.added is None else value + self.added(losses, self.risks(0.0))
+
+
 def vae_objective(alpha: float, tail: str, beta: float, iwae_samples: int) -> Objective:
     """The objective of a VAE, whose tail is that of the whole bound or of one of its terms.
 
     With iwae_samples > 0 the bound is the importance-weighted one, which has no such terms.
     """
-    risk_of = risk(alpha)
-
-    def elbo(losses: Mapping[str, Tensor]) -> Tensor:
-        return risk_of(losses["reconstruction"] + beta * losses["kl"])
-
-    def reconstruction(losses: Mapping[str, Tensor]) -> Tensor:
-        return risk_of(losses["reconstruction"]) + beta * losses["kl"].mean()
-
-    def iw_bound(losses: Mapping[str, Tensor]) -> Tensor:
-        return risk_of(losses["negative_iw_bound"])
-
     if iwae_samples:
-        return iw_bound
-    return {"elbo": elbo, "reconstruction": reconstruction}[tail]
+        return Objective(alpha, lambda losses: losses["negative_iw_bound"])
+    return {
+        "elbo": Objective(alpha, lambda losses: losses["reconstruction"] + beta * losses["kl"]),
+        "reconstruction": Objective(
+            alpha,
+            lambda losses: losses["reconstruction"],
+            lambda losses, mean_of: beta * mean_of(losses["kl"]),
+        ),
+    }[tail]
 
 
 def objective_name(alpha: float, tail: str, beta: float, iwae_samples: int) -> str:

@@ -47,6 +47,25 @@ def test_the_importance_weighted_bound_is_a_loss_like_others(alpha, value):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((0.8, "elbo", 2.0, 0), True),
+        ((0.8, "elbo", 1.0, 5), True),
+        ((0.8, "reconstruction", 2.0, 0), False),
+        ((0.0, "elbo", 1.0, 0), False),
+    ],
+)
+def test_which_objectives_the_tail_alone_makes(arguments, expected):
+    objective = vae_objective(*arguments)
+    assert objective.is_of_tail_alone == expected
+    names = ("negative_iw_bound",) if arguments[3] else ("reconstruction", "kl")
+    losses = {name: torch.randn(10, requires_grad=True) for name in names}
+    objective(losses).backward()
+    of_sample = sum(each.grad.abs() for each in losses.values())
+    assert ((of_sample == 0).sum() == 8) == expected
+
+
+@pytest.mark.parametrize(
     ("arguments", "name"),
     [
         ((0, "elbo", 1.0, 0), "mean of -ELBO"),

@@ -154,6 +154,7 @@ def test_the_data_are_found_from_every_working_directory(trainer, tmp_path, monk
 def test_some_flags_may_change(trainer, tmp_path):
     trainer.train(trainer.run(tmp_path))
     changes = {"epochs": 6, "device": "cpu", "threads": 2, "data_dir": "there", "download": True}
+    changes |= {"backward": "tail", "microbatch_size": 8}
     run = Run.resumed(VAEConfig, tmp_path, changes)
     assert run.config == dataclasses.replace(trainer.config, **changes)
     run.start(trainer.begin(run.config), trainer.data)

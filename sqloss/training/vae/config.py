@@ -10,6 +10,7 @@ from sqloss.training.errors import UserError
 from sqloss.training.risk import TAILS, Objective, objective_name, vae_objective
 
 DEFAULT_LR = {"torch": 1e-3, "numpy": 1e-2}  # of Adam, and of SGD; the keys are the backends
+BACKWARDS = ("auto", "tail", "dense")
 SMALLEST_DF = 0.5  # for which the sampling is made
 
 
@@ -18,6 +19,8 @@ class VAEConfig(RunConfig):
     """The hyper-parameters of a run, valid by construction."""
 
     command: ClassVar[str] = "vae"
+    # These change rounding alone, as a device does.
+    may_change: ClassVar[tuple[str, ...]] = (*RunConfig.may_change, "backward", "microbatch_size")
 
     tail: str = flag(
         "elbo",
@@ -73,16 +76,30 @@ class VAEConfig(RunConfig):
         metavar="K",
     )
     beta: float = flag(1.0, "weight of the KL term in the training objective")
+    backward: str = flag(
+        "auto",
+        "tail: find the tail without a graph, then run forward and backward on its images alone, "
+        "which changes the rounding and no more; dense: on all images of the batch; auto: tail "
+        "where the objective allows it and the steps are large enough to gain by it",
+        choices=BACKWARDS,
+    )
+    microbatch_size: int = flag(
+        0,
+        "take no more than N images at once, so that large batches, and the exact tail of each, "
+        "train in the memory of small ones; 0: the whole batch",
+        metavar="N",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._expect("lr", 0 <= self.lr < math.inf, "a number from 0 up")
         self._expect("beta", 0 <= self.beta < math.inf, "a number from 0 up")
         self._expect_whole(1, "latent")
-        self._expect_whole(0, "iwae_samples")
+        self._expect_whole(0, "iwae_samples", "microbatch_size")
         self._check_df()
         self._check_iwae()
         self._check_backend()
+        self._check_backward()
         parse_sizes("hidden", self.hidden)
         parse_sizes("channels", self.channels)
         self._refuse_without_effect()
@@ -106,9 +123,25 @@ class VAEConfig(RunConfig):
             self._expect("architecture", self.architecture == "mlp", "mlp with --backend numpy")
             if self.learn_df:
                 raise UserError("--learn-df: expected --backend torch with it, got --backend numpy")
-            self._expect("iwae_samples", self.iwae_samples == 0, "0 with --backend numpy")
+            for name in ("iwae_samples", "microbatch_size"):
+                self._expect(name, getattr(self, name) == 0, "0 with --backend numpy")
             on_cpu = self.device in ("auto", "cpu")
             self._expect("device", on_cpu, "auto or cpu with --backend numpy")
+
+    def _check_backward(self) -> None:
+        if self.backward == "tail":
+            for applies, why in (
+                (self.alpha == 0, "--alpha 0, which has no tail"),
+                (self.tail != "elbo", f"--tail {self.tail}, whose KL is that of all images"),
+                (self.uses_numpy, "--backend numpy"),
+            ):
+                self._expect("backward", not applies, f"auto or dense with {why}")
+        if self.microbatch_size and self.alpha > 0:
+            for applies, why in (
+                (self.tail != "elbo", f"--tail {self.tail}, whose KL is that of all images"),
+                (self.backward == "dense", "--backward dense, which takes all images at once"),
+            ):
+                self._expect("microbatch_size", not applies, f"0 with {why}")
 
     def _check_iwae(self) -> None:
         if self.iwae_samples:

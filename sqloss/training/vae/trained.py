@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sqloss.models import VAE
+from sqloss.training.config import RunConfig
 from sqloss.training.data import Dataset, load_dataset
 from sqloss.training.errors import UserError
 from sqloss.training.run import read_config, restore
@@ -15,7 +16,7 @@ from sqloss.training.vae.loop import begin
 
 ARGUMENT = "RUN_DIR"
 # Nothing is trained here.
-MAY_DIFFER = tuple(name for name in VAEConfig.may_change if name != "epochs")
+MAY_DIFFER = tuple(name for name in RunConfig.may_change if name != "epochs")
 
 
 @dataclass(frozen=True)

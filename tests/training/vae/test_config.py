@@ -32,6 +32,8 @@ SIZES = "whole numbers from 1 to 2147483647, such as 400 or 512,256"
         ("lr", float("inf"), "a number from 0 up"),
         ("beta", -1.0, "a number from 0 up"),
         ("iwae_samples", -1, "a whole number from 0 to 2147483647"),
+        ("microbatch_size", -1, "a whole number from 0 to 2147483647"),
+        ("backward", "sparse", "one of auto, tail, dense"),
         ("limit", -1, "a whole number from 0 to 2147483647"),
         ("image_size", -1, "a whole number from 0 to 2147483647"),
         ("seed", -1, "a whole number from 0 up"),
@@ -99,6 +101,11 @@ def test_the_importance_weighted_bound_has_no_terms_of_its_own(values, told):
             "--learn-df: expected --backend torch with it, got --backend numpy",
         ),
         ({"iwae_samples": 5}, "--iwae-samples: expected 0 with --backend numpy, got 5"),
+        ({"microbatch_size": 5}, "--microbatch-size: expected 0 with --backend numpy, got 5"),
+        (
+            {"backward": "tail"},
+            "--backward: expected auto or dense with --backend numpy, got tail",
+        ),
         ({"device": "cuda"}, "--device: expected auto or cpu with --backend numpy, got cuda"),
     ],
 )
@@ -106,6 +113,39 @@ def test_what_the_numpy_backend_does_not_do(values, told):
     with pytest.raises(UserError) as raised:
         VAEConfig(backend="numpy", **values)
     assert str(raised.value) == told
+
+
+ALL_IMAGES = "--tail reconstruction, whose KL is that of all images"
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (
+            {"backward": "tail", "alpha": 0.0},
+            "--backward: expected auto or dense with --alpha 0, which has no tail, got tail",
+        ),
+        (
+            {"backward": "tail", "tail": "reconstruction"},
+            f"--backward: expected auto or dense with {ALL_IMAGES}, got tail",
+        ),
+        (
+            {"microbatch_size": 8, "tail": "reconstruction"},
+            f"--microbatch-size: expected 0 with {ALL_IMAGES}, got 8",
+        ),
+        (
+            {"microbatch_size": 8, "backward": "dense"},
+            "--microbatch-size: expected 0 with --backward dense, which takes all images at once, "
+            "got 8",
+        ),
+    ],
+)
+def test_what_the_tail_alone_cannot_do(values, told):
+    with pytest.raises(UserError) as raised:
+        VAEConfig(**values)
+    assert str(raised.value) == told
+    if "microbatch_size" in values:  # without a tail, any mean has microbatches
+        VAEConfig(**values | {"alpha": 0.0})
 
 
 def test_each_backend_has_a_learning_rate_of_its_own():

@@ -33,6 +33,8 @@ VARIANTS = {
         "architecture": "conv",
         "channels": "2,3",
     },
+    "the tail alone": {"backward": "tail"},
+    "microbatches": {"microbatch_size": 7},
     "alone, oversampled": {"alone": True, "sampling": "balanced"},
     "numpy": {"backend": "numpy"},
     "t in numpy": {"backend": "numpy", "prior": "t", "df": 3.0, "tail": "reconstruction"},
