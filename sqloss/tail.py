@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -554,9 +554,15 @@ def _reached(fn: object) -> Iterator[object]:
             left += [
                 each
                 for each in (*cells, *of_file, *(given.__defaults__ or ()))
-                if isinstance(each, (nn.Module, functools.partial, MethodType))
-                or getattr(_plain(each), "__globals__", None) is given.__globals__
+                if _is_compiled(each)
+                or (
+                    not isinstance(each, (type, ModuleType))
+                    and getattr(each, "__globals__", given.__globals__) is given.__globals__
+                )
             ]
+        elif not isinstance(given, nn.Module):  # an object that may hold one
+            held = getattr(given, "__dict__", {}).values()
+            left += [each for each in held if isinstance(each, nn.Module) or _is_compiled(each)]
 
 
 def _is_set(cell: CellType) -> bool:
