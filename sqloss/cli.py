@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 import torch
 
 import sqloss
+from sqloss.training import ranks
 from sqloss.training.config import RunConfig, as_flag, expanded
-from sqloss.training.data import load_dataset
+from sqloss.training.data import Dataset, load_dataset
 from sqloss.training.errors import UserError, require
 from sqloss.training.files import as_csv, write_atomically
 from sqloss.training.gan.config import GANConfig
-from sqloss.training.progress import Progress
+from sqloss.training.progress import Progress, Silence
 from sqloss.training.run import Run
 from sqloss.training.settings import alone_in
 from sqloss.training.shares import classifier_of
@@ -85,17 +86,26 @@ INTERRUPTED = 130  # what a shell returns for it: 128 + SIGINT
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command ``sqloss``."""
-    flags = vars(parser().parse_args(arguments))
+    with ranks.joined():
+        return run_command(arguments)
+
+
+def run_command(arguments: Sequence[str] | None) -> int:
+    with ranks.only_first_prints():
+        flags = vars(parser().parse_args(arguments))
     command, subcommand = flags.pop("command"), flags.pop("subcommand")
     try:
+        refuse_ranks(command)
         return int(subcommand(**flags))
     except UserError as error:
         return complain(command, str(error))
     except KeyboardInterrupt:
-        print(f"\nsqloss {command}: interrupted", file=sys.stderr)
+        say(f"\nsqloss {command}: interrupted")
         return INTERRUPTED
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
+            if ranks.another_has_failed():
+                return USER_ERROR
             raise
         return complain(
             command,
@@ -105,8 +115,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def complain(command: str, message: str) -> int:
-    print(f"sqloss {command}: error: {message}", file=sys.stderr)
+    ranks.tell_error(f"sqloss {command}: error: {message}")
     return USER_ERROR
+
+
+def refuse_ranks(command: str) -> None:
+    if command not in TRAINERS and ranks.count() > 1:
+        raise UserError(f"expected one process, got {ranks.count()} of torchrun")
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -150,18 +165,22 @@ def train(
     """Start a run, or take it up again, and report on it once it is trained."""
     kind = trainer.config
     run = Run.resumed(kind, resume, given) if resume else Run.new(output_dir, kind(**given))
-    run.config.refuse_other_machine()
-    require_what_the_report_needs(run.config)
-    whole = load_dataset(run.config.dataset, run.config.source)
-    work = RunUnderWay(trainer, run, whole)
+    config = run.config
+    config.refuse_other_machine()
+    ranks.refuse(config)
+    ranks.of_first(lambda: require_what_the_report_needs(config))
+    work = RunUnderWay(trainer, run, load(config))
     announce(work)
 
-    resuming = f"sqloss {run.config.command} --resume {shlex.quote(str(work.directory))}"
-    if not work.fit(Progress(*work.steps(), run.config.epochs)):
+    resuming = f"sqloss {config.command} --resume {shlex.quote(str(work.directory))}"
+    progress = Progress(*work.steps(), config.epochs) if ranks.is_first() else Silence()
+    if not work.fit(progress):
         done = work.training.done()
         say(f"stopped and saved after {done}; continue with: {resuming}")
         return INTERRUPTED
 
+    if not ranks.disband():
+        return 0
     say("the training is done and saved; now a small classifier judges, for the report")
     try:
         report = work.report()
@@ -172,6 +191,15 @@ def train(
     say(f"the classifier gets {report['classifier_test_accuracy']:.1%} of the test images right")
     say(f"how to read this, and the pictures: {work.directory / 'report.md'}")
     return 0
+
+
+def load(config: RunConfig) -> Dataset:
+    """The data of a run; where they are to be fetched, by one rank, which the others wait for."""
+
+    def of_config() -> Dataset:
+        return load_dataset(config.dataset, config.source)
+
+    return ranks.in_turns(of_config) if config.download else of_config()
 
 
 def sweep(trainer: str, output_dir: Path | None = None, **given: Any) -> int:
@@ -327,7 +355,9 @@ def announce(work: RunUnderWay) -> None:
 
 
 def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    """Tell on stderr how the work goes: once, whatever the number of ranks."""
+    if ranks.is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,5 +1,6 @@
 """Processes of torch.distributed for tests, and what these have them do."""
 
+import contextlib
 import datetime
 import multiprocessing
 import os
@@ -25,7 +26,10 @@ LATE = datetime.timedelta(seconds=1)
 
 
 class Ranks:
-    """Processes that wait for functions to run; of the first of them there is a group each."""
+    """Processes that wait for functions to run; of so many of them there is a group each.
+
+    Where there are to be no groups the functions make their own.
+    """
 
     def __init__(self, size, groups):
         CONTEXT.set_forkserver_preload(["sqloss", "torch._dynamo"])  # once, not by each
@@ -71,24 +75,29 @@ GROUPS = {}
 
 def serve(pipe, rank, size, groups, folder):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{Path(folder, 'store')}", rank=rank, world_size=size
-    )
-    for count in groups:
-        GROUPS[count] = dist.new_group(range(count))
-    GROUPS["late"] = dist.new_group(range(2), timeout=LATE)
+    if groups:
+        join(rank, size, groups, folder)
     while True:
         try:
             function, count, of_rank, arguments = pipe.recv()
         except EOFError:  # the tests are done
             os._exit(0)
         try:
-            result = function(GROUPS[count], of_rank, *arguments)
+            result = function(GROUPS.get(count), of_rank, *arguments)
         except AssertionError:
             result = traceback.format_exc()
         except Exception as error:
             result = error
         pipe.send(result)
+
+
+def join(rank, size, groups, folder):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{Path(folder, 'store')}", rank=rank, world_size=size
+    )
+    for count in groups:
+        GROUPS[count] = dist.new_group(range(count))
+    GROUPS["late"] = dist.new_group(range(2), timeout=LATE)
 
 
 def tails(group, shards, calls):
@@ -241,7 +250,17 @@ def sharded_gradients(group, batch, way):
         value = sqloss.distributed.tail_loss(fn, *batch, **options)
         value.backward()
     else:
-        value = sqloss.distributed.tail_backward(fn, *batch, **options, chunk_size=3)
+
+        @contextlib.contextmanager
+        def no_sync():
+            model.set_requires_gradient_sync(False)
+            yield
+            model.set_requires_gradient_sync(True)
+
+        options["chunk_size"] = 3
+        if way == "tail_backward, no_sync":
+            options["no_sync"] = no_sync
+        value = sqloss.distributed.tail_backward(fn, *batch, **options)
     local = sum(parameter.to_local().numel() for parameter in model.parameters())
     assert local < sum(parameter.numel() for parameter in model.parameters())
     return value.detach(), [parameter.grad.full_tensor() for parameter in model.parameters()]

@@ -65,7 +65,7 @@ class RunConfig:
     )
     alone: bool = flag(False, "train no standard model beside the one of the tail")
     epochs: int = flag(200, "passes over the training images", metavar="N")
-    batch_size: int = flag(128, "images per step", metavar="N")
+    batch_size: int = flag(128, "images per step, of all processes together", metavar="N")
     seed: int = flag(0, "seed of everything random", metavar="N")
     device: str = flag("auto", "auto, cpu or cuda; auto is cuda where there is one")
     threads: int = flag(

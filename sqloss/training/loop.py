@@ -127,15 +127,16 @@ def fit(
                 rows = training.latest_rows()
                 progress.epoch(training.epoch, [training.describe(row) for row in rows])
             refuse_non_finite(training)
+            stopping = stop.agreed()
             due = training.epoch % config.checkpoint_every == 0 or training.epoch == config.epochs
-            if due or stop.requested:
+            if due or stopping:
                 save(training)
                 saved = training.done()
             if ended:
                 kept = f"saved is what it was after {saved}" if saved else "nothing is saved yet"
                 for alarm in training.alarms():
                     progress.tell(f"{alarm}; {kept}")
-            if stop.requested:
+            if stopping:
                 return False
     return True
 
@@ -147,7 +148,7 @@ def train_epoch(
     images, labels = data.train_images, data.train_labels
     order = data.order(config.sampling, generator(config.seed, "order", training.epoch))
     for batch in order.to(images.device).split(config.batch_size)[training.step :]:
-        if stop.requested:
+        if stop.agreed():
             return False
         training.train_step(images[batch], labels[batch])
         training.step += 1

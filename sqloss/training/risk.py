@@ -6,10 +6,13 @@ be trained on any risk: the model never averages, and the risk never knows the m
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
+from sqloss import distributed
 from sqloss.nn import CVaR
+from sqloss.training import ranks
 
 Risk = Callable[[Tensor], Tensor]
 OfLosses = Callable[[Mapping[str, Tensor]], Tensor]
@@ -20,6 +23,11 @@ TAILS = ("elbo", "reconstruction")
 def risk(alpha: float) -> Risk:
     """The mean of the worst 1 - alpha share of the losses."""
     return mean if alpha == 0 else CVaR(alpha)
+
+
+def risk_over_ranks(alpha: float) -> Risk:
+    """The risk of the losses of all ranks, of which each gives its own."""
+    return risk(alpha) if ranks.count() == 1 else partial(distributed.cvar, alpha=alpha)
 
 
 def mean(losses: Tensor) -> Tensor:
@@ -39,7 +47,10 @@ class Objective:
     alpha: float  # of the risk
     risked: OfLosses
     """From a model's losses to those that the risk is taken of, [B]."""
-    added: OfLosses | None = None  # a scalar
+    added: Callable[[Mapping[str, Tensor], Risk], Tensor] | None = None
+    """To a scalar, from a model's losses and what takes their mean."""
+    risks: Callable[[float], Risk] = risk
+    """From an alpha to the risk, whose alpha 0 is the mean."""
 
     @property
     def is_of_tail_alone(self) -> bool:
@@ -47,8 +58,8 @@ class Objective:
         return self.alpha > 0 and self.added is None
 
     def __call__(self, losses: Mapping[str, Tensor]) -> Tensor:
-        value = risk(self.alpha)(self.risked(losses))
-        return value if self.added is None else value + self.added(losses)
+        value = self.risks(self.alpha)(self.risked(losses))
+        return value if self.added is None else value + self.added(losses, self.risks(0.0))
 
 
 def vae_objective(alpha: float, tail: str, beta: float, iwae_samples: int) -> Objective:
@@ -63,7 +74,7 @@ def vae_objective(alpha: float, tail: str, beta: float, iwae_samples: int) -> Ob
         "reconstruction": Objective(
             alpha,
             lambda losses: losses["reconstruction"],
-            lambda losses: beta * losses["kl"].mean(),
+            lambda losses, mean_of: beta * mean_of(losses["kl"]),
         ),
     }[tail]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic
 
-from sqloss.training import checkpoint
+from sqloss.training import checkpoint, ranks
 from sqloss.training.config import Config, RunConfig, as_flag, from_stored, to_stored
 from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError
@@ -39,13 +39,14 @@ class Run(Generic[Config]):
     def new(cls, directory: Path | None, config: Config) -> "Run[Config]":
         """A run in a directory that holds none yet."""
         if directory is not None:
-            refuse_used(directory)
+            ranks.of_first(lambda: refuse_used(directory))
         return cls(directory, config, is_new=True)
 
     @classmethod
     def resumed(cls, kind: type[Config], directory: Path, changes: dict[str, Any]) -> "Run[Config]":
         """The run that a directory holds, with changes that do not make it another run."""
-        stored = read_config(kind, directory / "config.json", "--resume")
+        path = directory / "config.json"
+        stored = ranks.of_first(lambda: read_config(kind, path, "--resume"))
         for name, value in changes.items():
             if name not in kind.may_change and value != getattr(stored, name):
                 allowed = ", ".join(map(as_flag, kind.may_change))
@@ -57,14 +58,14 @@ class Run(Generic[Config]):
 
     def start(self, training: Training, data: Dataset) -> "Recorder":
         """Take the directory, or take up the training where the directory has it."""
-        directory = self.directory or make_default_directory(self.config)
+        directory = self.directory or ranks.of_first(lambda: make_default_directory(self.config))
         recorder = Recorder(directory, data.fingerprint(), self.is_new)
         if self.is_new:
-            claim(directory, self.config)
+            ranks.of_first(lambda: claim(directory, self.config))
         else:
             recorder.restore(training)
             self._refuse_fewer_epochs(training)
-            write_json(directory / "config.json", to_stored(self.config))
+            ranks.of_first(lambda: write_json(directory / "config.json", to_stored(self.config)))
         return recorder
 
     def _refuse_fewer_epochs(self, training: Training) -> None:
@@ -131,6 +132,8 @@ def cannot_make(directory: Path, error: OSError) -> UserError:
 class Recorder:
     """Writes checkpoints, ``metrics.csv`` and, where TensorBoard is installed, its events.
 
+    All on the first rank alone.
+
     As a context it sees to what an error leaves behind: a new run that comes to no checkpoint
     gives its directory back.
     """
@@ -153,7 +156,7 @@ class Recorder:
         _trace: TracebackType | None,
     ) -> None:
         kept = checkpoint.saved(self.checkpoints)
-        if error and self.is_new and not kept:
+        if error and self.is_new and not kept and ranks.is_first():
             (self.directory / "config.json").unlink(missing_ok=True)
         if isinstance(error, NonFiniteError):
             raise NonFiniteError(f"{error}; {self._what_remains(kept)}") from error
@@ -169,11 +172,14 @@ class Recorder:
         """Put the training where the newest checkpoint has it, if there is one."""
         if not restore(training, self.directory, self.data, "--resume"):
             return
-        self._write_metrics(training)
+        ranks.of_first(lambda: self._write_metrics(training))
         self.rows_in_tensorboard = len(training.history)
         self.epochs_before = training.epoch
 
     def save(self, training: Training) -> None:
+        ranks.of_first(lambda: self._save(training))
+
+    def _save(self, training: Training) -> None:
         checkpoint.save(self.checkpoints, training.state_dict() | {"data": self.data})
         self._write_metrics(training)
         self.show_in_tensorboard(training.history[self.rows_in_tensorboard :])
@@ -206,14 +212,14 @@ def restore(training: Training, directory: Path, data: str, argument: str) -> bo
 
     ``data`` is the fingerprint of the data set, ``argument`` the one that names the directory.
     """
-    state = checkpoint.load(directory / CHECKPOINTS)
+    saved = ranks.of_first(lambda: checkpoint.saved(directory / CHECKPOINTS))
+    state = ranks.of_first(lambda: checkpoint.load(directory / CHECKPOINTS))
     if state is None:
         return False
 
     def other_run(got: str) -> UserError:
-        newest = checkpoint.saved(directory / CHECKPOINTS)[-1]
         return UserError(
-            f"{argument}: expected the checkpoint {newest} to be one of the run that "
+            f"{argument}: expected the checkpoint {saved[-1]} to be one of the run that "
             f"{directory / 'config.json'} tells of, got {got}"
         )
 

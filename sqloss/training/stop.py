@@ -5,6 +5,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from sqloss.training import ranks
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -17,6 +19,10 @@ class StopSignal:
     def __init__(self) -> None:
         self.requested = False
         self._previous: dict[signal.Signals, Any] = {}
+
+    def agreed(self) -> bool:
+        """Whether any rank has been told to stop; all of them have to ask at the same time."""
+        return ranks.any_of(self.requested)
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():

@@ -1,11 +1,12 @@
 """The trainers, and a run of any of them from its configuration to its report."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from sqloss.training.config import Config, RunConfig
+from sqloss.training import ranks
+from sqloss.training.config import Config, RunConfig, as_flag
 from sqloss.training.data import Dataset
 from sqloss.training.errors import require
 from sqloss.training.gan import loop as gan_loop
@@ -103,6 +104,14 @@ def refuse_what_cannot_be_reported(whole: Dataset, config: RunConfig) -> None:
         gan_report.refuse_what_cannot_be_reported(whole, config)
 
 
+def refuse_differing_ranks(config: RunConfig, data: Dataset) -> None:
+    """Raise where a machine has other data, or was told other flags, than the others."""
+    if ranks.count() > 1:
+        of_machine = (*config.paths, "download", "threads")
+        flags = {as_flag(k): v for k, v in asdict(config).items() if k not in of_machine}
+        ranks.refuse_differing(flags | {"--data-dir": f"data with the hash {data.fingerprint()}"})
+
+
 class RunUnderWay:
     """A run that has its directory, with its training where that has it."""
 
@@ -110,10 +119,11 @@ class RunUnderWay:
         self.trainer = trainer
         self.config = run.config
         self.whole = whole
-        refuse_what_cannot_be_reported(whole, run.config)
+        ranks.of_first(lambda: refuse_what_cannot_be_reported(whole, run.config))
         self.data = whole.imbalanced(run.config.imbalance, run.config.seed).to(
             run.config.torch_device
         )
+        refuse_differing_ranks(run.config, self.data)
         set_threads(run.config, self.data)
         self.training = trainer.begin(run.config, self.data)
         self.recorder: Recorder = run.start(self.training, self.data)

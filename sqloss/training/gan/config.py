@@ -8,7 +8,7 @@ from typing import ClassVar
 from sqloss.models.gan_losses import GAN_LOSSES
 from sqloss.training.config import RunConfig, as_flag, expanded, flag
 from sqloss.training.errors import UserError
-from sqloss.training.risk import Risk, risk, risk_name
+from sqloss.training.risk import Risk, risk_name, risk_over_ranks
 
 TAILS_OF = {"d": ("d",), "g": ("g",), "both": ("d", "g")}  # the players that train on a tail
 
@@ -87,9 +87,11 @@ class GANConfig(RunConfig):
                 raise UserError(f"{as_flag(name)}: expected {needed} with it, got none")
 
     def risks(self, contender: str) -> dict[str, Risk]:
-        """The risk that each player of a contender minimises."""
+        """The risk that each player of a contender minimises, of the losses of all ranks."""
         alpha = self.alphas[contender]
-        return {p: risk(alpha if p in TAILS_OF[self.tail_of] else 0.0) for p in ("d", "g")}
+        return {
+            p: risk_over_ranks(alpha if p in TAILS_OF[self.tail_of] else 0.0) for p in ("d", "g")
+        }
 
     @property
     def risk_names(self) -> dict[str, str]:

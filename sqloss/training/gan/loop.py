@@ -1,15 +1,15 @@
 """The training of GANs: two players in turns, each on the risk of losses that are per sample."""
 
 import copy
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import sqloss
 from sqloss.models.augment import Augmentation, augment, draw_augmentation
-from sqloss.models.gan import GAN, LAST_SIDE, Generator
+from sqloss.models.gan import GAN, LAST_SIDE, Discriminator, Generator
 from sqloss.models.gan_losses import (
     code_losses,
     fake_losses,
@@ -19,12 +19,15 @@ from sqloss.models.gan_losses import (
 )
 from sqloss.models.pixels import signed_pixels
 from sqloss.models.seeding import initialisation
+from sqloss.training import ranks
 from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError
+from sqloss.training.gan.batch_norm import over_ranks
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import Noise, draw_noise
 from sqloss.training.gan.stability import alarms
 from sqloss.training.loop import Row, Training, steps_per_epoch
+from sqloss.training.risk import risk_over_ranks
 
 # Means over the steps of an epoch, each weighted by its images; of both models alike, whatever they
 # are trained on.
@@ -34,13 +37,56 @@ NO_SPREAD = 1e-6  # of pixels in [-1, 1]: the images of a batch are one
 COLUMNS = ("epoch", "model", *D_METRICS, *G_METRICS)
 
 
+class Judgement(NamedTuple):
+    """What a discriminator's step is about, per image."""
+
+    real_logits: Tensor
+    fake_logits: Tensor
+    code_losses: Tensor | None  # of the generated images
+    penalties: Tensor | None
+
+
+class Judging(nn.Module):
+    """All that a discriminator's step asks it, in one forward pass."""
+
+    def __init__(self, discriminator: Discriminator, loss: str) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+        self.loss = loss
+
+    def forward(self, real: Tensor, fake: Tensor, noise: Noise, mix: Tensor) -> Judgement:
+        def critic(images: Tensor) -> Tensor:
+            logits: Tensor = self.discriminator(images, noise.labels)
+            return logits
+
+        real_logits = critic(real)
+        fake_logits, of_codes = judge(self.discriminator, fake, noise)
+        penalised = self.loss == "wgan-gp"
+        penalties = gradient_penalty(critic, real, fake, mix) if penalised else None
+        return Judgement(real_logits, fake_logits, of_codes, penalties)
+
+
+def judge(discriminator: Discriminator, fake: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
+    """The logits of generated images and, where they have codes, the losses of both players on
+    those."""
+    if noise.codes is None:
+        return discriminator(fake, noise.labels), None
+    logits, loc, var = discriminator.with_codes(fake, noise.labels)
+    return logits, code_losses(loc, var, noise.codes)
+
+
 class Contender:
-    """One model with what trains it."""
+    """One model with what trains it.
+
+    A step is given this rank's part of a batch. Risks, batch norm and metrics are of the whole one.
+    """
 
     def __init__(self, model: GAN, name: str, config: GANConfig) -> None:
         self.model = model
         self.config = config
-        self.risks = config.risks(name)
+        self.risks, self.mean = config.risks(name), risk_over_ranks(0.0)
+        self.judging = ranks.parallel(Judging(model.discriminator, config.loss))
+        self.generating = ranks.parallel(model.generator)
         self.players = {"d": model.discriminator, "g": model.generator}
         betas = (config.beta1, 0.999)
         self.optimisers = {
@@ -63,48 +109,47 @@ class Contender:
         return cast(Generator, self.average.module)
 
     def discriminator_step(
-        self, real: Tensor, noise: Noise, shifts: tuple[Augmentation, Augmentation], mix: Tensor
+        self,
+        real: Tensor,
+        noise: Noise,
+        shifts: tuple[Augmentation, Augmentation],
+        mix: Tensor,
+        images: int,
     ) -> None:
-        config, d = self.config, self.model.discriminator
+        """Move the discriminator by this rank's part of a batch of so many images."""
+        config = self.config
         with torch.no_grad():
             fake = self.model.generator(*noise)
         if config.augment:
             real, fake = augment(real, shifts[0]), augment(fake, shifts[1])
-        real_logits = d(real, noise.labels)
-        fake_logits, of_codes = self._judge(fake, noise)
-        of_real = real_losses(config.loss, real_logits)
-        of_fake = fake_losses(config.loss, fake_logits)
+        judged: Judgement = self.judging(real, fake, noise, mix)
+        of_real = real_losses(config.loss, judged.real_logits)
+        of_fake = fake_losses(config.loss, judged.fake_logits)
         loss = self.risks["d"](of_real) + self.risks["d"](of_fake)
-        if config.loss == "wgan-gp":
+        if judged.penalties is not None:
+            loss = loss + config.penalty * self.mean(judged.penalties)
+        self._step("d", loss + self._of_codes(judged.code_losses))
+        of_images = torch.stack([of_real, of_fake, judged.real_logits, judged.fake_logits])
+        self._count("d", images, self._d_metrics(*ranks.whole(of_images.detach(), images)))
 
-            def critic(images: Tensor) -> Tensor:
-                logits: Tensor = d(images, noise.labels)
-                return logits
-
-            loss = loss + config.penalty * gradient_penalty(critic, real, fake, mix).mean()
-        self._step("d", loss + of_codes)
-        self._count("d", len(real), self._d_metrics(of_real, of_fake, real_logits, fake_logits))
-
-    def generator_step(self, real: Tensor, noise: Noise, shift: Augmentation) -> None:
+    def generator_step(self, real: Tensor, noise: Noise, shift: Augmentation, images: int) -> None:
         """Move the generator, and of the discriminator nothing but the statistics of batch norm.
 
         As in its own step, these see the generated images; only pictures are made with them.
         """
-        fake = self.model.generator(*noise)
+        fake = self.generating(*noise)
         seen = augment(fake, shift) if self.config.augment else fake
-        logits, of_codes = self._judge(seen, noise)
+        logits, of_codes = judge(self.model.discriminator, seen, noise)
         losses = generator_losses(self.config.loss, logits)
-        self._step("g", self.risks["g"](losses) + of_codes)
+        self._step("g", self.risks["g"](losses) + self._of_codes(of_codes))
         if self.average is not None:
             self.average.update_parameters(self.model.generator)
-        self._count("g", len(real), self._g_metrics(losses, real, fake))
+        losses = ranks.whole(losses.detach(), images)
+        self._count("g", images, self._g_metrics(losses, real, fake))
 
-    def _judge(self, fake: Tensor, noise: Noise) -> tuple[Tensor, Tensor | float]:
-        """The logits of generated images, and the objective of both players on their codes."""
-        if noise.codes is None:
-            return self.model.discriminator(fake, noise.labels), 0.0
-        logits, loc, var = self.model.discriminator.with_codes(fake, noise.labels)
-        return logits, self.config.info_weight * code_losses(loc, var, noise.codes).mean()
+    def _of_codes(self, losses: Tensor | None) -> Tensor | float:
+        """The objective of both players on the codes."""
+        return 0.0 if losses is None else self.config.info_weight * self.mean(losses)
 
     def _step(self, player: str, loss: Tensor) -> None:
         """Move one player; no gradient of the other's parameters is computed."""
@@ -131,7 +176,8 @@ class Contender:
         return [
             losses.mean(),
             sqloss.cvar(losses, self.config.metric_alpha),
-            (spread(fake) + NO_SPREAD) / (spread(real) + NO_SPREAD),  # of a single image 1
+            # Of a single image 1
+            (spread(fake, len(losses)) + NO_SPREAD) / (spread(real, len(losses)) + NO_SPREAD),
         ]
 
     def _count(self, player: str, images: int, metrics: list[Tensor]) -> None:
@@ -173,7 +219,9 @@ class GANTraining(Training):
         super().__init__(config)
         self.config = config
         self.batches = batches  # of an epoch
-        self.models: dict[str, GAN] = {name: copy.deepcopy(model) for name in config.contenders}
+        self.models: dict[str, GAN] = {
+            name: over_ranks(copy.deepcopy(model)) for name in config.contenders
+        }
         self.contenders = {name: Contender(m, name, config) for name, m in self.models.items()}
         self.columns = COLUMNS
 
@@ -183,27 +231,28 @@ class GANTraining(Training):
         return {name: contender.generator for name, contender in self.contenders.items()}
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
-        real = signed_pixels(images)
+        size, part = len(images), ranks.part(len(images))
+        real = signed_pixels(images[part])
         # All is drawn, used or not: with any --loss and --augment a seed gives the same noise.
         noise = self._draw_noise(labels)
-        shifts = self._draw_shift(real), self._draw_shift(real)
-        mix = torch.rand(len(real), generator=self.noise).to(real.device)
+        shifts = self._draw_shift(images), self._draw_shift(images)
+        mix = torch.rand(size, generator=self.noise)[part].to(real.device)
         for contender in self.contenders.values():
-            contender.discriminator_step(real, noise, shifts, mix)
+            contender.discriminator_step(real, noise, shifts, mix, size)
         batches = self.epoch * self.batches + self.step + 1
         if batches % self.config.d_steps == 0:
             for _ in range(self.config.g_steps):
-                noise, shift = self._draw_noise(labels), self._draw_shift(real)
+                noise, shift = self._draw_noise(labels), self._draw_shift(images)
                 for contender in self.contenders.values():
-                    contender.generator_step(real, noise, shift)
+                    contender.generator_step(real, noise, shift, size)
 
     def _draw_noise(self, labels: Tensor) -> Noise:
         """As many images as there are labels, of these classes where the model is conditional."""
         model = next(iter(self.models.values())).generator
-        return draw_noise(len(labels), model, self.noise, labels)
+        return own_part(draw_noise(len(labels), model, self.noise, labels))
 
-    def _draw_shift(self, real: Tensor) -> Augmentation:
-        return draw_augmentation(len(real), tuple(real.shape[1:]), self.noise)
+    def _draw_shift(self, images: Tensor) -> Augmentation:
+        return own_part(draw_augmentation(len(images), tuple(images.shape[1:]), self.noise))
 
     def measure(self, data: Dataset) -> list[Row]:
         return [
@@ -235,6 +284,9 @@ class GANTraining(Training):
     def load_own_state(self, state: dict[str, Any]) -> None:
         for name, contender in self.contenders.items():
             contender.load_state_dict(state["contenders"][name])
+
+
+Drawn = TypeVar("Drawn", Noise, Augmentation)
 
 
 def build_model(config: GANConfig, data: Dataset) -> GAN:
@@ -275,6 +327,21 @@ def moving_average(generator: Generator, decay: float) -> AveragedModel:
     ).requires_grad_(False)
 
 
-def spread(images: Tensor) -> Tensor:
-    """How much the images of a batch differ: the mean of the pixels' standard deviations."""
-    return images.std(0, correction=0).mean()
+def own_part(drawn: Drawn) -> Drawn:
+    """Of what is drawn for a batch this rank's part."""
+    part = ranks.part(len(drawn[0]))
+    parts = {name: each[part] for name, each in drawn._asdict().items() if each is not None}
+    return drawn._replace(**parts)
+
+
+def spread(images: Tensor, size: int) -> Tensor:
+    """How much the images of a batch differ: the mean of the pixels' standard deviations.
+
+    Of the batch of this size each rank gives its part.
+    """
+    if ranks.count() == 1:
+        return images.std(0, correction=0).mean()
+    wide = images.double()
+    mean, square = ranks.summed(torch.stack([wide.sum(0), wide.square().sum(0)])) / size
+    spreads: Tensor = (square - mean.square()).clamp_min(0).sqrt()
+    return spreads.mean().to(images.dtype)

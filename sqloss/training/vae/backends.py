@@ -1,14 +1,20 @@
 """What takes the steps of a training: torch, or NumPy with the backward pass written by hand."""
 
+import contextlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sqloss import distributed
 from sqloss.models import VAE
 from sqloss.tail import tail_backward, tail_loss
+from sqloss.training import ranks
 from sqloss.training.errors import require
+from sqloss.training.risk import risk_over_ranks
 from sqloss.training.vae.config import VAEConfig
 
 # That take as long as what does not grow with them, such as reading the weights once more: some
@@ -17,11 +23,19 @@ from sqloss.training.vae.config import VAEConfig
 FLOPS_TO_FIND_TAIL = 3 * 10**8
 
 
+class Batch(NamedTuple):
+    """This rank's part of a batch."""
+
+    x: Tensor  # pixels, [B, *data_shape]
+    rows: Tensor  # int64 [B], the numbers of these images in the whole batch
+    size: int  # of that
+
+
 class Backend(Protocol):
     """Trains one model, in place."""
 
-    def step(self, x: Tensor, seed: Tensor) -> Tensor | float:
-        """One step on pixels [B, *data_shape]; the objective before it."""
+    def step(self, batch: Batch, seed: Tensor) -> Tensor | float:
+        """One step on a batch; the objective before it, of all of the batch."""
 
     def state_dict(self) -> dict[str, Any]:
         """What it keeps from step to step beside the model."""
@@ -29,14 +43,34 @@ class Backend(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class Losses(nn.Module):
+    """The losses of a model, one per sample, that the objectives are of."""
+
+    def __init__(self, model: VAE, iwae_samples: int) -> None:
+        super().__init__()
+        self.model = model
+        self.iwae_samples = iwae_samples
+
+    def forward(self, x: Tensor, seed: Tensor, rows: Tensor) -> dict[str, Tensor]:
+        if self.iwae_samples:
+            bound = self.model.negative_iw_bound(x, seed, self.iwae_samples, rows=rows)
+            return {"negative_iw_bound": bound}
+        return self.model.losses(x, seed, rows=rows)
+
+
 class Torch:
     """Adam on what autograd makes of the model's losses, of all images or of those of the tail."""
 
     def __init__(self, model: VAE, contender: str, config: VAEConfig) -> None:
         self.model = model
-        self.iwae_samples = config.iwae_samples
+        self.losses = ranks.parallel(Losses(model, config.iwae_samples))
+        self.no_sync = partial(ranks.no_sync, self.losses)
+        self.tail_loss, self.tail_backward = tail_loss, tail_backward
+        if ranks.count() > 1:
+            self.tail_loss = distributed.tail_loss
+            self.tail_backward = partial(distributed.tail_backward, no_sync=self.no_sync)
         self.microbatch_size = config.microbatch_size
-        self.objective = config.objectives[contender]
+        self.objective = replace(config.objectives[contender], risks=risk_over_ranks)
         self.adam = torch.optim.Adam(model.parameters(), config.learning_rate, fused=True)
         self.takes_tail = self._takes_tail(config)
 
@@ -47,64 +81,66 @@ class Torch:
         if config.backward == "tail" or config.microbatch_size:
             return True
         on_cpu = next(self.model.parameters()).device.type == "cpu"
-        return on_cpu and tail_pays(self._flops(config.batch_size), self.objective.alpha)
+        flops = self._flops(config.batch_size // ranks.count())
+        return on_cpu and tail_pays(flops, self.objective.alpha)
 
     def _flops(self, batch_size: int) -> int:
         """Floating-point operations of forward on a batch, those of its matrix products alone."""
         from torch.utils.flop_counter import FlopCounterMode  # takes 0.1 s
 
         image = next(self.model.parameters()).new_zeros(1, *self.model.data_shape)
+        zero = torch.zeros((), dtype=torch.int64)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.losses(image, torch.zeros((), dtype=torch.int64))
+            self.losses(image, zero, zero.to(image.device)[None])
         of_image: int = counter.get_total_flops()
         return batch_size * of_image
 
-    def step(self, x: Tensor, seed: Tensor) -> Tensor:
+    def step(self, batch: Batch, seed: Tensor) -> Tensor:
         self.adam.zero_grad()
-        loss = self._backward(x, seed)
+        loss = self._backward(batch, seed)
         self.adam.step()
         return loss.detach()
 
-    def _backward(self, x: Tensor, seed: Tensor) -> Tensor:
+    def _backward(self, batch: Batch, seed: Tensor) -> Tensor:
         """Leave the gradients of the objective in the parameters; its value."""
         if self.takes_tail:
-            return self._backward_of_tail(x, seed)
+            return self._backward_of_tail(batch, seed)
         if self.microbatch_size:
-            return self._backward_of_microbatches(x, seed)
-        loss = self.objective(self.losses(x, seed))
+            return self._backward_of_microbatches(batch, seed)
+        loss = self.objective(self.losses(batch.x, seed, batch.rows))
         loss.backward()
         return loss
 
-    def _backward_of_tail(self, x: Tensor, seed: Tensor) -> Tensor:
+    def _backward_of_tail(self, batch: Batch, seed: Tensor) -> Tensor:
         def losses(x: Tensor, rows: Tensor) -> Tensor:
             return self.objective.risked(self.losses(x, seed, rows))
 
-        rows, alpha = torch.arange(len(x), device=x.device), self.objective.alpha
         # Unchecked: the noise is that of the row and there is no batch norm, so the passes differ
         # in rounding alone, which is large only where a model has lost its footing.
+        x, rows, alpha = batch.x, batch.rows, self.objective.alpha
         if self.microbatch_size:
             size = self.microbatch_size
-            return tail_backward(losses, x, rows, alpha=alpha, chunk_size=size, check=False)
-        loss = tail_loss(losses, x, rows, alpha=alpha, check=False)
+            return self.tail_backward(losses, x, rows, alpha=alpha, chunk_size=size, check=False)
+        loss = self.tail_loss(losses, x, rows, alpha=alpha, check=False)
         loss.backward()
         return loss
 
-    def _backward_of_microbatches(self, x: Tensor, seed: Tensor) -> Tensor:
-        """Of an objective that is a mean over the images."""
-        rows = torch.arange(len(x), device=x.device)
-        value = torch.zeros((), device=x.device)
-        for part, of_part in zip(*(t.split(self.microbatch_size) for t in (x, rows)), strict=True):
-            loss = self.objective(self.losses(part, seed, of_part)) * (len(part) / len(x))
-            loss.backward()
-            value += loss.detach()
-        return value
+    def _backward_of_microbatches(self, batch: Batch, seed: Tensor) -> Tensor:
+        """Of an objective that is a mean over the images: each adds its share to it."""
 
-    def losses(self, x: Tensor, seed: Tensor, rows: Tensor | None = None) -> dict[str, Tensor]:
-        """The losses, one per sample, that the objectives are of."""
-        if self.iwae_samples:
-            bound = self.model.negative_iw_bound(x, seed, self.iwae_samples, rows=rows)
-            return {"negative_iw_bound": bound}
-        return self.model.losses(x, seed, rows=rows)
+        def share(losses: Tensor) -> Tensor:
+            return losses.sum() * (ranks.count() / batch.size)  # as gradients are averaged
+
+        objective = replace(self.objective, risks=lambda _alpha: share)
+        parts = [t.split(self.microbatch_size) for t in (batch.x, batch.rows)]
+        value = batch.x.new_zeros(())
+        for number, (x, rows) in enumerate(zip(*parts, strict=True), 1):
+            is_last = number == len(parts[0])
+            with contextlib.nullcontext() if is_last else self.no_sync():
+                loss = objective(self.losses(x, seed, rows))
+                loss.backward()
+            value += loss.detach()
+        return ranks.summed(value) / ranks.count()
 
     def state_dict(self) -> dict[str, Any]:
         return self.adam.state_dict()
@@ -116,7 +152,8 @@ class Torch:
 class NumPy:
     """SGD on arrays that are the memory of the model's parameters: torch takes no part in it.
 
-    The noise is a function of the step's seed as it is in torch, but has other bits.
+    The noise is a function of the step's seed as it is in torch, but has other bits. There is one
+    rank, with all of the batch.
     """
 
     def __init__(self, model: VAE, contender: str, config: VAEConfig) -> None:
@@ -133,9 +170,9 @@ class NumPy:
             "beta": config.beta,
         }
 
-    def step(self, x: Tensor, seed: Tensor) -> float:
-        bits = int(seed) % 2**64  # NumPy's seeds have no sign
-        return self.train_step(self.parameters, x.flatten(1).numpy(), bits, **self.settings)
+    def step(self, batch: Batch, seed: Tensor) -> float:
+        x, bits = batch.x.flatten(1).numpy(), int(seed) % 2**64  # NumPy's seeds have no sign
+        return self.train_step(self.parameters, x, bits, **self.settings)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -11,6 +11,7 @@ from sqloss.models import VAE
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
+from sqloss.training import ranks
 from sqloss.training.data import Dataset
 from sqloss.training.vae.config import VAEConfig
 
@@ -27,11 +28,12 @@ def evaluate(model: VAE, data: Dataset, seed: int, iwae_samples: int = 0) -> dic
 
     With iwae_samples > 0 also the negative importance-weighted bound of so many draws.
 
-    The noise is the same in every epoch and for every model. The sum is the negative ELBO itself,
+    Each rank computes its part of them, and all have all. The noise is the same in every epoch and
+    for every model. The sum is the negative ELBO itself,
     whatever beta the training uses.
     """
     images = data.test_images
-    rows = torch.arange(len(images), device=images.device)
+    rows = torch.arange(len(images), device=images.device)[ranks.part(len(images))]
     draw = draw_seed(generator=generator(seed, "evaluation"))
     batches = [
         model.losses(pixels(images[batch]), draw, rows=batch) for batch in rows.split(BATCH_SIZE)
@@ -39,10 +41,11 @@ def evaluate(model: VAE, data: Dataset, seed: int, iwae_samples: int = 0) -> dic
     losses = {name: torch.cat([batch[name] for batch in batches]).cpu() for name in batches[0]}
     # The mean of many float32 is taken in float64.
     losses = {name: values.double() for name, values in losses.items()}
-    losses["negative_elbo"] = losses["reconstruction"] + losses["kl"]
     if iwae_samples:
         bounds = importance_weighted(model, images, rows, seed, iwae_samples)
         losses["negative_iw_bound"] = bounds["negative_iw_bound"]
+    losses = {name: ranks.whole(values, len(images)) for name, values in losses.items()}
+    losses["negative_elbo"] = losses["reconstruction"] + losses["kl"]
     return losses
 
 

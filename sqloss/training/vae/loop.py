@@ -10,9 +10,10 @@ from sqloss.models import VAE
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import initialisation
 from sqloss.student_t import draw_seed
+from sqloss.training import ranks
 from sqloss.training.data import Dataset
 from sqloss.training.loop import Row, Training
-from sqloss.training.vae.backends import BACKENDS
+from sqloss.training.vae.backends import BACKENDS, Batch
 from sqloss.training.vae.config import VAEConfig
 from sqloss.training.vae.evaluation import evaluate, learnt_df, objective_values, summary
 
@@ -47,9 +48,11 @@ class VAETraining(Training):
         }
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
-        x, seed = pixels(images), draw_seed(generator=self.noise)
+        part, seed = ranks.part(len(images)), draw_seed(generator=self.noise)
+        rows = torch.arange(len(images), device=images.device)[part]
+        batch = Batch(pixels(images[part]), rows, len(images))
         for name, optimiser in self.optimisers.items():
-            self.objective_sums[name] += optimiser.step(x, seed) * len(x)
+            self.objective_sums[name] += optimiser.step(batch, seed) * len(images)
 
     def measure(self, data: Dataset) -> list[Row]:
         return [self._measure(name, data) for name in self.models]

@@ -286,9 +286,9 @@ def test_each_step_moves_one_player(trainer, assert_same, changes):
 
     def step(player):
         if player == "d":
-            contender.discriminator_step(real, noise, (shift, shift), torch.rand(20))
+            contender.discriminator_step(real, noise, (shift, shift), torch.rand(20), 20)
         else:
-            contender.generator_step(real, noise, shift)
+            contender.generator_step(real, noise, shift, 20)
 
     for player, other in (("d", "g"), ("g", "d")):
         for each in players.values():
@@ -320,10 +320,10 @@ def test_of_the_other_player_only_the_statistics_of_batch_norm_move(trainer):
     [norm] = [module for module in d.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     seen = []
     norm.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
-    contender.generator_step(real, noise, shift)
+    contender.generator_step(real, noise, shift, 20)
     [of_fake] = seen
     torch.testing.assert_close(norm.running_mean, 0.1 * of_fake.mean((0, 2, 3)))
-    contender.discriminator_step(real, noise, (shift, shift), torch.rand(20))
+    contender.discriminator_step(real, noise, (shift, shift), torch.rand(20), 20)
     assert norm.num_batches_tracked == 3
     of_g = [module for module in g.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     assert [module.num_batches_tracked for module in of_g] == [2] * len(of_g)

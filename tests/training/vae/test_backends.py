@@ -7,7 +7,7 @@ import torch
 
 from sqloss.models import VAE
 from sqloss.training.run import Run
-from sqloss.training.vae.backends import Torch, tail_pays
+from sqloss.training.vae.backends import Batch, Losses, Torch, tail_pays
 from sqloss.training.vae.config import VAEConfig
 
 VARIANTS = {
@@ -61,7 +61,7 @@ def test_gradients_are_those_of_all_images():
         torch.manual_seed(0)
         model = VAE((1, 4, 3), (8,), 3).double()
         optimiser = Torch(model, "cvar", dataclasses.replace(config, **changes))
-        value = optimiser.step(x, seed)
+        value = optimiser.step(Batch(x, torch.arange(50), 50), seed)
         grads.append([value, *(parameter.grad for parameter in model.parameters())])
     assert all(grad.abs().max() > 0 for grad in grads[0])
     for other in grads[1:]:
@@ -72,14 +72,14 @@ def test_gradients_are_those_of_all_images():
 @pytest.mark.parametrize("variant", ["normal", "learnt df"])
 def test_microbatches_train_as_whole_batches_do(trainer, tmp_path, size, variant, monkeypatch):
     seen = []
-    losses = Torch.losses
+    forward = Losses.forward
 
-    def recorded(self, x, seed, rows=None):
+    def recorded(self, x, seed, rows):
         seen.append(len(x))
-        return losses(self, x, seed, rows)
+        return forward(self, x, seed, rows)
 
     whole = train(trainer, tmp_path / "whole", backward="dense", **VARIANTS[variant])
-    monkeypatch.setattr(Torch, "losses", recorded)
+    monkeypatch.setattr(Losses, "forward", recorded)
     parts = train(trainer, tmp_path / "parts", microbatch_size=size, **VARIANTS[variant])
     assert takes_tail(parts) == {"standard": False, "cvar": True}
     assert max(seen) == min(size, 20)

@@ -1,0 +1,278 @@
+"""The *ranks*, processes that ``torchrun`` starts: which of them this is, what they do together.
+
+All ranks hold the same data and draw the same batches and the same noise; each computes its part of
+a batch, and what they add up has the same bits on all of them. So every rank has the whole state of
+the training, which knows nothing of ranks, and the first of them alone reads and writes it.
+
+With one process everything here does nothing.
+"""
+
+import contextlib
+import datetime
+import io
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from sqloss.training.config import RunConfig
+from sqloss.training.errors import UserError
+
+Result = TypeVar("Result")
+
+GIVEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets these
+# One that died is noticed at once; so long the others wait for one that downloads.
+TIMEOUT = datetime.timedelta(hours=3)
+# So long an error waits for the first rank to tell it, which it does if it has met it too.
+PATIENCE = datetime.timedelta(seconds=5)
+TOLD = "sqloss: why all end"
+
+
+def count() -> int:
+    """How many ranks there are."""
+    return dist.get_world_size() if is_joined() else 1
+
+
+def number() -> int:
+    """Which of them this is, from 0 up."""
+    return dist.get_rank() if is_joined() else 0
+
+
+def is_first() -> bool:
+    """Whether this is the rank that writes and tells."""
+    return number() == 0
+
+
+def is_joined() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+# beginning and end
+
+
+class _Untold:
+    """Why this rank ends, where that is for the first one to tell."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.lines: list[str] = []
+
+    def is_told(self) -> bool:
+        try:
+            self.store.wait([TOLD], PATIENCE)
+        except dist.DistNetworkError:  # the first rank kept the store, and has left
+            return True
+        except RuntimeError:  # of each kind of store its own: nobody has told it in this time
+            return False
+        return True
+
+    def tell(self) -> None:
+        for line in self.lines:
+            print(f"rank {number()}: {line}", file=sys.stderr)
+
+    def told(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self.store.set(TOLD, "")
+
+
+_untold: _Untold | None = None
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Join the other ranks where torchrun has started several, and leave them at the end.
+
+    The first leaves first: torchrun ends all others as soon as one has failed.
+    """
+    global _untold
+    if not all(name in os.environ for name in GIVEN) or int(os.environ["WORLD_SIZE"]) == 1:
+        yield
+        return
+    store, rank, size = next(rendezvous("env://"))
+    with_gpu = torch.cuda.is_available() and dist.is_nccl_available()
+    if with_gpu and local() < torch.cuda.device_count():
+        torch.cuda.set_device(local())  # what the device "cuda" is
+    backend = "cpu:gloo,cuda:nccl" if with_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    _untold = _Untold(store)
+    try:
+        yield
+    finally:
+        if is_joined():
+            if not is_first() and not _untold.is_told():
+                _untold.tell()
+            # From now on torchrun may end this rank because others have ended: it does so itself.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            _untold.told()
+            dist.destroy_process_group()
+        _untold = None
+
+
+def local() -> int:
+    """Which of the ranks on this machine this is."""
+    return int(os.environ["LOCAL_RANK"])
+
+
+def disband() -> bool:
+    """Let the first rank go on alone; False on the others, which have nothing more to do."""
+    was_first = is_first()
+    if is_joined():
+        any_of(False)  # nobody still waits for anyone
+        dist.destroy_process_group()
+    return was_first
+
+
+def tell_error(line: str) -> None:
+    """Tell on stderr why this rank ends: where the first does not, at the end, as the first has."""
+    if _untold is None or is_first():
+        print(line, file=sys.stderr)
+    else:
+        _untold.lines.append(line)
+
+
+def another_has_failed() -> bool:
+    """Whether a rank that has left has told why: what else fails here is due to that."""
+    return _untold is not None and is_joined() and _untold.is_told()
+
+
+@contextlib.contextmanager
+def only_first_prints() -> Iterator[None]:
+    if is_first():
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+# what ranks agree upon
+
+
+def of_first(function: Callable[[], Result]) -> Result:
+    """What a function returns on the first rank, or the UserError that it raises there, on all."""
+    if count() == 1:
+        return function()
+    outcome: list[Any] = [None, None]
+    if is_first():
+        try:
+            outcome[0] = function()
+        except UserError as refusal:
+            outcome[1] = refusal
+    dist.broadcast_object_list(outcome, device=torch.device("cpu"))
+    result: Result
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
+
+
+def in_turns(function: Callable[[], Result]) -> Result:
+    """What a function returns, on one rank after the other."""
+    for turn in range(count()):
+        if turn == number():
+            result = function()
+        if count() > 1:
+            any_of(False)
+    return result
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is so on any rank."""
+    if count() == 1:
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def refuse_differing(given: Mapping[str, Any]) -> None:
+    """Raise for a flag that is not the same on all ranks, which torchrun starts on each machine."""
+    if count() == 1:
+        return
+    of_ranks: list[Any] = [None] * count()
+    dist.all_gather_object(of_ranks, dict(given))
+    for name, value in of_ranks[0].items():
+        for rank, other in enumerate(of_ranks):
+            if other[name] != value:
+                raise UserError(
+                    f"{name}: expected the same on all ranks, got {value} on rank 0 and "
+                    f"{other[name]} on rank {rank}"
+                )
+
+
+def refuse(config: RunConfig) -> None:
+    """Raise for what several ranks cannot train, or not so."""
+    ranks = count()
+    if ranks == 1:
+        return
+    if config.uses_numpy:
+        raise UserError(f"--backend: expected torch with several processes, got numpy with {ranks}")
+    if config.batch_size < ranks:
+        raise UserError(
+            f"--batch-size: expected an image at least for each of {ranks} processes, got "
+            f"{config.batch_size}"
+        )
+    if ":" in config.device:
+        raise UserError(
+            "--device: expected auto, cpu or cuda with several processes, each of which has a GPU "
+            f"of its own, got {config.device}"
+        )
+    if config.torch_device.type == "cuda" and local() >= torch.cuda.device_count():
+        raise UserError(
+            f"--device: expected a GPU for every process of a machine, or cpu, got "
+            f"{torch.cuda.device_count()} and a process with the number {local()}"
+        )
+
+
+# parts of a batch
+
+
+def part(size: int) -> slice:
+    """The part of so many things that is this rank's, as torch.tensor_split cuts them."""
+    each, rest = divmod(size, count())
+    start = number() * each + min(number(), rest)
+    return slice(start, start + each + (number() < rest))
+
+
+def whole(values: Tensor, size: int) -> Tensor:
+    """The values, [..., size], of which each rank has its part; without a gradient."""
+    if count() == 1:
+        return values
+    all_values = values.new_zeros(*values.shape[:-1], size)
+    all_values[..., part(size)] = values
+    dist.all_reduce(all_values)
+    return all_values
+
+
+def summed(values: Tensor) -> Tensor:
+    """The sum over the ranks; without a gradient."""
+    if count() == 1:
+        return values
+    total = values.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
+
+def parallel(module: nn.Module) -> nn.Module:
+    """The module, whose gradients become the means of those of all ranks."""
+    if count() == 1:
+        return module
+    with warnings.catch_warnings():
+        # From torch 2.14 on it has another name, which torch 2.11 does not know.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def no_sync(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Where gradients of ``parallel`` modules are kept for the next backward pass to reduce."""
+    if isinstance(module, DistributedDataParallel):
+        return module.no_sync()
+    return contextlib.nullcontext()
