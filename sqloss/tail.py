@@ -128,9 +128,9 @@ def tail_loss(
     backward 2, that is :math:`1 + 3 (1 - \alpha)` instead of 3: half of a step on the mean at
     ``alpha=0.8``, and more than a step on all rows below ``alpha=1/3``.
 
-    Use the result like any loss: gradients reach the parameters of modules, tensors that ``fn``
-    closes over and ``tensors``, any number of times. :func:`tail_backward` is for batches that are
-    larger than memory.
+    Use the result like any loss: gradients, of any order, reach the parameters of modules, tensors
+    that ``fn`` closes over and ``tensors``. :func:`tail_backward` is for batches that are larger
+    than memory.
 
     Args:
         fn: from tensors of some rows to their losses, ``[rows]``: a module or any other callable.
