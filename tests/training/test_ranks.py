@@ -229,15 +229,21 @@ def test_all_ranks_stop_after_the_same_step(train, tmp_path, rank):
         (["vae", "--resume", "/nowhere"], "expected the directory of a run"),
         (["vae", "--dataset", "folder", "--data-dir", "/nowhere"], "--dataset folder: expected"),
         (["vae", "--output-dir", "USED"], "expected a directory without a run, got"),
+        (
+            ["vae", "--lr", "1e30", "--limit", "50", "--hidden", "4", "--output-dir", "NEW"],
+            "model is no longer finite after ",
+        ),
     ],
 )
 def test_an_error_of_all_ranks_is_told_once(torchrun, tmp_path, arguments, message):
     (tmp_path / "config.json").touch()
-    arguments = [str(tmp_path) if each == "USED" else each for each in arguments]
+    places = {"USED": str(tmp_path), "NEW": str(tmp_path / "new")}
+    arguments = [places.get(each, each) for each in arguments]
     (status, out, told), *others = torchrun.run(2, on_ranks.command, arguments)
     assert (status, out) == (2, "")
     assert told.count("error: ") == 1 and message in told
     assert others == [(2, "", "")]
+    assert not (tmp_path / "new" / "config.json").exists()
 
 
 def test_an_error_of_one_rank_ends_all(torchrun, tmp_path):
