@@ -44,9 +44,9 @@ POOL = 4  # batches that rotate
 # Sizes of steps, from those of digits on: images, options of the model, batch, alphas.
 SIZES: Sequence[tuple[tuple[int, int, int], dict[str, Any], Sequence[int], Sequence[float]]] = (
     ((1, 8, 8), {}, (32, 128, 512, 2048), (0.8,)),
-    (MNIST, {}, (32, 64, 128, 256), (0.8,)),
+    (MNIST, {}, (64, 128, 256, 512), (0.8,)),
     (MNIST, {}, (256,), (0.3, 0.5, 0.95)),
-    (MNIST, {"architecture": "conv"}, (16, 64), (0.8,)),
+    (MNIST, {"architecture": "conv"}, (16, 32, 64), (0.8,)),
 )
 
 SAMPLES, CHUNK = 2**16, 128
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "",
         *step_table(args.threads, args.seconds),
         "",
-        *size_table(args.seconds),
+        *size_table(args.threads, args.seconds),
         "",
         *memory_table(),
         "",
@@ -182,31 +182,37 @@ def times_of(
 # --- where it pays --------------------------------------------------------------------------------
 
 
-def size_table(seconds: float) -> Iterator[str]:
-    yield "Where the tail alone takes less time than all images, one thread, the trainer's default"
-    yield "layers, and what `--backward auto` takes there:"
+def size_table(threads: Sequence[int], seconds: float) -> Iterator[str]:
+    yield "Where the tail alone takes less time than all images, with the trainer's default layers,"
+    yield "and what `--backward auto` takes there, for any number of threads:"
     yield ""
-    yield "| images | layers | batch | alpha | dense, ms | tail, ms | ratio | auto |"
-    yield "|:--|:--|--:|--:|--:|--:|--:|:--|"
-    torch.set_num_threads(1)
-    for shape, options, batches, alphas in SIZES:
-        for batch, alpha in itertools.product(batches, alphas):
-            say(f"sizes: {shape}, {batch:,}, {alpha}")
-            config = VAEConfig(batch_size=batch, alpha=alpha, **options)
-            steps = {
-                name: training_step(
-                    VAE(shape, **options), partial(of_sqloss, partial(risk, alpha=alpha))
-                )
-                for name, risk in (("dense", all_images), ("tail", tail_alone))
-            }
-            dense, tail = times_of(steps, batch, shape, seconds).values()
-            cost = ratio({"seconds": tail}, {"seconds": dense})[1]
-            auto = Torch(VAE(shape, **options), "cvar", config).takes_tail
-            yield (
-                f"| {' x '.join(map(str, shape))} | {config.architecture} | {batch:,} | {alpha} "
-                f"| {1e3 * median(dense):.2f} | {1e3 * median(tail):.2f} | {cost:.3f} "
-                f"| {'tail' if auto else 'dense'} |"
-            )
+    yield "| threads | images | layers | batch | alpha | dense, ms | tail, ms | ratio | auto |"
+    yield "|--:|:--|:--|--:|--:|--:|--:|--:|:--|"
+    for count in threads:
+        torch.set_num_threads(count)
+        for shape, options, batches, alphas in SIZES:
+            for batch, alpha in itertools.product(batches, alphas):
+                config = VAEConfig(batch_size=batch, alpha=alpha, **options)
+                say(f"threads {count}: {shape}, {config.architecture}, {batch:,}, {alpha}")
+                yield f"| {count} {size_row(shape, config, seconds)}"
+
+
+def size_row(shape: tuple[int, int, int], config: VAEConfig, seconds: float) -> str:
+    def model() -> VAE:
+        return VAE(shape, architecture=config.architecture)
+
+    steps = {
+        name: training_step(model(), partial(of_sqloss, partial(risk, alpha=config.alpha)))
+        for name, risk in (("dense", all_images), ("tail", tail_alone))
+    }
+    dense, tail = times_of(steps, config.batch_size, shape, seconds).values()
+    cost = ratio({"seconds": tail}, {"seconds": dense})[1]
+    auto = "tail" if Torch(model(), "cvar", config).takes_tail else "dense"
+    return (
+        f"| {' x '.join(map(str, shape))} | {config.architecture} | {config.batch_size:,} "
+        f"| {config.alpha} | {1e3 * median(dense):.2f} | {1e3 * median(tail):.2f} | {cost:.3f} "
+        f"| {auto} |"
+    )
 
 
 # --- memory ---------------------------------------------------------------------------------------

@@ -14,6 +14,12 @@ def check_tensor(function: str, argument: str, given: object) -> None:
 
 def check_floating(function: str, argument: str, tensor: Tensor) -> None:
     check_tensor(function, argument, tensor)
+    if type(tensor) is not Tensor and hasattr(tensor, "full_tensor"):
+        raise TypeError(
+            f"{function}: {argument}: expected a tensor of this process, got a DTensor: "
+            f"full_tensor() is all of it on every rank, to_local() the part of this one (for "
+            f"sqloss.distributed; docs/distributed.md)"
+        )
     if tensor.dtype not in DTYPES or tensor.layout is not _STRIDED:
         raise TypeError(
             f"{function}: {argument}: expected a dense tensor of float16, bfloat16, float32 or "

@@ -63,7 +63,7 @@ def cvar(
     Returns:
         Tensor: as :func:`sqloss.cvar`; the same bits on all ranks.
 
-    There are three all-reduces of up to 2,064 int64 for losses of float32, two for float16 and
+    There are three all-reduces of up to 2,066 int64 for losses of float32, two for float16 and
     bfloat16, six for float64, and with weights one more, whose histograms are three times as long;
     none in backward. Tensors of a device stay on it, and the host waits for nothing. Under
     torch.compile this breaks the graph; forward mode and torch.func are not implemented.
@@ -71,15 +71,15 @@ def cvar(
     The threshold is bit for bit that of one process with all losses (with weights: unless sums of
     them are within rounding of k), and so is, up to the rounding of that process, the value. It is
     the same bits however the losses are spread over ranks: each loss above the threshold counts to
-    2^-84 of the largest, and these numbers are added up as integers, exactly (up to 2^34 losses).
+    2^-84 of the largest, and these numbers are added up as integers, exactly.
 
     Raises:
         TypeError, ValueError: as :func:`sqloss.cvar`, on the rank with that argument alone: the
             others then wait until the group's time-out.
         ValueError: torch.distributed without this rank in the group; on every rank: ``alpha``,
-            dtype or the presence of weights differ between ranks, no losses on any rank, or
-            weights that are negative, not finite or sum to 0. (On devices other than the CPU these
-            last ones are assertions of the device.)
+            dtype, ``grad_reduction`` or the presence of weights differ between ranks, no losses on
+            any rank or more than 2^34 on all, or weights that are negative, not finite or sum to 0.
+            (On devices other than the CPU these last ones are assertions of the device.)
         RuntimeError: that of torch.distributed, with the name of this function, where a rank is
             gone, or later than the group's time-out.
 

@@ -218,8 +218,8 @@ def tail_backward(
 
     ``fn`` must not close over tensors that have a graph of their own, which the first chunk's
     backward would free: give them as ``tensors``. Of those, the graph is gone through once. With
-    DistributedDataParallel call this under ``model.no_sync()``, which would otherwise reduce
-    gradients in each chunk, and reduce them afterwards.
+    DistributedDataParallel or FSDP use :func:`sqloss.distributed.tail_backward`, whose ranks run as
+    many chunks.
 
     Raises:
         TypeError, ValueError: as :func:`tail_loss`; ``chunk_size`` not an int, or below 1;
@@ -510,10 +510,11 @@ def _refuses_coupling(function: str, fn: LossFunction) -> Iterator[None]:
         yield
         return
     reached = list(_reached(fn))
-    if any(map(_is_compiled, reached)):  # it would be compiled again for every new hook
-        modules = [each for each in map(_plain, reached) if isinstance(each, nn.Module)]
-        for inner in [inner for each in modules for inner in each.modules()]:
-            _refuse(function, inner, modules)
+    modules = [each for each in map(_plain, reached) if isinstance(each, nn.Module)]
+    parts = [part for module in modules for part in module.modules()]
+    if any(map(_is_compiled, (*reached, *parts))):  # it would be compiled again for every new hook
+        for part in parts:
+            _refuse(function, part, modules)
         yield
         return
     thread = threading.get_ident()  # the hook is one of all threads

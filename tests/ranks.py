@@ -1,5 +1,6 @@
 """Processes of torch.distributed for tests, and what these have them do."""
 
+import contextlib
 import datetime
 import multiprocessing
 import os
@@ -257,7 +258,17 @@ def sharded_gradients(group, batch, way):
         value = sqloss.distributed.tail_loss(fn, *batch, **options)
         value.backward()
     else:
-        value = sqloss.distributed.tail_backward(fn, *batch, **options, chunk_size=3)
+
+        @contextlib.contextmanager
+        def no_sync():
+            model.set_requires_gradient_sync(False)
+            yield
+            model.set_requires_gradient_sync(True)
+
+        options["chunk_size"] = 3
+        if way == "tail_backward, no_sync":
+            options["no_sync"] = no_sync
+        value = sqloss.distributed.tail_backward(fn, *batch, **options)
     local = sum(parameter.to_local().numel() for parameter in model.parameters())
     assert local < sum(parameter.numel() for parameter in model.parameters())
     return value.detach(), [parameter.grad.full_tensor() for parameter in model.parameters()]

@@ -339,7 +339,7 @@ def tail(benchmark, monkeypatch):
     monkeypatch.setattr(tail, "MNIST", (1, 4, 4))
     monkeypatch.setattr(tail, "HIDDEN", 8)
     monkeypatch.setattr(tail, "BATCHES", (16, 512))
-    monkeypatch.setattr(tail, "SIZES", [((1, 4, 4), {"prior": "t"}, (16, 32), (0.5,))])
+    monkeypatch.setattr(tail, "SIZES", [((1, 4, 4), {}, (16, 32), (0.5,))])
     monkeypatch.setattr(tail, "SAMPLES", 2**10)
     monkeypatch.setattr(tail, "CHUNK", 64)
     threads = torch.get_num_threads()
@@ -363,7 +363,8 @@ def test_the_cost_of_the_tail_alone(tail, tmp_path, capsys):
     ]
     judged = [row for row in steps if row[6]]
     assert [(row[1], row[2]) for row in judged] == [("512", "tail, normal")]
-    assert [row[-1] for row in rows if row and row[0] == "1 x 4 x 4"] == ["dense", "dense"]
+    sizes = [row for row in rows if len(row) == 9 and row[1] == "1 x 4 x 4"]
+    assert [(row[3], row[8]) for row in sizes] == [("16", "dense"), ("32", "dense")]
 
 
 def test_the_memory_of_the_tail_alone(tail):

@@ -4,6 +4,7 @@ import itertools
 import math
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import sqloss
 from sqloss import reference
@@ -295,7 +298,7 @@ def test_an_error_on_one_rank_is_one_on_all(ranks):
         assert not isinstance(result, Exception)
 
 
-@pytest.mark.parametrize("way", ["all rows", "tail_loss", "tail_backward"])
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "tail_indices"])
 def test_parameters_that_are_sharded_over_ranks(ranks, way):
     x, rows = torch.rand(50, 1, 6, 6).double(), torch.arange(50)
     model = on_ranks.vae()
@@ -361,6 +364,37 @@ def test_autocast_computes_in_float32(alone):
     assert value.dtype == weights.dtype == torch.float32
 
 
+def test_dtensors_are_refused_by_name(alone):
+    x = torch.randn(9)
+    losses = distribute_tensor(x, DeviceMesh("cpu", [0]), [Shard(0)]).requires_grad_()
+    for function, of in ((sqloss.cvar, "cvar"), (sqloss.distributed.cvar, "distributed.cvar")):
+        message = (
+            rf"^{of}: losses: expected a tensor of this process, got a DTensor: full_tensor\(\)"
+        )
+        with pytest.raises(TypeError, match=message):
+            function(losses, 0.5)
+    value = sqloss.distributed.cvar(losses.to_local(), 0.5, grad_reduction="sum")
+    value.backward()
+    assert torch.equal(value, sqloss.cvar(losses.full_tensor(), 0.5))
+    torch.testing.assert_close(losses.grad.to_local(), sqloss.tail_weights(x, 0.5))
+
+
+def test_transforms_of_torch_func_are_refused(alone):
+    for transform in (torch.func.grad, torch.func.vmap):
+        with pytest.raises(NotImplementedError, match=r"transforms of torch\.func are not"):
+            transform(lambda x: sqloss.distributed.cvar(2 * x, 0.5).sum())(torch.randn(5, 4)[0])
+
+
+def test_inference_mode_and_no_grad(alone):
+    x = torch.randn(9, requires_grad=True)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            value = sqloss.distributed.cvar(x, 0.5)
+            assert not value.requires_grad and torch.equal(value, sqloss.cvar(x, 0.5))
+            loss = sqloss.distributed.tail_loss(torch.square, x, alpha=0.5)
+            assert torch.equal(loss, sqloss.cvar(x.square(), 0.5))
+
+
 @pytest.mark.parametrize(
     "call, error, message",
     [
@@ -383,6 +417,23 @@ def test_autocast_computes_in_float32(alone):
             lambda: sqloss.distributed.cvar(torch.ones(3), 0.5, mask=torch.ones(2).bool()),
             ValueError,
             "distributed.cvar: mask: expected a shape that broadcasts",
+        ),
+        (
+            lambda: sqloss.distributed.tail_loss(torch.abs, torch.ones(3), alpha=2),
+            ValueError,
+            "distributed.tail_loss: alpha: expected a confidence level",
+        ),
+        (
+            lambda: sqloss.distributed.tail_loss(torch.abs, torch.ones(0), alpha=0.5),
+            ValueError,
+            "losses: expected one that counts on any of the ranks, got none",
+        ),
+        (
+            lambda: sqloss.distributed.tail_backward(
+                torch.abs, torch.ones(3), alpha=0.5, chunk_size=0
+            ),
+            ValueError,
+            "distributed.tail_backward: chunk_size: expected at least 1, got 0",
         ),
         (
             lambda: sqloss.distributed.tail_indices(torch.randn(3, 2), 0.5),
@@ -487,6 +538,70 @@ def test_losses_and_weights_of_any_magnitude(scale):
             value, threshold, _ = on_threads(losses, alpha, [120, 80], weight * scale)[0]
             torch.testing.assert_close(value, sqloss.cvar(losses, alpha, weight=weight), **EXACT)
             assert threshold == sqloss.value_at_risk(losses, alpha, weight=weight)
+
+
+@pytest.mark.parametrize("way", ["kernel", "reference"])
+def test_ties_add_up_exactly(way):
+    """Where sums cancel: each loss counts to its last bit, however many there are of it."""
+    near = math.nextafter(-0.1, 0)
+    losses = torch.tensor([-0.1] + [near] * 1000 + [0.1] * 1001, dtype=torch.float64)
+    exact = sum(map(Fraction, losses.tolist())) / len(losses)
+    for order in (torch.arange(2002), torch.randperm(2002)):
+        value = on_threads(losses[order], 0.0, [1000, 1002], superquantile=WAY[way])[0][0]
+        assert value.item() == pytest.approx(float(exact), rel=1e-15)
+
+
+@pytest.mark.parametrize("way", ["kernel", "reference"])
+def test_a_weight_that_is_nothing_beside_the_largest(way):
+    losses = torch.tensor([1e-10, 1e300, 2e-10], dtype=torch.float64)
+    weight = torch.tensor([1.0, 1e-30, 1.0], dtype=torch.float64)
+    for alpha, expected in ((0.0, 1.5e-10), (0.6, 2e-10)):
+        value, *_ = on_threads(losses, alpha, [1, 2], weight, superquantile=WAY[way])[0]
+        assert value.item() == pytest.approx(expected, rel=1e-15)
+    for special in (INF, NAN):  # which no weight makes smaller
+        losses[1] = special
+        value, *_ = on_threads(losses, 0.0, [1, 2], weight, superquantile=WAY[way])[0]
+        torch.testing.assert_close(value.item(), special, equal_nan=True)
+
+
+WAY = {
+    "kernel": op.distributed_superquantile,
+    "reference": reference.distributed_superquantile,
+}
+
+
+def on_equal_ranks(losses, alpha, ranks, way, weight=None):
+    """(value, threshold, counts) of as many ranks that all have these losses."""
+    config = [1, 2, 3]
+    return WAY[way](
+        losses, 1 - alpha, weight, None, config, ranks, ranks, lambda x: x.mul_(ranks), print
+    )
+
+
+@pytest.mark.parametrize("way", ["kernel", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_gradients_of_very_many_ranks(way, dtype):
+    """The weight of a loss in the tail of all of them, 5e-9, is 0 in half precision."""
+    losses = torch.randn(1000).to(dtype).requires_grad_()
+    value, threshold, counts = on_equal_ranks(losses.detach(), 0.8, 10**6, way)
+    assert threshold == sqloss.value_at_risk(losses, 0.8)
+    value = op.with_gradient(value, losses, None, None, threshold, counts)
+    value += 1  # in place
+    (gradient,) = torch.autograd.grad(value, losses)
+    torch.testing.assert_close(gradient, sqloss.tail_weights(losses, 0.8))
+    (scaled,) = torch.autograd.grad(
+        65504 * op.with_gradient(threshold, losses, None, None, threshold, counts), losses
+    )
+    assert scaled.isfinite().all()
+
+
+@pytest.mark.parametrize("way", ["kernel", "reference"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_more_losses_than_sums_can_hold(way, weighted):
+    weight = torch.ones(9) if weighted else None
+    on_equal_ranks(torch.randn(8), 0.5, 2**31, way, weight[:8] if weighted else None)
+    with pytest.raises(ValueError, match="losses: expected at most 17179869184 on all ranks"):
+        on_equal_ranks(torch.randn(9), 0.5, 2**31, way, weight)
 
 
 def test_an_outlier_hides_nothing():

@@ -403,8 +403,17 @@ def ways_to_compile(model, backend):
     def losses(x, y):
         return model(x, y)
 
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = fast
+
+        def forward(self, x, y):
+            return self.inner(x, y)
+
     return {
         "a module": fast,
+        "in a module": Holder(),
         "a closure": lambda x, y: fast(x, y),
         "a function": torch.compile(losses, backend=backend),
         "a part": partial(torch.compile(losses, backend=backend), y=torch.zeros(1, 2).double()),
@@ -431,7 +440,7 @@ def test_what_is_compiled_is_compiled_once_for_each_pass(way):
     assert steps == [steps[0]] * 4 and steps[0] == (0 if way == "a method" else 2)
 
     model.net.append(nn.BatchNorm1d(2).double())
-    with pytest.raises(ValueError, match=r"got Regression\.net\.3 \(BatchNorm1d\)"):
+    with pytest.raises(ValueError, match=r"\.net\.3 \(BatchNorm1d\)"):
         sqloss.tail_loss(fn, *tensors, alpha=0.8)
 
 

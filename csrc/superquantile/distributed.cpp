@@ -436,6 +436,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> distributed(
     const std::optional<at::Tensor>& mask, const std::vector<int64_t>& config, int64_t ranks,
     int64_t scale, const std::function<void(const at::Tensor&)>& all_reduce,
     const std::function<void(const at::Tensor&)>& disagree) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      losses.has_storage(),
+      "distributed superquantile: losses: expected a tensor of this process "
+      "(transforms of torch.func are not implemented), got one without "
+      "storage");
   const at::Tensor x = losses.contiguous();
   std::optional<at::Tensor> w, m;
   if (weight) w = weight->to(at::kDouble).contiguous();

@@ -95,16 +95,16 @@ def test_a_mean_has_microbatches_whatever_its_tail_would_be(trainer, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "takes"),
     [
-        ({}, True),
-        ({"batch_size": 100}, False),
-        ({"alpha": 0.3}, False),
-        ({"alpha": 0.99, "batch_size": 100}, True),
+        ({}, False),
+        ({"batch_size": 256}, True),
+        ({"batch_size": 256, "alpha": 0.5}, False),
+        ({"alpha": 0.99}, True),
         ({"batch_size": 32, "architecture": "conv"}, True),
-        ({"batch_size": 16, "iwae_samples": 20}, True),
+        ({"batch_size": 16, "iwae_samples": 50}, True),
         ({"batch_size": 16, "microbatch_size": 4}, True),
         ({"batch_size": 16, "backward": "tail"}, True),
-        ({"backward": "dense"}, False),
-        ({"tail": "reconstruction"}, False),
+        ({"batch_size": 256, "backward": "dense"}, False),
+        ({"batch_size": 256, "tail": "reconstruction"}, False),
     ],
 )
 def test_auto_takes_the_tail_where_it_pays(changes, takes):
