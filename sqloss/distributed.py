@@ -323,7 +323,7 @@ def _of_all_ranks(
         try:
             yield
         except Exception:
-            most(call.rank + 1)
+            most(dist.get_rank(group) + 1)
             raise
         failed = most(0)
         if failed:
@@ -350,7 +350,6 @@ class _Call(NamedTuple):
 
     function: str
     group: dist.ProcessGroup | None
-    rank: int
     ranks: int
     given: str  # alpha=0.8
     fraction: float
@@ -383,12 +382,11 @@ def _call(
             f"{function}: group: expected torch.distributed to be initialised "
             f"(torch.distributed.init_process_group), but it is not"
         )
-    rank = dist.get_rank(group)
-    if rank < 0:
+    ranks = dist.get_world_size(group)
+    if ranks < 0:
         raise ValueError(f"{function}: group: expected one of which this rank is, got {group}")
     given = f"tail_fraction={tail_fraction}" if alpha is None else f"alpha={alpha}"
-    ranks = dist.get_world_size(group)
-    return _Call(function, group, rank, ranks, given, fraction, grad_reduction)
+    return _Call(function, group, ranks, given, fraction, grad_reduction)
 
 
 def _select(
@@ -427,7 +425,7 @@ def _all_reduce(call: _Call, tensor: Tensor, operation: "dist.ReduceOp.RedOpType
     except RuntimeError as error:
         raise type(error)(
             f"{call.function}: expected all {call.ranks} ranks of the group to call it, but "
-            f"torch.distributed.all_reduce failed on rank {call.rank}: {error}"
+            f"torch.distributed.all_reduce failed on rank {dist.get_rank(call.group)}: {error}"
         ) from error
 
 
