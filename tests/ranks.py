@@ -22,6 +22,7 @@ import sqloss
 from sqloss.models import VAE
 
 CONTEXT = multiprocessing.get_context("forkserver")
+LIMIT = 120  # seconds
 LATE = datetime.timedelta(seconds=1)
 
 
@@ -50,7 +51,12 @@ class Ranks:
         pipes = self.pipes[: len(of_ranks)]
         for pipe, of_rank in zip(pipes, of_ranks, strict=True):
             pipe.send((function, len(pipes), of_rank, arguments))
-        results = [received(pipe) for pipe in pipes]
+        try:
+            results = [received(pipe) for pipe in pipes]
+        except TimeoutError:
+            for process in self.processes:
+                process.kill()
+            raise
         for result in results:
             if isinstance(result, str):
                 raise AssertionError(result)
@@ -64,6 +70,8 @@ class Ranks:
 
 
 def received(pipe):
+    if not pipe.poll(LIMIT):
+        raise TimeoutError(f"expected all ranks to be done within {LIMIT} s")
     try:
         return pipe.recv()
     except EOFError as error:  # the process is gone
