@@ -46,11 +46,11 @@ class Ranks:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, function, of_ranks, *arguments):
+    def run(self, function, of_ranks, *arguments, **options):
         """What the function returns, or the exception it raises, on as many ranks as arguments."""
         pipes = self.pipes[: len(of_ranks)]
         for pipe, of_rank in zip(pipes, of_ranks, strict=True):
-            pipe.send((function, len(pipes), of_rank, arguments))
+            pipe.send((function, len(pipes), of_rank, arguments, options))
         try:
             results = [received(pipe) for pipe in pipes]
         except TimeoutError:
@@ -87,11 +87,11 @@ def serve(pipe, rank, size, groups, folder):
         join(rank, size, groups, folder)
     while True:
         try:
-            function, count, of_rank, arguments = pipe.recv()
+            function, count, of_rank, arguments, options = pipe.recv()
         except EOFError:  # the tests are done
             os._exit(0)
         try:
-            result = function(GROUPS.get(count), of_rank, *arguments)
+            result = function(GROUPS.get(count), of_rank, *arguments, **options)
         except AssertionError:
             result = traceback.format_exc()
         except Exception as error:
@@ -167,11 +167,13 @@ def losses_of(model, x, y):
     return (model(x) - y).square().sum(1)
 
 
-def gradients(group, batch, way, alpha, reduction):
+def gradients(group, batch, way, alpha, reduction, **of_ddp):
     """(value, gradients) of a model in DistributedDataParallel, or that are added up by hand."""
     x, y, mask = batch
     model = regression()
-    run = DistributedDataParallel(model, process_group=group) if reduction == "mean" else model
+    run = model
+    if reduction == "mean":
+        run = DistributedDataParallel(model, process_group=group, **of_ddp)
     options = {"alpha": alpha, "mask": mask, "group": group, "grad_reduction": reduction}
     fn = partial(losses_of, run)
     if way == "all rows":

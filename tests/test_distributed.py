@@ -135,6 +135,24 @@ def test_gradients_of_parameters_are_those_of_one_process(ranks, reduction, way)
             torch.testing.assert_close(got, expected, **EXACT)
 
 
+@pytest.mark.parametrize(
+    "way, option",
+    [
+        *itertools.product(WAYS[2:], ["find_unused_parameters", "gradient_as_bucket_view"]),
+        *itertools.product(WAYS[2:4], ["static_graph"]),  # with no_sync an internal error of torch
+    ],
+)
+def test_options_of_distributed_data_parallel(ranks, way, option):
+    x, y = torch.randn(40, 4).double(), torch.randn(40, 2).double()
+    model = on_ranks.regression()
+    value = sqloss.cvar(on_ranks.losses_of(model, x, y), 0.8)
+    value.backward()
+    expected = value.detach(), [parameter.grad for parameter in model.parameters()]
+    of_ranks = list(zip(x.split([33, 7]), y.split([33, 7]), [None, None], strict=True))
+    for got in ranks.run(on_ranks.gradients, of_ranks, way, 0.8, "mean", **{option: True}):
+        torch.testing.assert_close(got, expected, **EXACT)
+
+
 def differing(**of_second):
     first = {"function": "cvar", "losses": torch.randn(9), "alpha": 0.8}
     return [
