@@ -13,6 +13,7 @@ import io
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -32,7 +33,7 @@ Result = TypeVar("Result")
 GIVEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets these
 DOWNLOAD = datetime.timedelta(days=1)  # so long the others wait for one that fetches the data
 # So long an error waits for the first rank to tell it, which it does if it has met it too.
-PATIENCE = datetime.timedelta(seconds=5)
+PATIENCE = 5.0  # seconds
 TOLD, TURN = "sqloss: why all end", "sqloss: done by rank"  # in the store of the ranks
 
 
@@ -66,12 +67,15 @@ class _Untold:
         self.lines: list[str] = []
 
     def is_told(self) -> bool:
+        until = time.monotonic() + PATIENCE
         try:
-            self.store.wait([TOLD], PATIENCE)
-        except dist.DistNetworkError:  # the first rank kept the store, and has left
+            # Not store.wait, which writes a warning of its own where the time is over.
+            while not self.store.check([TOLD]):
+                if time.monotonic() > until:
+                    return False
+                time.sleep(0.05)
+        except RuntimeError:  # the first rank kept the store, and has left
             return True
-        except RuntimeError:  # of each kind of store its own: nobody has told it in this time
-            return False
         return True
 
     def tell(self) -> None:
@@ -149,8 +153,15 @@ def only_first_prints() -> Iterator[None]:
     if is_first():
         yield
         return
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()) as untold,
+    ):
+        try:
+            yield
+        finally:
+            if untold.getvalue():  # a wrong flag, maybe of this rank alone
+                tell_error(untold.getvalue().rstrip())
 
 
 # what ranks agree upon

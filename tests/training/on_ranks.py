@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import tempfile
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -193,7 +192,7 @@ def command(arguments, of_ranks=None, patience=5.0, fails=None):
     rank = int(os.environ["RANK"])
     arguments = [*arguments, *(of_ranks[rank] if of_ranks else [])]
     before = ranks.PATIENCE, checkpoint.save
-    ranks.PATIENCE = timedelta(seconds=patience)
+    ranks.PATIENCE = patience
     if fails is not None:
         checkpoint.save = fail_on(*fails)
     try:

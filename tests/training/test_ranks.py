@@ -246,13 +246,20 @@ def test_an_error_of_all_ranks_is_told_once(torchrun, tmp_path, arguments, messa
     assert not (tmp_path / "new" / "config.json").exists()
 
 
-def test_an_error_of_one_rank_ends_all(torchrun, tmp_path):
-    here, nowhere = ["--dataset", "digits"], ["--dataset", "folder", "--data-dir", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset", "folder", "--data-dir", "/nowhere"], "--dataset folder: expected "),
+        (["--bogus"], "unrecognized arguments: --bogus"),
+    ],
+)
+def test_an_error_of_one_rank_ends_all(torchrun, tmp_path, flags, message):
     arguments = ["vae", "--output-dir", str(tmp_path / "run")]
-    results = torchrun.run(2, on_ranks.command, arguments, [here, nowhere], 0.2)
-    assert [status for status, _, _ in results] == [2, 2]
+    results = torchrun.run(2, on_ranks.command, arguments, [[], flags], 0.2)
+    assert [(status, out) for status, out, _ in results] == [(2, ""), (2, "")]
     assert "error" not in results[0][2]
-    assert results[1][2].startswith("rank 1: sqloss vae: error: --dataset folder: expected ")
+    told = results[1][2]
+    assert told.startswith("rank 1: ") and told.count("error: ") == 1 and message in told
     assert not (tmp_path / "run").exists()
 
 
