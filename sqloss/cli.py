@@ -75,8 +75,8 @@ PLAIN: dict[str, Any] = {"alpha": 0.0, "imbalance": "none"}
 NOT_COMPARED = ("prior", "df", "learn_df", "num_samples", "checkpoint_every")
 USER_ERROR = 2
 SMALLER = {
-    "vae": "; use a smaller --batch-size, --hidden, --channels, --latent, --iwae-samples, "
-    "--image-size, --limit or --num-samples",
+    "vae": "; use --microbatch-size, or a smaller --batch-size, --hidden, --channels, --latent, "
+    "--iwae-samples, --image-size, --limit or --num-samples",
     "gan": "; use a smaller --batch-size, --width, --latent, --image-size, --limit or "
     "--num-samples",
     "impute": "; use a smaller --test-images, --draws or --neighbour-images",

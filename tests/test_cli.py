@@ -497,7 +497,7 @@ def test_too_little_memory(capsys, tmp_path):
     sizes = ["--hidden", 2**31 - 1, "--latent", 2**20]
     message = told(capsys, *sizes, "--output-dir", tmp_path / "run")
     assert "expected work that fits into memory" in message
-    assert "--hidden" in message
+    assert "use --microbatch-size, or a smaller --batch-size, --hidden" in message
 
 
 def test_an_error_that_is_not_the_users_is_not_hidden(monkeypatch):

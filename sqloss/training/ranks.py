@@ -16,17 +16,18 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import Store
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from sqloss.training.config import RunConfig
 from sqloss.training.errors import UserError
+
+if TYPE_CHECKING:  # some builds of torch lack torch.distributed
+    from torch.distributed.distributed_c10d import Store
 
 Result = TypeVar("Result")
 
@@ -62,7 +63,7 @@ def is_joined() -> bool:
 class _Untold:
     """Why this rank ends, where that is for the first one to tell."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: "Store") -> None:
         self.store = store
         self.lines: list[str] = []
 
@@ -100,6 +101,8 @@ def joined() -> Iterator[None]:
     if not all(name in os.environ for name in GIVEN) or int(os.environ["WORLD_SIZE"]) == 1:
         yield
         return
+    from torch.distributed.rendezvous import rendezvous
+
     store, rank, size = next(rendezvous("env://"))
     with_gpu = torch.cuda.is_available() and dist.is_nccl_available()
     if with_gpu and local() < torch.cuda.device_count():

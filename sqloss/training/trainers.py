@@ -105,11 +105,13 @@ def refuse_what_cannot_be_reported(whole: Dataset, config: RunConfig) -> None:
 
 
 def refuse_differing_ranks(config: RunConfig, data: Dataset) -> None:
-    """Raise where a machine has other data, or was told other flags, than the others."""
+    """Raise where a machine has other data or another kind of device, or was told other flags."""
     if ranks.count() > 1:
         of_machine = (*config.paths, "download", "threads")
         flags = {as_flag(k): v for k, v in asdict(config).items() if k not in of_machine}
-        ranks.refuse_differing(flags | {"--data-dir": f"data with the hash {data.fingerprint()}"})
+        flags["--device"] = config.torch_device.type  # where it is auto
+        flags["--data-dir"] = f"data with the hash {data.fingerprint()}"
+        ranks.refuse_differing(flags)
 
 
 class RunUnderWay:

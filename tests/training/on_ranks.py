@@ -7,6 +7,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,8 @@ from sqloss.training.gan.generation import draw_noise
 from sqloss.training.gan.loop import Contender, own_part
 from sqloss.training.progress import Progress, Silence
 from sqloss.training.run import Run
-from sqloss.training.trainers import TRAINERS, RunUnderWay
+from sqloss.training.trainers import TRAINERS, RunUnderWay, refuse_differing_ranks
+from sqloss.training.vae.config import VAEConfig
 
 # Looking up the name of a machine takes 5 s where nobody knows it.
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
@@ -52,7 +54,8 @@ def as_rank(_group, of_rank, function, *arguments):
     rank, count, file = of_rank
     os.environ |= dict.fromkeys(ranks.GIVEN, str(rank)) | {"WORLD_SIZE": str(count)}
     os.environ |= LOOPBACK
-    ranks.rendezvous = lambda _: iter([(dist.FileStore(str(file), count), rank, count)])
+    rendezvous = sys.modules["torch.distributed.rendezvous"]
+    rendezvous.rendezvous = lambda _: iter([(dist.FileStore(str(file), count), rank, count)])
     try:
         return function(*arguments)
     finally:
@@ -184,10 +187,16 @@ def differ(name, same, values):
     ranks.refuse_differing({"--same": same, name: values[ranks.number()]})
 
 
+def differ_in_device(data):
+    device = torch.device(["cpu", "cuda"][ranks.number()])
+    with mock.patch.object(VAEConfig, "torch_device", device):
+        refuse_differing_ranks(VAEConfig(), data)
+
+
 # the command line
 
 
-def command(arguments, of_ranks=None, patience=5.0, fails=None):
+def command(arguments, of_ranks=None, patience=60.0, fails=None):
     """The exit status of a command, and what it tells; a rank may have flags of its own."""
     rank = int(os.environ["RANK"])
     arguments = [*arguments, *(of_ranks[rank] if of_ranks else [])]

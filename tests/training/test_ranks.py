@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -267,7 +268,7 @@ def test_an_error_of_one_rank_ends_all(torchrun, tmp_path, flags, message):
 def test_where_the_first_rank_cannot_write_all_end(torchrun, tmp_path, kind, code):
     arguments = ["vae", "--limit", "50", "--hidden", "4", "--output-dir", str(tmp_path)]
     (status, _, told), other = torchrun.run(
-        2, on_ranks.command, arguments, None, 5.0, (kind, "the disk is full")
+        2, on_ranks.command, arguments, None, 60.0, (kind, "the disk is full")
     )
     assert status == code
     assert told.count("error: ") == 1 and "the disk is full" in told
@@ -283,6 +284,14 @@ def test_flags_that_differ_are_refused(torchrun):
             "--lr: expected the same on all ranks, got 0.1 on rank 0 and 0.2 on rank 1"
         )
     assert torchrun.run(2, on_ranks.joined, on_ranks.differ, "--lr", 1, [0.1, 0.1]) == [None, None]
+
+
+def test_machines_with_and_without_gpus_do_not_train_together(torchrun, data):
+    for error in torchrun.run(2, on_ranks.joined, on_ranks.differ_in_device, data):
+        assert isinstance(error, UserError)
+        assert str(error) == (
+            "--device: expected the same on all ranks, got cpu on rank 0 and cuda on rank 1"
+        )
 
 
 @pytest.mark.parametrize(
@@ -313,6 +322,15 @@ def test_one_process_of_torchrun_joins_nobody(monkeypatch):
     with ranks.joined():
         assert (ranks.count(), ranks.number(), ranks.is_first()) == (1, 0, True)
         ranks.refuse(VAEConfig(backend="numpy"))
+
+
+def test_one_process_needs_no_torch_distributed(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("torch.distributed.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    of_ranks = runpy.run_path(ranks.__file__)
+    with of_ranks["joined"]():
+        assert of_ranks["count"]() == 1
 
 
 # the whole of a run
