@@ -12,7 +12,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -128,9 +128,9 @@ def tail_loss(
     backward 2, that is :math:`1 + 3 (1 - \alpha)` instead of 3: half of a step on the mean at
     ``alpha=0.8``, and more than a step on all rows below ``alpha=1/3``.
 
-    Use the result like any loss: gradients reach the parameters of modules, tensors that ``fn``
-    closes over and ``tensors``, any number of times. :func:`tail_backward` is for batches that are
-    larger than memory.
+    Use the result like any loss: gradients, of any order, reach the parameters of modules, tensors
+    that ``fn`` closes over and ``tensors``. :func:`tail_backward` is for batches that are larger
+    than memory.
 
     Args:
         fn: from tensors of some rows to their losses, ``[rows]``: a module or any other callable.
@@ -555,9 +555,15 @@ def _reached(fn: object) -> Iterator[object]:
             left += [
                 each
                 for each in (*cells, *of_file, *(given.__defaults__ or ()))
-                if isinstance(each, (nn.Module, functools.partial, MethodType))
-                or getattr(_plain(each), "__globals__", None) is given.__globals__
+                if _is_compiled(each)
+                or (
+                    not isinstance(each, (type, ModuleType))
+                    and getattr(each, "__globals__", given.__globals__) is given.__globals__
+                )
             ]
+        elif not isinstance(given, nn.Module):  # an object that may hold one
+            held = getattr(given, "__dict__", {}).values()
+            left += [each for each in held if isinstance(each, nn.Module) or _is_compiled(each)]
 
 
 def _is_set(cell: CellType) -> bool:
