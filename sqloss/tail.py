@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import _global_forward_pre_hooks
 
 from sqloss._checks import check_floating, check_tensor, resolve_tail_fraction
 from sqloss._ops import superquantile as _op
@@ -517,20 +517,42 @@ def _refuses_coupling(function: str, fn: LossFunction) -> Iterator[None]:
             _refuse(function, part, modules)
         yield
         return
-    thread = threading.get_ident()  # the hook is one of all threads
     called: list[nn.Module] = []
 
-    def before(module: nn.Module, _args: Any) -> None:
-        if is_compiling() or threading.get_ident() != thread:
-            return
+    def refuse(module: nn.Module) -> None:
         called.append(module)
-        _refuse(function, module, called)
+        for part in module.modules() if _is_compiled(module) else [module]:
+            _refuse(function, part, called)
 
-    hook = register_module_forward_pre_hook(before)
+    thread = threading.get_ident()
+    outer = _refusals.get(thread)
+    with _lock:
+        _refusals[thread] = refuse
+        _global_forward_pre_hooks[_HOOK] = _before_forward
     try:
         yield
     finally:
-        hook.remove()
+        with _lock:
+            if outer is None:
+                del _refusals[thread]
+            else:
+                _refusals[thread] = outer
+            if not _refusals:
+                del _global_forward_pre_hooks[_HOOK]
+
+
+# One hook, always the same: torch.compile's code for one with another would not be valid
+_HOOK = -1  # its key, no number that torch gives
+_refusals: dict[int, Callable[[nn.Module], None]] = {}  # by threads, of all of which the hook is one
+_lock = threading.Lock()
+
+
+def _before_forward(module: nn.Module, _args: Any) -> None:
+    if is_compiling():
+        return
+    refuse = _refusals.get(threading.get_ident())
+    if refuse is not None:
+        refuse(module)
 
 
 def _reached(fn: object) -> Iterator[object]:

@@ -413,9 +413,17 @@ def ways_to_compile(model, backend):
         def forward(self, x, y):
             return self.inner(x, y)
 
+    class Trainer:
+        def __init__(self):
+            self.models = [fast]
+
+        def losses(self, x, y):
+            return self.models[0](x, y)
+
     return {
         "a module": fast,
         "in a module": Holder(),
+        "in a list": Trainer().losses,
         "a closure": lambda x, y: fast(x, y),
         "a function": torch.compile(losses, backend=backend),
         "a part": partial(torch.compile(losses, backend=backend), y=torch.zeros(1, 2).double()),
