@@ -331,7 +331,7 @@ def _of_all_ranks(
                 f"{function}: fn: expected no error on any rank, got one on rank {failed - 1}"
             )
 
-    return Selection(function, select, most, together, of_ranks=True)
+    return Selection(function, mask, select, most, together, of_ranks=True)
 
 
 def _rows_of_tail(

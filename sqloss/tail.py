@@ -25,7 +25,7 @@ from torch.nn.modules.module import _global_forward_pre_hooks
 from sqloss._checks import check_floating, check_tensor, resolve_tail_fraction
 from sqloss._ops import superquantile as _op
 from sqloss.reference import ALPHA_ROUNDING
-from sqloss.superquantile import checked_arguments
+from sqloss.superquantile import checked_arguments, checked_mask
 
 LossFunction = Callable[..., Tensor]
 
@@ -42,7 +42,8 @@ class Selection(NamedTuple):
     """How the two passes find the tail: among this process's losses, or those of all ranks."""
 
     function: str
-    select: Callable[[Tensor], Tail]  # from the losses [N] of this process
+    mask: Tensor | None  # of the losses [N] of this process
+    select: Callable[[Tensor], Tail]  # from these losses
     most: Callable[[int], int]  # of the numbers of all ranks
     together: Callable[[], AbstractContextManager[Any]]  # an error inside is one on all ranks
     of_ranks: bool  # so that this one may have no rows, and derivatives are sums over ranks
@@ -253,7 +254,7 @@ def _of_this_process(
         return _select(losses, fraction, kept)
 
     return Selection(
-        function, select, lambda number: number, contextlib.nullcontext, of_ranks=False
+        function, mask, select, lambda number: number, contextlib.nullcontext, of_ranks=False
     )
 
 
@@ -380,6 +381,7 @@ def _tail_of(
     """The losses of all rows and their tail, from a pass without a graph."""
     function = selection.function
     n = _number_of_rows(function, fn, tensors, selection.of_ranks)
+    _check_mask(function, selection.mask, n)
     chunks, size = 1, n
     if chunk_size is not None:
         chunks, size = selection.most(_number_of_chunks(n, chunk_size)), chunk_size
@@ -392,7 +394,8 @@ def _tail_of(
             parts = []
             for start in range(0, chunks * size, size) if chunks > 1 else [0]:
                 rows = [t[start : start + size] for t in tensors] if chunks > 1 else tensors
-                parts.append(_losses_of(function, fn, rows, len(rows[0])))
+                # Detached of a graph that fn may have made itself
+                parts.append(_losses_of(function, fn, rows, len(rows[0])).detach())
         losses = torch.cat(parts) if chunks > 1 else parts[0]
         # Weights that autocast has cast here would have no graph in the second pass
         torch.clear_autocast_cache()
@@ -464,6 +467,13 @@ def _number_of_rows(
     if n == 0 and not may_be_none:
         raise ValueError(f"{function}: tensors: expected at least one row, got shapes {shapes}")
     return n
+
+
+def _check_mask(function: str, mask: Tensor | None, n: int) -> None:
+    """But for its device, which is that of losses that are still to come."""
+    if mask is not None:
+        check_tensor(function, "mask", mask)
+        checked_mask(function, torch.empty(n, device=mask.device), mask)
 
 
 def _check_chunk_size(function: str, chunk_size: object) -> None:
@@ -543,7 +553,7 @@ def _refuses_coupling(function: str, fn: LossFunction) -> Iterator[None]:
 
 # One hook, always the same: torch.compile's code for one with another would not be valid
 _HOOK = -1  # its key, no number that torch gives
-_refusals: dict[int, Callable[[nn.Module], None]] = {}  # by threads, of all of which the hook is one
+_refusals: dict[int, Callable[[nn.Module], None]] = {}  # by threads, which share the hook
 _lock = threading.Lock()
 
 
