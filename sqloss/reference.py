@@ -240,7 +240,7 @@ def distributed_superquantile(
     results do not depend on the order of the losses, on how they are spread over ranks, nor on the
     machine.
     """
-    x = losses.reshape(-1)
+    x = losses.detach().reshape(-1)
     keys = _to_keys(x)
 
     def summed(*parts: Tensor) -> list[Tensor]:

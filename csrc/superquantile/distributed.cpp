@@ -100,25 +100,25 @@ struct Histogram {
   }
 };
 
-// What ranks add up, one payload after another in the same memory.
+// What ranks add up, one payload after another.
 class Payload {
  public:
-  Payload(int64_t largest, const std::function<void(const at::Tensor&)>& all_reduce)
-      : tensor_(at::empty({largest}, at::kLong)), all_reduce_(all_reduce) {}
+  explicit Payload(const std::function<void(const at::Tensor&)>& all_reduce)
+      : all_reduce_(all_reduce) {}
 
-  // Zeros, of which this rank's own part is to be written before the sum.
+  // Zeros, of which this rank's own part is to be written before the sum. The last payload is gone.
   int64_t* begin(int64_t size) {
-    size_ = size;
+    tensor_.reset();  // the new one may take its memory, which is in the cache
+    tensor_ = at::empty({size}, at::kLong);
     auto* const data = tensor_.mutable_data_ptr<int64_t>();
     std::fill_n(data, size, 0);
     return data;
   }
-  void reduce() { all_reduce_(size_ == tensor_.numel() ? tensor_ : tensor_.narrow(0, 0, size_)); }
+  void reduce() { all_reduce_(tensor_); }
 
  private:
   at::Tensor tensor_;
   const std::function<void(const at::Tensor&)>& all_reduce_;
-  int64_t size_ = 0;
 };
 
 // The first payload: what ranks must agree on with its square, the number of losses, that of
@@ -128,16 +128,12 @@ class Agreement {
   Agreement(const std::vector<int64_t>& config, int64_t ranks, Payload& payload,
             const std::function<void(const at::Tensor&)>& disagree)
       : config_(config), ranks_(ranks), payload_(payload), disagree_(disagree) {
-    int64_t* data = payload.begin(size(config));
+    int64_t* data = payload.begin(2 * static_cast<int64_t>(config.size()) + 2 + kFirstBins);
     for (const int64_t number : config) *data++ = number;
     for (const int64_t number : config) *data++ = number * number;
     losses = data++;
     invalid = data++;
     histogram = data;
-  }
-
-  static int64_t size(const std::vector<int64_t>& config) {
-    return 2 * static_cast<int64_t>(config.size()) + 2 + kFirstBins;
   }
 
   void reduce() {
@@ -269,9 +265,6 @@ class Search {
 
   Search(const Items<T, Mass>& items, double tail_fraction, Payload& payload)
       : items_(items), fraction_(tail_fraction), payload_(payload) {}
-
-  // The most integers of a payload of the search.
-  static int64_t size() { return Mass::kParts * kFirstBins + kSums; }
 
   void run(Agreement& agreement) {
     if constexpr (std::is_same_v<Mass, Number>) {
@@ -451,11 +444,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> distributed(
   core::for_dtype(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const auto run = [&](auto mass) {
-      using Found = Search<T, decltype(mass)>;
-      Payload payload(std::max(Agreement::size(config), Found::size()), all_reduce);
+      Payload payload(all_reduce);
       Agreement agreement(config, ranks, payload, disagree);
       const Items<T, decltype(mass)> items(x, m, w, agreement);
-      Found found(items, tail_fraction, payload);
+      Search<T, decltype(mass)> found(items, tail_fraction, payload);
       found.run(agreement);
       *value.mutable_data_ptr<T>() = c10::convert<T>(found.value());
       *threshold.mutable_data_ptr<T>() = found.threshold();
