@@ -23,6 +23,7 @@ from sqloss.models import VAE
 
 CONTEXT = multiprocessing.get_context("forkserver")
 LATE = datetime.timedelta(seconds=1)
+LIMIT = datetime.timedelta(minutes=5)  # of everything that waits
 
 
 class Ranks:
@@ -33,12 +34,12 @@ class Ranks:
 
     def __init__(self, size, groups):
         CONTEXT.set_forkserver_preload(["sqloss", "torch._dynamo"])  # once, not by each
-        folder = tempfile.mkdtemp()
+        self.folder = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = CONTEXT.Pipe()
             process = CONTEXT.Process(
-                target=serve, args=(theirs, rank, size, groups, folder), daemon=True
+                target=serve, args=(theirs, rank, size, groups, self.folder.name), daemon=True
             )
             process.start()
             theirs.close()
@@ -60,10 +61,15 @@ class Ranks:
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:
+            process.join(LATE.total_seconds())
+            process.kill()  # where it still waits for others
             process.join()
+        self.folder.cleanup()
 
 
 def received(pipe):
+    if not pipe.poll(LIMIT.total_seconds()):
+        return f"no answer of a process after {LIMIT}"
     try:
         return pipe.recv()
     except EOFError as error:  # the process is gone
@@ -93,10 +99,14 @@ def serve(pipe, rank, size, groups, folder):
 
 def join(rank, size, groups, folder):
     dist.init_process_group(
-        "gloo", init_method=f"file://{Path(folder, 'store')}", rank=rank, world_size=size
+        "gloo",
+        init_method=f"file://{Path(folder, 'store')}",
+        rank=rank,
+        world_size=size,
+        timeout=LIMIT,
     )
     for count in groups:
-        GROUPS[count] = dist.new_group(range(count))
+        GROUPS[count] = dist.new_group(range(count), timeout=LIMIT)
     GROUPS["late"] = dist.new_group(range(2), timeout=LATE)
 
 
