@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sqloss.models.seeding import generator
+from sqloss.training import ranks
 from sqloss.training.config import RunConfig
 from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError
@@ -176,7 +177,8 @@ def refuse_non_finite(training: Training) -> None:
         finite = [parameter.isfinite().all() for parameter in model.parameters()]
         finite.extend(total.isfinite() for total in training.sums(name))
         metrics = [v for v in measured.get(name, {}).values() if isinstance(v, float)]
-        if not torch.stack(finite).all() or not all(map(math.isfinite, metrics)):
+        broken = not torch.stack(finite).all() or not all(map(math.isfinite, metrics))
+        if ranks.any_of(broken):
             raise NonFiniteError(
                 f"the loss of the {name} model is no longer finite after {training.done()}; "
                 f"{training.advice()}"

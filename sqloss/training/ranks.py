@@ -30,11 +30,10 @@ from sqloss.training.errors import UserError
 Result = TypeVar("Result")
 
 GIVEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets these
-# One that died is noticed at once; so long the others wait for one that downloads.
-TIMEOUT = datetime.timedelta(hours=3)
+DOWNLOAD = datetime.timedelta(days=1)  # so long the others wait for one that fetches the data
 # So long an error waits for the first rank to tell it, which it does if it has met it too.
 PATIENCE = datetime.timedelta(seconds=5)
-TOLD = "sqloss: why all end"
+TOLD, TURN = "sqloss: why all end", "sqloss: done by rank"  # in the store of the ranks
 
 
 def count() -> int:
@@ -102,7 +101,7 @@ def joined() -> Iterator[None]:
     if with_gpu and local() < torch.cuda.device_count():
         torch.cuda.set_device(local())  # what the device "cuda" is
     backend = "cpu:gloo,cuda:nccl" if with_gpu else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     _untold = _Untold(store)
     try:
         yield
@@ -176,11 +175,11 @@ def of_first(function: Callable[[], Result]) -> Result:
 
 def in_turns(function: Callable[[], Result]) -> Result:
     """What a function returns, on one rank after the other."""
-    for turn in range(count()):
-        if turn == number():
-            result = function()
-        if count() > 1:
-            any_of(False)
+    if _untold is not None and number() > 0:
+        _untold.store.wait([f"{TURN} {number() - 1}"], DOWNLOAD)
+    result = function()
+    if _untold is not None:
+        _untold.store.set(f"{TURN} {number()}", "")
     return result
 
 

@@ -29,6 +29,9 @@ from sqloss.training.progress import Progress, Silence
 from sqloss.training.run import Run
 from sqloss.training.trainers import TRAINERS, RunUnderWay
 
+# Looking up the name of a machine takes 5 s where nobody knows it.
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
+
 
 class Torchrun:
     """Starts functions as torchrun does, on any number of ranks up to a size."""
@@ -49,8 +52,7 @@ class Torchrun:
 def as_rank(_group, of_rank, function, *arguments):
     rank, count, file = of_rank
     os.environ |= dict.fromkeys(ranks.GIVEN, str(rank)) | {"WORLD_SIZE": str(count)}
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    # No name is looked up, which takes 5 s where a machine cannot.
+    os.environ |= LOOPBACK
     ranks.rendezvous = lambda _: iter([(dist.FileStore(str(file), count), rank, count)])
     try:
         return function(*arguments)

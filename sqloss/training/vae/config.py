@@ -85,8 +85,9 @@ class VAEConfig(RunConfig):
     )
     microbatch_size: int = flag(
         0,
-        "take no more than N images at once, and of each batch the tail alone, so that large "
-        "batches train on their exact tail in the memory of small ones; 0: the whole batch",
+        "take no more than N images at once on each process, and of each batch the tail alone, so "
+        "that large batches train on their exact tail in the memory of small ones; 0: the whole "
+        "batch",
         metavar="N",
     )
 
