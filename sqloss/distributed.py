@@ -182,10 +182,10 @@ def tail_loss(
         \dots)
 
     by two passes, whose second takes the rows of :func:`tail_indices`. All ranks of the group must
-    call this, with equal ``alpha`` and ``check``, and gradients enabled on all or none; they may have
-    any numbers of rows, also none, in the batch and in the tail. ``fn`` then gets tensors of no
-    rows, with a graph in the second pass: so it runs as often on all ranks, and so does backward,
-    in which DistributedDataParallel and FSDP reduce.
+    call this, with equal ``alpha`` and ``check``, and with gradients enabled on all or none; they
+    may have any numbers of rows, also none, in the batch and in the tail. ``fn`` then gets tensors
+    of no rows, with a graph in the second pass: so it runs as often on all ranks, and so does
+    backward, in which DistributedDataParallel and FSDP reduce.
 
     Args:
         fn, tensors, alpha, tail_fraction, mask, check: as in :func:`sqloss.tail_loss`.

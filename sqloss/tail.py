@@ -154,7 +154,7 @@ def tail_loss(
     so are modules that let rows depend on each other: batch norms that use the statistics of the
     batch. These are found by name in the first pass, before they run; other dependence, such as
     attention between the rows, by ``check``. Under torch.compile nothing is checked: call the
-    function once without. A module that changes its own state in forward, does so twice.
+    function once without. A module that changes its own state in forward does so twice.
 
     The tensors may be on another device than the losses, such as a batch that waits in the host's
     memory: then choosing rows waits for the losses.
@@ -458,14 +458,12 @@ def _number_of_rows(
         check_tensor(function, "tensors", tensor)
         assert isinstance(tensor, Tensor)
         shapes.append(tuple(tensor.shape))
+    got = f"got shapes {', '.join(map(str, shapes))}"
     if any(not shape or shape[0] != shapes[0][0] for shape in shapes):
-        raise ValueError(
-            f"{function}: tensors: expected the same number of rows, got shapes "
-            f"{', '.join(map(str, shapes))}"
-        )
+        raise ValueError(f"{function}: tensors: expected the same number of rows, {got}")
     n: int = shapes[0][0]
     if n == 0 and not may_be_none:
-        raise ValueError(f"{function}: tensors: expected at least one row, got shapes {shapes}")
+        raise ValueError(f"{function}: tensors: expected at least one row, {got}")
     return n
 
 

@@ -514,6 +514,26 @@ def test_kernel_and_reference_agree_bit_for_bit():
                         assert got.dtype == expected.dtype and got.shape == expected.shape
 
 
+def test_on_a_gpu_it_has_the_bits_of_the_kernel_and_the_host_does_not_wait(gpu):
+    def found(losses, weight, mask):  # of one rank
+        return op.distributed_superquantile(
+            losses, 0.2, weight, mask, [1, 2, 3], 1, 1, lambda sums: None, lambda equal: None
+        )
+
+    weight, mask = torch.randn(700).exp(), torch.rand(700) < 0.7
+    for dtype, given_ in itertools.product(DTYPES, ((None, None), (None, mask), (weight, mask))):
+        tensors = torch.randn(700).to(dtype), *given_
+        on_gpu = [None if tensor is None else tensor.to(gpu) for tensor in tensors]
+        found(*on_gpu)  # makes its constants
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = found(*on_gpu)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for a, b in zip(got, found(*tensors), strict=True):
+            assert torch.equal(a.cpu(), b)
+
+
 def on_threads(losses, alpha, sizes, weight=None, mask=None, superquantile=None):
     """(value, threshold, counts) on each rank."""
     superquantile = superquantile or op.distributed_superquantile
