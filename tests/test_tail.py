@@ -408,6 +408,8 @@ def test_torch_func_and_forward_mode():
     torch.testing.assert_close(torch.func.grad(tail)(x), torch.func.grad(dense)(x), **EXACT)
     got, expected = torch.func.jvp(tail, (x,), (v,)), torch.func.jvp(dense, (x,), (v,))
     torch.testing.assert_close(got, expected, **EXACT)
+    got, expected = torch.func.hessian(tail)(x), torch.func.hessian(dense)(x)
+    torch.testing.assert_close(got, expected, **EXACT)
 
 
 def test_autocast_casts_weights_again_for_the_graph():
