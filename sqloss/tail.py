@@ -150,11 +150,12 @@ def tail_loss(
 
     A row must get the same noise in both passes: pass the noise as one of the tensors, or the
     numbers of the rows, from which this package's own samplers draw a row's noise again (see the
-    second example). Random numbers from torch's generators, as dropout takes them, are refused, and
-    so are modules that let rows depend on each other: batch norms that use the statistics of the
-    batch. These are found by name in the first pass, before they run; other dependence, such as
-    attention between the rows, by ``check``. Under torch.compile nothing is checked: call the
-    function once without. A module that changes its own state in forward does so twice.
+    second example). Random numbers from torch's default generators, as dropout takes them, are
+    refused, and so are modules that let rows depend on each other: batch norms that use the
+    statistics of the batch. These are found by name in the first pass, before they run; what else
+    changes a row's loss, such as attention between the rows or a generator of your own, by
+    ``check``. Under torch.compile nothing is checked: call the function once without. A module that
+    changes its own state in forward does so twice.
 
     The tensors may be on another device than the losses, such as a batch that waits in the host's
     memory: then choosing rows waits for the losses.
