@@ -102,6 +102,7 @@ def joined() -> Iterator[None]:
         torch.cuda.set_device(local())  # what the device "cuda" is
     backend = "cpu:gloo,cuda:nccl" if with_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    any_of(False)  # nobody leaves while another is still joining
     _untold = _Untold(store)
     try:
         yield

@@ -327,9 +327,10 @@ def test_torchrun_is_interrupted_and_others_go_on(torchrun, tmp_path):
     )
     until = time.monotonic() + 120
     while not list(tmp_path.glob("runs/*/checkpoints/*.pt")) and time.monotonic() < until:
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    _, told = process.communicate(timeout=120)
     assert told.count("stopped and saved after") == 1, told
     [directory] = (tmp_path / "runs").iterdir()
     done = checkpoint.load(directory / "checkpoints")["epoch"] + 1
