@@ -182,9 +182,10 @@ def tail_loss(
         \dots)
 
     by two passes, whose second takes the rows of :func:`tail_indices`. All ranks of the group must
-    call this, with equal ``alpha``; they may have any numbers of rows, also none, in the batch and
-    in the tail. ``fn`` then gets tensors of no rows, with a graph in the second pass: so it runs
-    as often on all ranks, and so does backward, in which DistributedDataParallel and FSDP reduce.
+    call this, with equal ``alpha`` and ``check``, and with gradients enabled on all or none; they
+    may have any numbers of rows, also none, in the batch and in the tail. ``fn`` then gets tensors
+    of no rows, with a graph in the second pass: so it runs as often on all ranks, and so does
+    backward, in which DistributedDataParallel and FSDP reduce.
 
     Args:
         fn, tensors, alpha, tail_fraction, mask, check: as in :func:`sqloss.tail_loss`.
@@ -197,9 +198,9 @@ def tail_loss(
     How many rows a rank has in the tail, and so how long its second pass takes, depends on the
     losses: batches drawn at random are even, but for sqrt(n). The host waits for the losses. Beside
     the all-reduces of :func:`cvar` there is one of a number after the first pass, and with
-    ``check`` one after the second, by which ranks tell each other of errors. Noise,
-    and what is refused, are as in :func:`sqloss.tail_loss`, for modules within
-    DistributedDataParallel too; forward mode and torch.func are not implemented.
+    ``check`` one after the second, by which ranks tell each other of errors. Noise, and what is
+    refused, are as in :func:`sqloss.tail_loss`, for modules within DistributedDataParallel too;
+    forward mode and torch.func are not implemented.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`sqloss.tail_loss` and :func:`cvar`.
@@ -260,8 +261,8 @@ def tail_backward(
         Tensor: the value, without a graph; the same bits on all ranks.
 
     Beside the all-reduces of :func:`tail_loss` there is one of a number before each pass is cut
-    into chunks. ``fn`` must not close
-    over tensors that have a graph of their own, as in :func:`sqloss.tail_backward`.
+    into chunks. ``fn`` must not close over tensors that have a graph of their own, as in
+    :func:`sqloss.tail_backward`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`tail_loss`; ``chunk_size`` as
@@ -331,7 +332,7 @@ def _of_all_ranks(
                 f"{function}: fn: expected no error on any rank, got one on rank {failed - 1}"
             )
 
-    return Selection(function, select, most, together, of_ranks=True)
+    return Selection(function, mask, select, most, together, of_ranks=True)
 
 
 def _rows_of_tail(

@@ -182,7 +182,7 @@ def checked_arguments(
     if weight is not None:
         weight = _weight(function, losses, weight)
     if mask is not None:
-        mask = _mask(function, losses, mask)
+        mask = checked_mask(function, losses, mask)
     return fraction, weight, mask, dims
 
 
@@ -225,7 +225,7 @@ def _weight(function: str, losses: Tensor, weight: Tensor) -> Tensor:
     return weight.expand_as(losses)
 
 
-def _mask(function: str, losses: Tensor, mask: Tensor) -> Tensor:
+def checked_mask(function: str, losses: Tensor, mask: Tensor) -> Tensor:
     check_tensor(function, "mask", mask)
     check_device(function, "mask", mask, "losses", losses)
     check_broadcasts(function, "mask", mask, "losses", losses)

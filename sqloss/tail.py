@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import _global_forward_pre_hooks
 
 from sqloss._checks import check_floating, check_tensor, resolve_tail_fraction
 from sqloss._ops import superquantile as _op
 from sqloss.reference import ALPHA_ROUNDING
-from sqloss.superquantile import checked_arguments
+from sqloss.superquantile import checked_arguments, checked_mask
 
 LossFunction = Callable[..., Tensor]
 
@@ -42,7 +42,8 @@ class Selection(NamedTuple):
     """How the two passes find the tail: among this process's losses, or those of all ranks."""
 
     function: str
-    select: Callable[[Tensor], Tail]  # from the losses [N] of this process
+    mask: Tensor | None  # of the losses [N] of this process
+    select: Callable[[Tensor], Tail]  # from these losses
     most: Callable[[int], int]  # of the numbers of all ranks
     together: Callable[[], AbstractContextManager[Any]]  # an error inside is one on all ranks
     of_ranks: bool  # so that this one may have no rows, and derivatives are sums over ranks
@@ -149,11 +150,12 @@ def tail_loss(
 
     A row must get the same noise in both passes: pass the noise as one of the tensors, or the
     numbers of the rows, from which this package's own samplers draw a row's noise again (see the
-    second example). Random numbers from torch's generators, as dropout takes them, are refused, and
-    so are modules that let rows depend on each other: batch norms that use the statistics of the
-    batch. These are found by name in the first pass, before they run; other dependence, such as
-    attention between the rows, by ``check``. Under torch.compile nothing is checked: call the
-    function once without. A module that changes its own state in forward, does so twice.
+    second example). Random numbers from torch's default generators, as dropout takes them, are
+    refused, and so are modules that let rows depend on each other: batch norms that use the
+    statistics of the batch. These are found by name in the first pass, before they run; what else
+    changes a row's loss, such as attention between the rows or a generator of your own, by
+    ``check``. Under torch.compile nothing is checked: call the function once without. A module that
+    changes its own state in forward does so twice.
 
     The tensors may be on another device than the losses, such as a batch that waits in the host's
     memory: then choosing rows waits for the losses.
@@ -253,7 +255,7 @@ def _of_this_process(
         return _select(losses, fraction, kept)
 
     return Selection(
-        function, select, lambda number: number, contextlib.nullcontext, of_ranks=False
+        function, mask, select, lambda number: number, contextlib.nullcontext, of_ranks=False
     )
 
 
@@ -380,6 +382,7 @@ def _tail_of(
     """The losses of all rows and their tail, from a pass without a graph."""
     function = selection.function
     n = _number_of_rows(function, fn, tensors, selection.of_ranks)
+    _check_mask(function, selection.mask, n)
     chunks, size = 1, n
     if chunk_size is not None:
         chunks, size = selection.most(_number_of_chunks(n, chunk_size)), chunk_size
@@ -392,7 +395,8 @@ def _tail_of(
             parts = []
             for start in range(0, chunks * size, size) if chunks > 1 else [0]:
                 rows = [t[start : start + size] for t in tensors] if chunks > 1 else tensors
-                parts.append(_losses_of(function, fn, rows, len(rows[0])))
+                # Detached of a graph that fn may have made itself
+                parts.append(_losses_of(function, fn, rows, len(rows[0])).detach())
         losses = torch.cat(parts) if chunks > 1 else parts[0]
         # Weights that autocast has cast here would have no graph in the second pass
         torch.clear_autocast_cache()
@@ -455,15 +459,20 @@ def _number_of_rows(
         check_tensor(function, "tensors", tensor)
         assert isinstance(tensor, Tensor)
         shapes.append(tuple(tensor.shape))
+    got = f"got shapes {', '.join(map(str, shapes))}"
     if any(not shape or shape[0] != shapes[0][0] for shape in shapes):
-        raise ValueError(
-            f"{function}: tensors: expected the same number of rows, got shapes "
-            f"{', '.join(map(str, shapes))}"
-        )
+        raise ValueError(f"{function}: tensors: expected the same number of rows, {got}")
     n: int = shapes[0][0]
     if n == 0 and not may_be_none:
-        raise ValueError(f"{function}: tensors: expected at least one row, got shapes {shapes}")
+        raise ValueError(f"{function}: tensors: expected at least one row, {got}")
     return n
+
+
+def _check_mask(function: str, mask: Tensor | None, n: int) -> None:
+    """But for its device, which is that of losses that are still to come."""
+    if mask is not None:
+        check_tensor(function, "mask", mask)
+        checked_mask(function, torch.empty(n, device=mask.device), mask)
 
 
 def _check_chunk_size(function: str, chunk_size: object) -> None:
@@ -517,20 +526,42 @@ def _refuses_coupling(function: str, fn: LossFunction) -> Iterator[None]:
             _refuse(function, part, modules)
         yield
         return
-    thread = threading.get_ident()  # the hook is one of all threads
     called: list[nn.Module] = []
 
-    def before(module: nn.Module, _args: Any) -> None:
-        if is_compiling() or threading.get_ident() != thread:
-            return
+    def refuse(module: nn.Module) -> None:
         called.append(module)
-        _refuse(function, module, called)
+        for part in module.modules() if _is_compiled(module) else [module]:
+            _refuse(function, part, called)
 
-    hook = register_module_forward_pre_hook(before)
+    thread = threading.get_ident()
+    outer = _refusals.get(thread)
+    with _lock:
+        _refusals[thread] = refuse
+        _global_forward_pre_hooks[_HOOK] = _before_forward
     try:
         yield
     finally:
-        hook.remove()
+        with _lock:
+            if outer is None:
+                del _refusals[thread]
+            else:
+                _refusals[thread] = outer
+            if not _refusals:
+                del _global_forward_pre_hooks[_HOOK]
+
+
+# One hook, always the same: torch.compile's code for one with another would not be valid
+_HOOK = -1  # its key, no number that torch gives
+_refusals: dict[int, Callable[[nn.Module], None]] = {}  # by threads, which share the hook
+_lock = threading.Lock()
+
+
+def _before_forward(module: nn.Module, _args: Any) -> None:
+    if is_compiling():
+        return
+    refuse = _refusals.get(threading.get_ident())
+    if refuse is not None:
+        refuse(module)
 
 
 def _reached(fn: object) -> Iterator[object]:

@@ -34,12 +34,12 @@ class Ranks:
 
     def __init__(self, size, groups):
         CONTEXT.set_forkserver_preload(["sqloss", "torch._dynamo"])  # once, not by each
-        folder = tempfile.mkdtemp()
+        self.folder = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
         for rank in range(size):
             ours, theirs = CONTEXT.Pipe()
             process = CONTEXT.Process(
-                target=serve, args=(theirs, rank, size, groups, folder), daemon=True
+                target=serve, args=(theirs, rank, size, groups, self.folder.name), daemon=True
             )
             process.start()
             theirs.close()
@@ -67,6 +67,7 @@ class Ranks:
             pipe.close()
         for process in self.processes:
             process.join()
+        self.folder.cleanup()
 
 
 def received(pipe):

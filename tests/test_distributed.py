@@ -360,6 +360,28 @@ def test_the_gradient_is_linear_in_that_of_the_value(alone):
     )
 
 
+PAYLOADS = {  # int64 without sample weights, and with
+    torch.float64: ([2066, 2048, 2048, 2048, 1024, 1029], [2066, *[6144] * 4, 3072, 3077]),
+    torch.float32: ([2066, 2048, 1029], [2066, 6144, 6144, 3077]),
+    torch.bfloat16: ([2066, 37], [2066, 6144, 101]),
+    torch.float16: ([2066, 37], [2066, 6144, 101]),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("way", ["kernel", "reference"])
+def test_there_are_as_many_collectives_as_promised(alone, monkeypatch, dtype, way):
+    payloads = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **_: payloads.append(tensor.numel()))
+    monkeypatch.setattr(op, "distributed_superquantile", WAY[way])
+    for n, weighted in itertools.product((3, 1000), (False, True)):
+        losses, weight = torch.randn(n).to(dtype).requires_grad_(), torch.rand(n)
+        value = sqloss.distributed.cvar(losses, 0.8, weight=weight if weighted else None)
+        value.backward()
+        assert payloads == PAYLOADS[dtype][weighted]
+        payloads.clear()
+
+
 def test_forward_mode_is_refused(alone):
     with forward_ad.dual_level():
         losses = forward_ad.make_dual(torch.randn(5), torch.ones(5))
@@ -492,22 +514,37 @@ def test_kernel_and_reference_agree_bit_for_bit():
                         assert got.dtype == expected.dtype and got.shape == expected.shape
 
 
-def on_threads(losses, alpha, sizes, weight=None, mask=None, payloads=None, superquantile=None):
+def test_on_a_gpu_it_has_the_bits_of_the_kernel_and_the_host_does_not_wait(gpu):
+    def found(losses, weight, mask):  # of one rank
+        return op.distributed_superquantile(
+            losses, 0.2, weight, mask, [1, 2, 3], 1, 1, lambda sums: None, lambda equal: None
+        )
+
+    weight, mask = torch.randn(700).exp(), torch.rand(700) < 0.7
+    for dtype, given_ in itertools.product(DTYPES, ((None, None), (None, mask), (weight, mask))):
+        tensors = torch.randn(700).to(dtype), *given_
+        on_gpu = [None if tensor is None else tensor.to(gpu) for tensor in tensors]
+        found(*on_gpu)  # makes its constants
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = found(*on_gpu)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for a, b in zip(got, found(*tensors), strict=True):
+            assert torch.equal(a.cpu(), b)
+
+
+def on_threads(losses, alpha, sizes, weight=None, mask=None, superquantile=None):
     """(value, threshold, counts) on each rank."""
     superquantile = superquantile or op.distributed_superquantile
     shards = [split(tensor, sizes) for tensor in (losses, weight, mask)]
 
     def run(rank, all_reduce):
-        def counted(payload):
-            if payloads is not None and rank == 0:
-                payloads.append(payload.numel())
-            all_reduce(payload)
-
         def check(equal):
             assert equal.all()
 
         x, w, m = (None if tensor is None else tensor[rank] for tensor in shards)
-        return superquantile(x, 1 - alpha, w, m, [1, 2, 65535], len(sizes), 1, counted, check)
+        return superquantile(x, 1 - alpha, w, m, [1, 2, 65535], len(sizes), 1, all_reduce, check)
 
     return on_ranks.in_threads(len(sizes), run)
 
@@ -628,20 +665,6 @@ def test_an_outlier_hides_nothing():
         k = (1 - alpha) * 1000
         value = on_threads(losses, alpha, [400, 600])[0][0]
         assert value.item() == pytest.approx((1e18 + k - 1) / k, rel=1e-15)
-
-
-ROUNDS = {torch.float64: 6, torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_there_are_as_many_collectives_as_promised(dtype, weighted):
-    for n in (3, 1000):
-        payloads = []
-        weight = torch.rand(n) if weighted else None
-        on_threads(torch.randn(n).to(dtype), 0.8, [1, n - 1], weight, payloads=payloads)
-        assert len(payloads) == ROUNDS[dtype] + weighted
-        assert max(payloads) <= (6200 if weighted else 2065)
 
 
 floats = st.one_of(

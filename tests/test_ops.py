@@ -201,6 +201,18 @@ def rsample_case(rows, columns, of_df=None, **options):
     return make
 
 
+def tail_case(*shape, with_mask=False):
+    """Two passes, the second over the rows of the tail."""
+
+    def make(device):
+        mask = torch.rand(shape[0], device=device) < 0.7 if with_mask else None
+        return [shape], lambda x: sqloss.tail_loss(
+            lambda x: x.square().mean(1), x, alpha=0.8, mask=mask
+        )
+
+    return make
+
+
 CASES = {
     "cvar, 100": cvar_case(100),
     "cvar, 5,000": cvar_case(5000),
@@ -225,6 +237,8 @@ CASES = {
     "Student-t, the divergence alone": rsample_case(
         33, 700, (33, 1), num_samples=9, return_z=False
     ),
+    "tail_loss": tail_case(5000, 20),
+    "tail_loss, mask": tail_case(5000, 20, with_mask=True),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 A_LONG_WAIT = 200_000_000  # cycles of a GPU: a tenth of a second

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import threading
+import weakref
 from fractions import Fraction
 from functools import partial
 from types import MethodType, SimpleNamespace
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 import sqloss
 from sqloss import reference
@@ -292,6 +294,37 @@ def test_only_rows_of_the_tail_have_a_graph():
     assert seen == [(45, False)] and torch.equal(value, loss)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 5])
+def test_no_graph_stays_of_the_first_pass(chunk_size):
+    """Where fn makes one itself: a penalty on the gradient in the input."""
+    weight = torch.randn(3).double().requires_grad_()
+    held = weakref.WeakSet()
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    def pack(tensor):
+        saved = Saved(tensor)
+        held.add(saved)
+        return saved
+
+    def losses(x):
+        assert not held
+        with torch.enable_grad(), saved_tensors_hooks(pack, lambda saved: saved.tensor):
+            x = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad((x * weight).sin().sum(), x, create_graph=True)
+            return slope.square().sum(1)
+
+    x = torch.randn(20, 3).double()
+    if chunk_size is None:
+        sqloss.tail_loss(losses, x, alpha=0.8).backward()
+    else:
+        sqloss.tail_backward(losses, x, alpha=0.8, chunk_size=chunk_size)
+    (expected,) = torch.autograd.grad(sqloss.cvar(losses(x), 0.8), weight)
+    torch.testing.assert_close(weight.grad, expected, **EXACT)
+
+
 def test_chunks_go_once_through_the_graph_of_a_tensor():
     embed, head = nn.Linear(5, 4).double(), nn.Linear(4, 1).double()
     x = torch.randn(50, 5).double()
@@ -313,6 +346,19 @@ def test_the_value_is_that_of_all_losses_bit_for_bit():
     x = torch.randn(500, 20)
     loss = sqloss.tail_loss(lambda x: model(x).squeeze(1).exp(), x, alpha=0.8)
     assert torch.equal(loss, sqloss.cvar(model(x).squeeze(1).exp(), 0.8))
+
+
+@pytest.mark.parametrize(
+    "mask, error, message",
+    [
+        (torch.ones(3).bool(), ValueError, r"broadcasts to that of losses, \(8,\), got \(3,\)"),
+        (torch.ones(8), TypeError, "expected a bool tensor, got torch.float32"),
+        ([True] * 8, TypeError, "expected a tensor, got list"),
+    ],
+)
+def test_a_wrong_mask_is_an_error_before_any_work(mask, error, message):
+    with pytest.raises(error, match=f"^tail_loss: mask: .*{message}"):
+        sqloss.tail_loss(pytest.fail, torch.randn(8), alpha=0.5, mask=mask)
 
 
 def test_at_ties_it_is_a_subgradient():
@@ -361,6 +407,8 @@ def test_torch_func_and_forward_mode():
 
     torch.testing.assert_close(torch.func.grad(tail)(x), torch.func.grad(dense)(x), **EXACT)
     got, expected = torch.func.jvp(tail, (x,), (v,)), torch.func.jvp(dense, (x,), (v,))
+    torch.testing.assert_close(got, expected, **EXACT)
+    got, expected = torch.func.hessian(tail)(x), torch.func.hessian(dense)(x)
     torch.testing.assert_close(got, expected, **EXACT)
 
 
@@ -413,9 +461,17 @@ def ways_to_compile(model, backend):
         def forward(self, x, y):
             return self.inner(x, y)
 
+    class Trainer:
+        def __init__(self):
+            self.models = [fast]
+
+        def losses(self, x, y):
+            return self.models[0](x, y)
+
     return {
         "a module": fast,
         "in a module": Holder(),
+        "in a list": Trainer().losses,
         "a closure": lambda x, y: fast(x, y),
         "a function": torch.compile(losses, backend=backend),
         "a part": partial(torch.compile(losses, backend=backend), y=torch.zeros(1, 2).double()),
@@ -701,11 +757,6 @@ def test_other_threads_are_left_alone():
             lambda x: sqloss.tail_backward(torch.abs, x, alpha=0.5, chunk_size=2, gradient=x[:4]),
             ValueError,
             r"tail_backward: gradient: expected a number or .*, got shape \(4,\)",
-        ),
-        (
-            lambda x: sqloss.tail_loss(torch.abs, x, alpha=0.5, mask=x),
-            TypeError,
-            "tail_loss: mask: expected a bool tensor",
         ),
     ],
 )

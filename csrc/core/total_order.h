@@ -36,14 +36,16 @@ C10_HOST_DEVICE inline ordered_key_t<T> to_ordered_key(T x) {
   Key bits;
   std::memcpy(&bits, &x, sizeof(bits));
   const Key key = (bits & sign) ? ~bits : bits | sign;
-  return is_nan(x) ? ~Key(0) : key;
+  constexpr Key nan = std::numeric_limits<Key>::max();
+  return is_nan(x) ? nan : key;
 }
 
 template <typename T>
 C10_HOST_DEVICE inline T from_ordered_key(ordered_key_t<T> key) {
   using Key = ordered_key_t<T>;
   constexpr Key sign = Key(1) << (8 * sizeof(Key) - 1);
-  if (key == ~Key(0)) return std::numeric_limits<T>::quiet_NaN();
+  constexpr Key nan = std::numeric_limits<Key>::max();
+  if (key == nan) return std::numeric_limits<T>::quiet_NaN();
   const Key bits = (key & sign) ? key & ~sign : ~key;
   T x;
   std::memcpy(&x, &bits, sizeof(x));
