@@ -7,6 +7,7 @@ the training, which knows nothing of ranks, and the first of them alone reads an
 With one process everything here does nothing.
 """
 
+import atexit
 import contextlib
 import datetime
 import io
@@ -135,6 +136,10 @@ def disband() -> bool:
     if is_joined():
         any_of(False)  # nobody still waits for anyone
         dist.destroy_process_group()
+    if not was_first:
+        # Threads of the group outlive it where there was DistributedDataParallel, and one that still
+        # lets go of a tensor while Python ends aborts the process: torchrun would end the first.
+        atexit.register(os._exit, 0)
     return was_first
 
 
