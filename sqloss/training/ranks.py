@@ -137,8 +137,8 @@ def disband() -> bool:
         any_of(False)  # nobody still waits for anyone
         dist.destroy_process_group()
     if not was_first:
-        # Threads of the group outlive it where there was DistributedDataParallel, and one that still
-        # lets go of a tensor while Python ends aborts the process: torchrun would end the first.
+        # Threads of the group outlive it where there was DistributedDataParallel. One that lets go
+        # of a tensor while Python ends can abort the process, and torchrun would end the first.
         atexit.register(os._exit, 0)
     return was_first
 
