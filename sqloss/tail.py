@@ -398,8 +398,9 @@ def _tail_of(
                 # Detached of a graph that fn may have made itself
                 parts.append(_losses_of(function, fn, rows, len(rows[0])).detach())
         losses = torch.cat(parts) if chunks > 1 else parts[0]
-        # Weights that autocast has cast here would have no graph in the second pass
-        torch.clear_autocast_cache()
+        if not is_compiling():  # which caches nothing, and does not take this before torch 2.13
+            # Weights that autocast has cast here would have no graph in the second pass
+            torch.clear_autocast_cache()
         return losses, selection.select(losses)
 
 

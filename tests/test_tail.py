@@ -429,6 +429,11 @@ def test_autocast_casts_weights_again_for_the_graph():
     torch.testing.assert_close(got, expected, **close)
     torch.testing.assert_close(gradients_of(model, loss.backward), expected, **close)
 
+    with torch.autocast("cpu", torch.bfloat16):
+        step = torch.compile(sqloss.tail_loss, fullgraph=True, backend="aot_eager")
+        compiled = step(losses, x, alpha=0.8)
+    torch.testing.assert_close(gradients_of(model, compiled.backward), expected, **close)
+
 
 def test_compiles_whole():
     model = Regression(4, 8, 2)
