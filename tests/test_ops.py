@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,8 +142,14 @@ def test_the_rebuild_command_names_where_the_install_came_from(monkeypatch):
         command = _ops._rebuild_command()
         pip = f"{sys.executable} -m pip install --force-reinstall --no-deps --no-cache-dir"
         assert command == f"{pip} {ending}"
-    monkeypatch.setattr(_ops, "find_spec", lambda name: None)
+    monkeypatch.setattr(_ops, "PathFinder", SimpleNamespace(find_spec=lambda name: None))
     assert _ops._rebuild_command().startswith("uv pip install --no-build-isolation --reinstall")
+
+
+def test_naming_the_rebuild_command_leaves_setuptools_whole(tmp_path):
+    program = "from sqloss import _ops; _ops._rebuild_command(); import setuptools"
+    ran = run_python(program, tmp_path)
+    assert ran.returncode == 0, ran.stderr
 
 
 # --- every operator on a GPU ----------------------------------------------------------------------

@@ -7,7 +7,7 @@ import shlex
 import sys
 import warnings
 from importlib import metadata
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from typing import overload
 from urllib.parse import unquote, urlparse
 
@@ -17,7 +17,8 @@ from torch import Tensor
 
 def _rebuild_command() -> str:
     """The command that compiles sqloss against the torch that is installed now."""
-    if find_spec("pip"):
+    # importlib.util.find_spec would tell setuptools that pip is at work, and break it
+    if PathFinder.find_spec("pip"):
         command = f"{shlex.quote(sys.executable)} -m pip install --force-reinstall --no-deps"
     else:  # an environment of uv, whose builds see its torch only without isolation
         command = "uv pip install --no-build-isolation --reinstall --no-deps"
