@@ -16,11 +16,11 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from measure import interleaved, peak_bytes
 from report import ratio
 from run import machine, say
 from torch import Tensor
+from vae import mean_loss, training_step
 
 import sqloss
 from sqloss.models import VAE
@@ -83,15 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 # --- steps ----------------------------------------------------------------------------------------
 
 
-def mean_in_torch(model: VAE, images: Tensor) -> Tensor:
-    """As one writes it, with normal latents."""
-    loc, logvar = model.encoder(images).chunk(2, dim=-1)
-    z = loc + (0.5 * logvar).exp() * torch.randn_like(loc)
-    kl = 0.5 * (loc.square() + logvar.exp() - 1 - logvar).sum()
-    cost = F.binary_cross_entropy_with_logits(model.decode(z), images, reduction="sum")
-    return (cost + kl) / len(images)
-
-
 def of_sqloss(risk: Callable[[Losses, Tensor], Tensor], model: VAE, images: Tensor) -> Tensor:
     """The risk of this package's losses."""
     return risk(losses_of(model), images)
@@ -120,17 +111,9 @@ def tail_alone(losses: Losses, images: Tensor, alpha: float = ALPHA) -> Tensor:
     return sqloss.tail_loss(losses, images, torch.arange(len(images)), alpha=alpha)
 
 
-def training_step(model: VAE, loss_of: Callable[[VAE, Tensor], Tensor]) -> Step:
+def step_of(model: VAE, loss_of: Callable[[VAE, Tensor], Tensor]) -> Step:
     adam = torch.optim.Adam(model.parameters(), fused=True)
-
-    def step(images: Tensor) -> Tensor:
-        adam.zero_grad()
-        loss = loss_of(model, images)
-        loss.backward()
-        adam.step()
-        return loss.detach()
-
-    return step
+    return partial(training_step, model, adam, loss_of)
 
 
 def step_table(threads: Sequence[int], seconds: float) -> Iterator[str]:
@@ -161,10 +144,10 @@ def times_of_steps(batch: int, seconds: float) -> dict[str, list[float]]:
     torch.manual_seed(0)
 
     def made(prior: str, loss_of: Callable[[VAE, Tensor], Tensor]) -> Step:
-        return training_step(VAE(MNIST, (HIDDEN,), LATENT, prior=prior), loss_of)
+        return step_of(VAE(MNIST, (HIDDEN,), LATENT, prior=prior), loss_of)
 
     risks = {"mean": mean, "dense": all_images, "tail": tail_alone}
-    steps = {MEAN_IN_TORCH: made("normal", mean_in_torch)} | {
+    steps = {MEAN_IN_TORCH: made("normal", mean_loss)} | {
         f"{name}, {prior}": made(prior, partial(of_sqloss, risk))
         for prior in ("normal", "t")
         for name, risk in risks.items()
@@ -202,7 +185,7 @@ def size_row(shape: tuple[int, int, int], config: VAEConfig, seconds: float) -> 
         return VAE(shape, architecture=config.architecture)
 
     steps = {
-        name: training_step(model(), partial(of_sqloss, partial(risk, alpha=config.alpha)))
+        name: step_of(model(), partial(of_sqloss, partial(risk, alpha=config.alpha)))
         for name, risk in (("dense", all_images), ("tail", tail_alone))
     }
     dense, tail = times_of(steps, config.batch_size, shape, seconds).values()
@@ -257,7 +240,7 @@ def peaks_of_steps() -> dict[str, int]:
     some = torch.randperm(SAMPLES)[:CHUNK]
 
     def backward_in_torch() -> None:
-        mean_in_torch(model, data[some]).backward()
+        mean_loss(model, data[some]).backward()
 
     def backward_of_mean(share: float = 1.0) -> None:
         (share * losses(data[some], some).mean()).backward()

@@ -21,12 +21,12 @@ MEAN = "mean in torch"
 
 
 def mean_loss(model: VAE, images: Tensor) -> Tensor:
+    """As one writes it, with normal latents."""
     loc, logvar = model.encoder(images).chunk(2, dim=-1)
     z = loc + (0.5 * logvar).exp() * torch.randn_like(loc)
-    kl = 0.5 * (loc.square() + logvar.exp() - 1 - logvar).sum(-1)
-    logits = model.decode(z)
-    cost = F.binary_cross_entropy_with_logits(logits, images, reduction="none").flatten(1).sum(-1)
-    return (cost + kl).mean()
+    kl = 0.5 * (loc.square() + logvar.exp() - 1 - logvar).sum()
+    cost = F.binary_cross_entropy_with_logits(model.decode(z), images, reduction="sum")
+    return (cost + kl) / len(images)
 
 
 def tail_loss(model: VAE, images: Tensor) -> Tensor:
@@ -46,15 +46,21 @@ def step(
         gpu = device.type == "cuda"
         return model, torch.optim.Adam(model.parameters(), fused=True, capturable=gpu)
 
-    def take(images: Tensor) -> Tensor:
-        model, optimizer = made()
-        optimizer.zero_grad()
-        loss = loss_of(model, images)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
+    return lambda images: training_step(*made(), loss_of, images)
 
-    return take
+
+def training_step(
+    model: VAE,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable[[VAE, Tensor], Tensor],
+    images: Tensor,
+) -> Tensor:
+    """The loss before the step."""
+    optimizer.zero_grad()
+    loss = loss_of(model, images)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
 
 
 def vae(batch: int, **like: Any) -> Case:

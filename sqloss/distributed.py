@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sqloss._checks import DTYPES, resolve_tail_fraction
 from sqloss._ops import distributed as _op
+from sqloss._ops.superquantile import out_of_autocast
 from sqloss.superquantile import checked_arguments
 from sqloss.tail import LossFunction, Selection, Tail, backward_of_tail, loss_of_tail
 
@@ -99,7 +100,7 @@ def cvar(
         function, losses, alpha, tail_fraction, None, weight, mask, may_be_empty=True
     )
     call = _call(function, group, alpha, tail_fraction, fraction, grad_reduction)
-    losses = _out_of_autocast(losses)
+    losses = out_of_autocast(losses)
     value, threshold, counts = _select(call, losses, weight, mask)
     return _op.with_gradient(value, losses, weight, mask, threshold, counts)
 
@@ -157,7 +158,7 @@ def tail_indices(
         if losses.dim() != 1:
             raise ValueError(f"{function}: losses: expected shape [N], got {tuple(losses.shape)}")
         call = _call(function, group, alpha, tail_fraction, fraction, grad_reduction)
-        losses = _out_of_autocast(losses)
+        losses = out_of_autocast(losses)
         tail = _rows_of_tail(call, losses, weight, mask)
         return tail.indices, tail.weights.to(losses.dtype)
 
@@ -308,7 +309,7 @@ def _of_all_ranks(
         _, _, kept, _ = checked_arguments(
             function, losses, None, fraction, None, None, mask, may_be_empty=True
         )
-        return _rows_of_tail(call, _out_of_autocast(losses), None, kept)
+        return _rows_of_tail(call, out_of_autocast(losses), None, kept)
 
     # Of a device that the group has collectives for, if it can be without a wait for that
     devices = [each.partition(":")[0] for each in dist.get_backend_config(group).split(",")]
@@ -355,12 +356,6 @@ class _Call(NamedTuple):
     given: str  # alpha=0.8
     fraction: float
     grad_reduction: str
-
-
-def _out_of_autocast(losses: Tensor) -> Tensor:
-    """As the operator's autocast does."""
-    half = losses.dtype in (torch.float16, torch.bfloat16)
-    return losses.float() if half and torch.is_autocast_enabled(losses.device.type) else losses
 
 
 # --- what ranks tell each other -------------------------------------------------------------------

@@ -261,9 +261,7 @@ def _of_this_process(
 
 def _select(losses: Tensor, fraction: float, mask: Tensor | None) -> Tail:
     """The tail of losses [N], of which there are as many as the mask says."""
-    half = losses.dtype in (torch.float16, torch.bfloat16)
-    if half and torch.is_autocast_enabled(losses.device.type):
-        losses = losses.float()  # as the operator's autocast does
+    losses = _op.out_of_autocast(losses)
     value, threshold, counts = _op.superquantile(losses, fraction, None, mask, (), False)
     above, _, k = counts.unbind()
     n = losses.shape[0]

@@ -54,14 +54,18 @@ def tail_weights(
     dim: Sequence[int],
 ) -> Tensor:
     """The gradient of the value in the losses."""
-    half = losses.dtype in (torch.float16, torch.bfloat16)
-    if half and torch.is_autocast_enabled(losses.device.type):
-        losses = losses.float()  # as the operator's autocast does, out of sight of the next one
+    losses = out_of_autocast(losses)  # out of sight of the next operator's
     value, threshold, counts = superquantile(losses, tail_fraction, weight, mask, dim, False)
     grad_losses: Tensor = torch.ops.sqloss.superquantile_backward(
         torch.ones_like(value), None, losses, weight, mask, threshold, counts, dim, False
     )
     return grad_losses
+
+
+def out_of_autocast(losses: Tensor) -> Tensor:
+    """Losses as the operator's autocast makes them."""
+    half = losses.dtype in (torch.float16, torch.bfloat16)
+    return losses.float() if half and torch.is_autocast_enabled(losses.device.type) else losses
 
 
 def superquantile(

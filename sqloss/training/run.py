@@ -212,8 +212,8 @@ def restore(training: Training, directory: Path, data: str, argument: str) -> bo
 
     ``data`` is the fingerprint of the data set, ``argument`` the one that names the directory.
     """
-    saved = ranks.of_first(lambda: checkpoint.saved(directory / CHECKPOINTS))
-    state = ranks.of_first(lambda: checkpoint.load(directory / CHECKPOINTS))
+    folder = directory / CHECKPOINTS
+    saved, state = ranks.of_first(lambda: (checkpoint.saved(folder), checkpoint.load(folder)))
     if state is None:
         return False
 

@@ -40,7 +40,7 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         wide = x.double()  # in which a mean square minus a squared mean loses nothing
-        (values, square), count = _means(x, wide, wide.square())
+        (values, square), count = _means(wide, wide.square())
         variance = square - values.square()
         scale = (variance + eps).rsqrt()
         normed = ((wide - _spread(values)) * _spread(scale)).to(x.dtype)
@@ -53,15 +53,15 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, None]:
         normed, scale = ctx.saved_tensors
-        (mean, slope), _count = _means(gradient, gradient, gradient * normed)
+        (mean, slope), _count = _means(gradient, gradient * normed)
         rest = gradient - _spread(mean) - normed * _spread(slope)
         return (_spread(scale) * rest).to(gradient.dtype), None
 
 
-def _means(x: Tensor, *values: Tensor) -> tuple[Tensor, Tensor]:
-    """The means of values like x over all ranks, for each channel, and of how many they are."""
+def _means(*values: Tensor) -> tuple[Tensor, Tensor]:
+    """The means of such values over all ranks, for each channel, and of how many they are."""
     sums = [each.sum((0, 2, 3), dtype=torch.float64) for each in values]
-    own_count = sums[0].new_tensor([x.numel() / x.shape[1]])
+    own_count = sums[0].new_tensor([values[0].numel() / values[0].shape[1]])
     totals = ranks.summed(torch.cat([*sums, own_count]))
     return (totals[:-1] / totals[-1]).view(len(sums), -1), totals[-1]
 

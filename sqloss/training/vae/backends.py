@@ -81,8 +81,8 @@ class Torch:
         if config.backward == "tail" or config.microbatch_size:
             return True
         on_cpu = next(self.model.parameters()).device.type == "cpu"
-        flops = self._flops(config.batch_size // ranks.count())
-        return on_cpu and tail_pays(flops, self.objective.alpha)
+        size = config.batch_size // ranks.count()
+        return on_cpu and tail_pays(self._flops(size), self.objective.alpha)
 
     def _flops(self, batch_size: int) -> int:
         """Floating-point operations of forward on a batch, those of its matrix products alone."""

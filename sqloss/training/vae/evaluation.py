@@ -29,8 +29,7 @@ def evaluate(model: VAE, data: Dataset, seed: int, iwae_samples: int = 0) -> dic
     With iwae_samples > 0 also the negative importance-weighted bound of so many draws.
 
     Each rank computes its part of them, and all have all. The noise is the same in every epoch and
-    for every model. The sum is the negative ELBO itself,
-    whatever beta the training uses.
+    for every model. The sum is the negative ELBO itself, whatever beta the training uses.
     """
     images = data.test_images
     rows = torch.arange(len(images), device=images.device)[ranks.part(len(images))]
