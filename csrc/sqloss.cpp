@@ -287,6 +287,8 @@ ZAndKl student_t_rsample_kl_eager(const std::optional<at::Tensor>& df, const at:
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cpu_capability", core::cpu_capability);
+  m.def("capability_of_cpu", core::capability_of_cpu);
+  m.def("lesser_capability", core::lesser_capability);
   m.def("cvar", torch::wrap_pybind_function_no_gil(superquantile_eager<0>));
   m.def("value_at_risk", torch::wrap_pybind_function_no_gil(superquantile_eager<1>));
   m.def("distributed_superquantile",

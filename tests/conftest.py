@@ -1,4 +1,5 @@
 import fcntl
+import functools
 import os
 import subprocess
 import sys
@@ -145,21 +146,34 @@ def call_without_kernel():
 
 
 @pytest.fixture
-def results_by_capability(tmp_path):
-    def run(program):
-        """What a program saves as its first argument, for every CPU capability of this machine."""
-        results = {}
-        for wish in ("default", "avx2", "avx512"):
-            file = tmp_path / wish
-            said = subprocess.run(
-                [sys.executable, "-c", program, str(file)],
-                env={**os.environ, "ATEN_CPU_CAPABILITY": wish},
-                cwd=tmp_path,
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            results[said.stdout.strip()] = torch.load(file)
-        return results
+def need_capability():
+    def need(capability):
+        """Skips the test where the CPU lacks this capability, whatever the environment says."""
+        from sqloss import _C
+
+        has = _C.capability_of_cpu()
+        if _C.lesser_capability(capability, has) != capability:
+            pytest.skip(f"this CPU lacks {capability}: it has {has}")
+
+    return need
+
+
+@pytest.fixture(scope="session")
+def saved_with_capability(tmp_path_factory):
+    @functools.cache
+    def run(program, capability):
+        """What a program saves as its first argument, with the kernels of this capability."""
+        file = tmp_path_factory.mktemp("capability") / capability
+        program += "\nfrom sqloss import _C; print(_C.cpu_capability())"
+        said = subprocess.run(
+            [sys.executable, "-c", program, str(file)],
+            env={**os.environ, "ATEN_CPU_CAPABILITY": capability.lower()},
+            cwd=file.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert said.stdout.strip() == capability
+        return torch.load(file)
 
     return run

@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tarfile
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import setuptools
 import torch
+
+from sqloss import _C
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,6 +76,20 @@ def test_a_build_without_torch_asks_for_one(only_setuptools, tmp_path):
     assert "sqloss is compiled against torch, and there is none here" in run(python, program).stderr
 
 
+def test_the_cpu_is_asked_for_all_that_the_compiler_may_use():
+    """And answers as the operating system does."""
+    capabilities = runpy.run_path(str(ROOT / "setup.py"))["CPU_CAPABILITIES"]
+    needed = {name: {flag[2:] for flag in flags} for name, flags in capabilities.items()}
+    asked = (ROOT / "csrc" / "core" / "cpu_capability.h").read_text()
+    assert set().union(*needed.values()) <= set(re.findall(r'cpu_supports\("(\w+)"\)', asked))
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = re.search(r"^flags\s*: (.*)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
+    if flags is None:
+        pytest.skip("no /proc/cpuinfo of an x86 CPU")
+    has = [name for name in capabilities if needed[name] <= set(flags[1].split())]
+    assert _C.capability_of_cpu() == has[-1]
+
+
 def test_sqloss_cuda_takes_0_and_1():
     assert "SQLOSS_CUDA: expected 0, 1 or nothing, got 'yes'" in setup(SQLOSS_CUDA="yes").stderr
     said = setup(SQLOSS_CUDA="0")
@@ -107,9 +124,10 @@ def test_cuda_of_another_major_version_fails_with_the_reason(tmp_path):
     said = setup(SQLOSS_CUDA="", CUDA_HOME=str(tmp_path))
     assert said.returncode == 0 and f"building for the CPU only: {why}9.2" in said.stderr
     nvcc.write_text("#!/bin/sh\nexit 1\n")
-    assert why + "an nvcc that does not run" in setup(CUDA_HOME=str(tmp_path)).stderr
+    said = setup(SQLOSS_CUDA="", CUDA_HOME=str(tmp_path))
+    assert why + "an nvcc that does not run" in said.stderr
     nvcc.unlink()
-    assert why + "no nvcc" in setup(CUDA_HOME=str(tmp_path)).stderr
+    assert why + "no nvcc" in setup(SQLOSS_CUDA="", CUDA_HOME=str(tmp_path)).stderr
 
 
 PTXAS = """\

@@ -41,15 +41,29 @@ def test_show_config_says_what_was_built_and_what_is_in_use(capsys):
         assert _build_info.cuda_archs in said
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_the_environment_narrows_the_cpu_capability(capability, tmp_path):
-    here = torch.backends.cpu.get_cpu_capability()
-    has = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(here, ())
-    if capability not in ("default", *has):
-        pytest.skip(f"this CPU has {here}")
+CAPABILITIES = _build_info.cpu_capabilities  # the narrowest first
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_environment_narrows_the_cpu_capability_and_never_widens_it(capability, tmp_path):
+    has = _ops._C.capability_of_cpu()
+    used = min(capability, has, key=CAPABILITIES.index)
     program = "import sqloss; print(sqloss._ops._C.cpu_capability())"
-    said = run_python(program, tmp_path, ATEN_CPU_CAPABILITY=capability)
-    assert said.stdout.strip() == capability.upper(), said.stderr
+    said = run_python(program, tmp_path, ATEN_CPU_CAPABILITY=capability.lower())
+    assert said.stdout.strip() == used, said.stderr
+    warnings = [line for line in said.stderr.splitlines() if "UserWarning: sqloss: " in line]
+    assert len(warnings) == (used != capability)
+    for warning in warnings:
+        assert f"this CPU lacks {capability}" in warning
+        assert f"ATEN_CPU_CAPABILITY={capability.lower()}. sqloss uses its {used}" in warning
+
+
+@pytest.mark.parametrize("torchs", [*CAPABILITIES, "of another architecture"])
+@pytest.mark.parametrize("cpus", CAPABILITIES)
+def test_the_lesser_capability_of_torch_and_the_cpu(torchs, cpus):
+    lesser = min(torchs, cpus, key=["of another architecture", *CAPABILITIES].index)
+    expected = "DEFAULT" if lesser not in CAPABILITIES else lesser
+    assert _ops._C.lesser_capability(torchs, cpus) == expected
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ usable from everywhere in torch: eager mode, torch.compile, torch.func, other de
 """
 
 import json
+import os
 import shlex
 import sys
 import warnings
@@ -71,6 +72,22 @@ from sqloss import _C  # noqa: E402  (after the check: a mismatch would be an un
 __version__: str = _build_info.version
 
 
+def _warn_of_a_lesser_cpu() -> None:
+    """Warns of an ATEN_CPU_CAPABILITY that names more than the CPU has: torch does not check it."""
+    torchs, used = torch.backends.cpu.get_cpu_capability(), _C.cpu_capability()
+    if torchs in _build_info.cpu_capabilities and torchs != used:
+        warnings.warn(
+            f"sqloss: this CPU lacks {torchs}, which torch is told to use: ATEN_CPU_CAPABILITY="
+            f"{os.environ.get('ATEN_CPU_CAPABILITY')}. sqloss uses its {used} kernels, but some of "
+            "torch's own (softmax is one) will end this process by an illegal instruction. Unset "
+            "the variable.",
+            stacklevel=2,
+        )
+
+
+_warn_of_a_lesser_cpu()
+
+
 def cuda_build() -> str:
     """Whether this build has CUDA kernels, and if not, why and what to do."""
     if _build_info.cuda_toolkit:
@@ -123,6 +140,7 @@ def show_config() -> None:
         f"Python {_build_info.python}, {_build_info.compiler}\n"
         f"  CPU         {', '.join(_build_info.cpu_capabilities)}\n"
         f"  CUDA        {cuda_build()}\n"
-        f"  in use      {_C.cpu_capability()} kernels, {torch.get_num_threads()} threads; "
+        f"  in use      {_C.cpu_capability()} kernels (this CPU has {_C.capability_of_cpu()}), "
+        f"{torch.get_num_threads()} threads; "
         f"GPUs: {', '.join(gpus) or 'none'}"
     )
