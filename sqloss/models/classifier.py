@@ -31,7 +31,7 @@ class Classifier(nn.Module):
         self.classes = classes
         self.features = nn.Sequential(
             nn.Conv2d(data_shape[0], 16, kernel_size=3, padding=1),
-            nn.MaxPool2d(2),
+            nn.MaxPool2d(tuple(min(2, side) for side in data_shape[1:])),  # one stays one
             nn.ReLU(),
             nn.Conv2d(16, 32, kernel_size=3, padding=1),
             nn.ReLU(),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sqloss.training.errors import require
 from sqloss.training.files import write_atomically
+from sqloss.training.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,8 +55,10 @@ def mosaic(images: Tensor, columns: int) -> Tensor:
 
 
 def label_rows(axes: "Axes", labels: Sequence[str], height: int) -> None:
-    """Name the rows of a mosaic of images of this height."""
-    axes.set_yticks([(height + 1) * i + (height - 1) / 2 for i in range(len(labels))], labels)
+    """Name the rows of a mosaic of images of this height; a name may hold anything."""
+    middles = [(height + 1) * i + (height - 1) / 2 for i in range(len(labels))]
+    lines = ["\n".join(map(printable, label.split("\n"))) for label in labels]
+    axes.set_yticks(middles, lines, parse_math=False, usetex=False)
 
 
 def show(axes: "Axes", image: Tensor) -> None:

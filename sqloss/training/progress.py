@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from sqloss.training.errors import require
+from sqloss.training.streams import may_be_left
 
 
 def counted(number: int, noun: str) -> str:
@@ -38,7 +39,8 @@ class Progress:
         self.tell(f"epoch {epoch}/{self._epochs}: {'; '.join(models)}")
 
     def tell(self, line: str) -> None:
-        self._bar.write(line, file=sys.stderr)
+        with may_be_left(sys.stderr):
+            self._bar.write(line, file=sys.stderr)
 
 
 class Silence(Progress):

@@ -13,7 +13,6 @@ import datetime
 import io
 import os
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sqloss.training.config import RunConfig
 from sqloss.training.errors import UserError
+from sqloss.training.streams import tell
 
 if TYPE_CHECKING:  # some builds of torch lack torch.distributed
     from torch.distributed.distributed_c10d import Store
@@ -82,7 +82,7 @@ class _Untold:
 
     def tell(self) -> None:
         for line in self.lines:
-            print(f"rank {number()}: {line}", file=sys.stderr)
+            tell(f"rank {number()}: {line}")
 
     def told(self) -> None:
         with contextlib.suppress(RuntimeError):
@@ -146,7 +146,7 @@ def disband() -> bool:
 def tell_error(line: str) -> None:
     """Tell on stderr why this rank ends: where the first does not, at the end, as the first has."""
     if _untold is None or is_first():
-        print(line, file=sys.stderr)
+        tell(line)
     else:
         _untold.lines.append(line)
 

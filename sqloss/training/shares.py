@@ -13,6 +13,7 @@ from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError, require
 from sqloss.training.files import write_atomically
 from sqloss.training.tables import CONFIDENCE
+from sqloss.training.text import in_markdown
 
 GENERATED_BATCH_SIZE = 1000
 
@@ -89,4 +90,4 @@ def share_table(report: dict[str, Any]) -> Iterator[list[str]]:
         report["class_names"], report["train_images"], generated, strict=True
     ):
         intervals = [f"{s['share']:.2%} [{s['low']:.2%}, {s['high']:.2%}]" for s in shares]
-        yield [name, f"{count / total:.2%}", *intervals]
+        yield [in_markdown(name), f"{count / total:.2%}", *intervals]

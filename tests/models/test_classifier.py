@@ -36,7 +36,9 @@ def test_is_deterministic_by_seed(few_steps):
     assert not torch.equal(weights[0], weights[2])
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 23), (3, 32, 32), (3, 64, 48)])
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 8), (1, 28, 23), (3, 64, 48), (1, 1, 8), (1, 8, 1), (3, 1, 1)]
+)
 def test_takes_images_of_any_size(shape):
     assert Classifier(shape, classes=4)(torch.rand(2, *shape)).shape == (2, 4)
 

@@ -122,8 +122,8 @@ def failed(history: Sequence[Row], name: str, config: GANConfig) -> dict[str, li
 
 
 def write_report(directory: Path, report: Report) -> None:
-    write_json(directory / "report.json", report)
     write_atomically(directory / "report.md", as_markdown(report).encode())
+    write_json(directory / "report.json", report)  # the last file: it tells that all is there
 
 
 def as_markdown(report: Report) -> str:

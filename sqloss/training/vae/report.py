@@ -17,6 +17,7 @@ from sqloss.training.files import write_atomically, write_json
 from sqloss.training.progress import counted
 from sqloss.training.shares import batch_sizes, class_shares, classifier_of, share_table
 from sqloss.training.tables import CONFIDENCE, aligned, nats
+from sqloss.training.text import in_markdown
 from sqloss.training.vae.config import VAEConfig
 from sqloss.training.vae.evaluation import learnt_df, objective_values, summary
 
@@ -89,8 +90,8 @@ def generated(model: VAE, config: VAEConfig) -> Iterator[Tensor]:
 
 
 def write_report(directory: Path, report: Report) -> None:
-    write_json(directory / "report.json", report)
     write_atomically(directory / "report.md", as_markdown(report).encode())
+    write_json(directory / "report.json", report)  # the last file: it tells that all is there
 
 
 def as_markdown(report: Report) -> str:
@@ -212,7 +213,8 @@ def overall_table(report: Report) -> Iterator[list[str]]:
         ("mean reconstruction", "reconstruction"),
     ):
         worst = [worst_class(model["test_by_class"], metric) for model in models]
-        yield [f"worst class: {label}", *(f"{nats(w[metric])} ({w['class']})" for w in worst)]
+        cells = [f"{nats(w[metric])} ({in_markdown(w['class'])})" for w in worst]
+        yield [f"worst class: {label}", *cells]
 
 
 def objectives_of_their_own(report: Report) -> Iterator[tuple[str, str]]:
@@ -229,4 +231,4 @@ def class_table(report: Report) -> Iterator[list[str]]:
     for rows in zip(*(model["test_by_class"] for model in models.values()), strict=True):
         name = rows[0]["class"]
         numbers = [nats(row[metric]) for metric in PER_CLASS for row in rows]
-        yield [name, str(train_images[name]), *numbers]
+        yield [in_markdown(name), str(train_images[name]), *numbers]

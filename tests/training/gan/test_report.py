@@ -182,6 +182,11 @@ def test_the_fid_is_of_the_judged_images(trainer, classifier, monkeypatch):
 def test_the_files(reported, tmp_path, variant):
     changes = VARIANTS[variant]
     _, report = reported(**changes)
+    (tmp_path / "report.md").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*report\.md"):
+        write_report(tmp_path, report)
+    assert not (tmp_path / "report.json").exists(), "it tells that all is there"
+    (tmp_path / "report.md").rmdir()
     write_report(tmp_path, report)
     assert json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail) == report
 

@@ -10,6 +10,7 @@ from sqloss.models import classifier as classifier_module
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
 from sqloss.training.data import Dataset
+from sqloss.training.errors import UserError
 from sqloss.training.shares import class_shares, share, share_table
 from sqloss.training.tables import aligned
 from sqloss.training.vae.evaluation import evaluate
@@ -164,6 +165,13 @@ def test_the_files(report, tmp_path):
     assert "one run with one seed" in text
     assert "not evidence" in text
     assert f"{report['classifier_test_accuracy']:.1%} of the test images" in " ".join(text.split())
+
+
+def test_report_json_tells_that_all_is_there(report, tmp_path):
+    (tmp_path / "report.md").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*report\.md"):
+        write_report(tmp_path, report)
+    assert not (tmp_path / "report.json").exists()
 
 
 @pytest.mark.parametrize(
