@@ -14,7 +14,7 @@ import torch
 import sqloss
 from sqloss.training import ranks
 from sqloss.training.config import RunConfig, as_flag, expanded
-from sqloss.training.data import Dataset, load_dataset
+from sqloss.training.data import Dataset, load_dataset, refuse_output_among_data
 from sqloss.training.errors import UserError, require
 from sqloss.training.files import as_csv, write_atomically
 from sqloss.training.gan.config import GANConfig
@@ -22,6 +22,7 @@ from sqloss.training.progress import Progress, Silence
 from sqloss.training.run import Run
 from sqloss.training.settings import alone_in
 from sqloss.training.shares import classifier_of
+from sqloss.training.streams import flush_stdout, show, tell
 from sqloss.training.sweep import PRESETS, SweepConfig
 from sqloss.training.sweep import plan as plan_sweep
 from sqloss.training.sweep import prepare as prepare_sweep
@@ -86,8 +87,11 @@ INTERRUPTED = 130  # what a shell returns for it: 128 + SIGINT
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command ``sqloss``."""
-    with ranks.joined():
-        return run_command(arguments)
+    try:
+        with ranks.joined():
+            return run_command(arguments)
+    finally:
+        flush_stdout()
 
 
 def run_command(arguments: Sequence[str] | None) -> int:
@@ -187,7 +191,7 @@ def train(
     except KeyboardInterrupt:
         say(f"\nstopped before the report; the training is saved, make the report with: {resuming}")
         return INTERRUPTED
-    print(trainer.tables(report))
+    show(trainer.tables(report))
     say(f"the classifier gets {report['classifier_test_accuracy']:.1%} of the test images right")
     say(f"how to read this, and the pictures: {work.directory / 'report.md'}")
     return 0
@@ -212,7 +216,7 @@ def sweep(trainer: str, output_dir: Path | None = None, **given: Any) -> int:
         missing = whole.missing
         say(f"sweep: {whole.directory}, {len(missing)} of {len(whole.tasks)} runs to do")
         try:
-            prepare_sweep(whole)
+            prepare_sweep(whole, say)
             for number, task in enumerate(train_sweep(whole, sweep_config.jobs), 1):
                 write_csv(whole)
                 say(f"{number}/{len(missing)}: {outcome(whole, task, metric)}")
@@ -220,7 +224,7 @@ def sweep(trainer: str, output_dir: Path | None = None, **given: Any) -> int:
             say("\nstopped; what is done is kept: the same command does the rest")
             return INTERRUPTED
         write_sweep_report(whole, metric)
-    print(summary(whole, metric))
+    show(summary(whole, metric))
     say(f"with every metric: {whole.directory / 'sweep.md'}; every number: sweep.csv beside it")
     return 0
 
@@ -252,7 +256,7 @@ def impute_with(trained: Trained, impute_config: ImputeConfig, directory: Path) 
     rows, imputed = measure(methods, data.test_images, data.test_labels, masks, classifier)
     write_atomically(directory / "impute.csv", as_csv(IMPUTE_COLUMNS, rows))
     draw_imputations(directory, models, imputed, masks, data, config.seed)
-    print(as_table(rows))
+    show(as_table(rows))
     say(
         "RMSE and MAE are over the missing pixels, SSIM is of whole images; accuracy is the share "
         "of images whose class a small classifier gets right"
@@ -274,6 +278,7 @@ def compare_priors(
         config = dataclasses.replace(config, threads=1)
     tasks = make_tasks(make_arms(config, compare_config), compare_config.seeds)
     directory = output_dir or Path("runs") / f"impute-{config.dataset}"
+    refuse_output_among_data(config.dataset, config.source, directory)
     with alone_in(directory, "comparison"):
         return compare_in(directory, tasks, config, impute_config, compare_config.jobs)
 
@@ -291,6 +296,7 @@ def compare_in(
     if missing:
         whole = load_dataset(config.dataset, config.source)
         whole = first_test_images(whole, impute_config.test_images)
+        say(whole.imbalanced(config.imbalance, config.seed).in_words(whole))
         set_threads(config, whole)
         classifier = classifier_of(whole, config.torch_device, CLASSIFIER_SEED)
         try:
@@ -302,7 +308,7 @@ def compare_in(
             return INTERRUPTED
     rows = ledger.of(tasks)
     write_atomically(directory / "compare.md", as_markdown(rows).encode())
-    print(as_markdown(rows, metrics=["rmse"]), end="")
+    show(as_markdown(rows, metrics=["rmse"]).rstrip())
     say(f"the same for the other metrics: {directory / 'compare.md'}; every number: {ledger.path}")
     return 0
 
@@ -329,7 +335,7 @@ def evaluate_run(run_dir: Path, **given: Any) -> int:
     set_threads(trained.config, trained.data)
     bounds = measure_bounds(trained, bounds_config)
     write_bounds(run_dir, bounds)
-    print(bounds_table(bounds))
+    show(bounds_table(bounds))
     say(
         "both bounds are of the same draws for each image; error and interval cover the choice of "
         "test images, not the seed of the training"
@@ -347,17 +353,13 @@ def show_config() -> int:
 def announce(work: RunUnderWay) -> None:
     data = work.data
     say(f"run: {work.directory} on {data.train_images.device}")
-    say(
-        f"data: {data.name}, {len(data.train_images)} training images of "
-        f"{' x '.join(map(str, data.shape))}, per class {data.class_counts()}, "
-        f"{len(data.test_images)} test images"
-    )
+    say(data.in_words(work.whole))
 
 
 def say(line: str) -> None:
     """Tell on stderr how the work goes: once, whatever the number of ranks."""
     if ranks.is_first():
-        print(line, file=sys.stderr, flush=True)
+        tell(line)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -57,6 +58,11 @@ GAN_PRODUCTS = {
     "gan_nearest.png",
     "gan_samples.png",
 }
+
+
+def require_or_skip(package: str) -> None:
+    """A package for another torch fails in other ways than one that is not there."""
+    pytest.importorskip(package, exc_type=(ImportError, RuntimeError))
 
 
 def sqloss_command(*arguments: object) -> list[str]:
@@ -379,7 +385,7 @@ def test_bad_values(capsys, tmp_path):
     run = ["--output-dir", tmp_path / "run"]
     assert "--alpha: expected a number in [0, 1), got 1.0" in told(capsys, "--alpha", 1, *run)
     assert "--epochs: expected a whole number from 1 to" in told(capsys, "--epochs", 0, *run)
-    assert "--imbalance: expected classes 0 to 9" in told(capsys, "--imbalance", "11:0", *run)
+    assert "--imbalance: expected one of the c" in told(capsys, "--imbalance", "11:0", *run)
     assert "--device: expected auto or" in told(capsys, "--device", "abacus", *run)
     assert "--threads: expected at most" in told(capsys, "--threads", 999_999, *run)
     assert not (tmp_path / "run").exists(), "nothing is left of a run that never began"
@@ -454,6 +460,77 @@ def test_directories(capsys, tmp_path):
     assert "which holds one" in told(capsys, "--output-dir", tmp_path)
     assert "cannot use" in told(capsys, "--resume", tmp_path)
     assert "expected the directory of a run" in told(capsys, "--resume", tmp_path / "nothing")
+
+
+ODD_NAMES = ["$$", "_a|b_", "two\nlines", "猫", os.fsdecode(b"caf\xe9")]
+
+
+@pytest.fixture
+def make_folder(tmp_path, monkeypatch):
+    """Makes five images in each of some classes, below the working directory of the test."""
+    require_or_skip("torchvision")
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(classifier, "STEPS", 5)
+    monkeypatch.setattr(pictures, "DPI", 20)
+
+    def make(names, size=(6, 5)):
+        for value, name in enumerate(names):
+            (tmp_path / "data" / name).mkdir(parents=True)
+            for i in range(5):
+                image = Image.new("L", size, 20 * value + i)
+                image.save(tmp_path / "data" / name / f"{i}.png")
+        return ["--dataset", "folder"]
+
+    return make
+
+
+TINY_FOLDER = ["--epochs", "1", "--latent", "2", "--num-samples", "9"]
+
+
+def test_odd_folders_are_trained_reported_and_used(capsys, tmp_path, monkeypatch, make_folder):
+    given = make_folder(ODD_NAMES, size=(6, 1))
+    given += [*TINY_FOLDER, "--hidden", "4", "--imbalance", "$$:0.25,猫:0.5"]
+    terminal = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, "ascii"))
+    assert cli.main(["vae", *given, "--output-dir", "run"]) == 0
+    assert cli.main(["evaluate", "run", "--iwae-samples", "2"]) == 0
+    few = ["--draws", "2", "--iterations", "2", "--burn-in", "1"]
+    assert cli.main(["impute", "run", *few]) == 0
+    counts = r"per class $$: 1 of 4, _a|b_: 4, caf\udce9: 4, two\nlines: 4, 猫: 2 of 4;"
+    assert counts in capsys.readouterr().err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["class_names"] == sorted(ODD_NAMES)
+    assert report["train_images"] == [1, 4, 4, 4, 2]
+    lines = (tmp_path / "run" / "report.md").read_text(encoding="utf-8").splitlines()
+    for name in (r"\$\$", r"\_a\|b\_", r"caf\\udce9", r"two\\nlines", "猫"):
+        assert sum(line.startswith(f"| {name} ") for line in lines) == 2
+    assert rb"| \u732b " in terminal.getvalue()
+
+
+def test_odd_classes_of_a_gan(tmp_path, make_folder):
+    require_or_skip("torchmetrics")
+    given = [*make_folder(ODD_NAMES), *TINY_FOLDER, "--width", "1", "--conditional"]
+    assert cli.main(["gan", *given, "--output-dir", "run"]) == 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= GAN_PRODUCTS
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["vae"], ["gan"], ["vae", "--output-dir", "a/run"], ["sweep", "vae"], ["impute", "--compare"]],
+)
+def test_output_among_the_images_is_refused_before_the_training(
+    capsys, tmp_path, monkeypatch, make_folder, command
+):
+    if "gan" in command:
+        require_or_skip("torchmetrics")
+    given = [*make_folder("ab"), "--data-dir", "."]
+    monkeypatch.chdir(tmp_path / "data")
+    name, *rest = command
+    message = told(capsys, *rest, *given, command=name)
+    assert "--output-dir: expected a directory outside of the images" in message
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["a", "b"]
 
 
 def test_a_full_disk(capsys, tmp_path, monkeypatch):

@@ -48,8 +48,9 @@ class RunConfig:
     )
     imbalance: str = flag(
         "0:0.1",
-        "share of the training images to keep per class, like 0:0.1,3:0.5, or none; a share "
-        "above 0 keeps one image at least; the test images stay as they are",
+        "share of the training images to keep per class, like 0:0.1,cat:0.5, or none; CLASS is a "
+        "name, or, if no class has that name, a number from 0 up in the order of the names; a "
+        "share above 0 keeps one image at least; the test images stay as they are",
         metavar="CLASS:SHARE,...",
     )
     sampling: str = flag(

@@ -1,10 +1,14 @@
 """Data sets as uint8 tensors in memory, read once; and how a class is made rare in training."""
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
+import json
+import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +19,15 @@ from torch import Tensor
 
 from sqloss.models.seeding import generator
 from sqloss.training.errors import UserError, require
+from sqloss.training.text import printable
 
 DEFAULT_SIZE = 32  # of faces, and of folders whose images differ in size
 TEST_SHARE = 0.2  # where a data set brings no split of its own
 GREY_MODES = {"1", "L", "LA"}  # as Pillow calls them
 SAMPLINGS = ("shuffle", "balanced")
+# Folders that systems make beside the images, and fill with copies of them or with nothing.
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
+CLASSES_TOLD = 20  # in an error that lists them
 SPLIT_SEED = 0  # not the run's: runs with different seeds are tested on the same images
 
 
@@ -55,16 +63,11 @@ class Dataset:
     def imbalanced(self, imbalance: str, seed: int) -> "Dataset":
         """Keep a random share of some classes' training images; the test images stay as they are.
 
-        ``imbalance`` is "none" or like "0:0.1,3:0.5": a tenth of class 0 and half of class 3.
-        Rounding removes no class: only the share 0 does.
+        ``imbalance`` is "none" or like "0:0.1,cat:0.5": see ``thinned``. Rounding removes no class:
+        only the share 0 does.
         """
         kept = torch.ones(len(self.train_labels), dtype=torch.bool)
-        for label, share in parse_imbalance(imbalance).items():
-            if label >= len(self.class_names):
-                raise UserError(
-                    f"--imbalance: expected classes 0 to {len(self.class_names) - 1}, as "
-                    f"{self.name} has them, got class {label}"
-                )
+        for label, share in thinned(imbalance, self.class_names).items():
             members = (self.train_labels == label).nonzero()[:, 0]
             shuffled = torch.randperm(len(members), generator=generator(seed, "imbalance", label))
             keep = max(round(share * len(members)), 1 if share > 0 else 0)
@@ -73,6 +76,19 @@ class Dataset:
             raise UserError(f"--imbalance: {imbalance!r} leaves no training image")
         return dataclasses.replace(
             self, train_images=self.train_images[kept], train_labels=self.train_labels[kept]
+        )
+
+    def in_words(self, whole: "Dataset") -> str:
+        """What there is to train and to test on; ``whole`` is the data before the imbalance."""
+        counts = zip(self.class_names, self.class_counts(), whole.class_counts(), strict=True)
+        classes = ", ".join(
+            f"{printable(name)}: {count}" + (f" of {before}" if count < before else "")
+            for name, count, before in counts
+        )
+        return (
+            f"data: {self.name}, {len(self.train_images)} training images of "
+            f"{' x '.join(map(str, self.shape))}, per class {classes}; "
+            f"{len(self.test_images)} test images"
         )
 
     def order(self, sampling: str, draws: torch.Generator) -> Tensor:
@@ -94,23 +110,67 @@ class Dataset:
         return digest.hexdigest()
 
 
-def parse_imbalance(text: str) -> dict[int, float]:
-    """The share to keep of each class named: "0:0.1,3:0.5" is {0: 0.1, 3: 0.5}, "none" is {}."""
+# A class, whose name may have commas and colons of its own, and the share to keep of it.
+CLASS_SHARE = re.compile(r"(?P<name>.+?):(?P<share>[-+.\deE\s]+)(?:,(?=.)|\Z)", re.DOTALL)
+
+
+def parse_imbalance(text: str) -> dict[str, float]:
+    """The share to keep of each class: "0:0.1,cat:0.5" is {"0": 0.1, "cat": 0.5}, "none" is {}."""
     if text == "none":
         return {}
-    shares: dict[int, float] = {}
-    for part in text.split(","):
+    shares: dict[str, float] = {}
+    end = 0
+    while match := CLASS_SHARE.match(text, end):
+        end, name = match.end(), match["name"]
         try:
-            label, share = int(part.partition(":")[0]), float(part.partition(":")[2])
+            share = float(match["share"])
         except ValueError:
-            label, share = -1, -1.0
-        if label < 0 or label in shares or not 0 <= share <= 1:
-            raise UserError(
-                "--imbalance: expected 'none' or CLASS:SHARE,... with each class once and shares "
-                f"from 0 to 1, such as 0:0.1 or 0:0.1,3:0.5, got {text!r}"
-            )
+            share = -1.0
+        if name in shares or not 0 <= share <= 1:
+            raise wrong_imbalance(text)
+        shares[name] = share
+    if end < len(text) or not shares:
+        raise wrong_imbalance(text)
+    return shares
+
+
+def wrong_imbalance(text: str) -> UserError:
+    return UserError(
+        "--imbalance: expected 'none' or CLASS:SHARE,... with each class once and shares "
+        f"from 0 to 1, such as 0:0.1 or 0:0.1,cat:0.5, got {text!r}"
+    )
+
+
+def thinned(imbalance: str, class_names: Sequence[str]) -> dict[int, float]:
+    """The share to keep of each class, by its number, that an imbalance names.
+
+    A class is named by its name; what is nobody's name is a number, in the order of the names.
+    """
+    shares: dict[int, float] = {}
+    for name, share in parse_imbalance(imbalance).items():
+        label = label_of(name, class_names)
+        if label in shares:
+            raise wrong_imbalance(imbalance)
         shares[label] = share
     return shares
+
+
+def label_of(name: str, class_names: Sequence[str]) -> int:
+    for given in (name, name.strip()):
+        if given in class_names:
+            return class_names.index(given)
+    last = len(class_names) - 1
+    try:
+        label = int(name)
+    except ValueError:
+        label = -1
+    if not 0 <= label <= last:
+        more = ", ..." if len(class_names) > CLASSES_TOLD else ""
+        raise UserError(
+            f"--imbalance: expected one of the classes {', '.join(class_names[:CLASSES_TOLD])}"
+            f"{more}, or a number from 0 to {last}, got {name!r}"
+        )
+    return label
 
 
 @dataclass(frozen=True)
@@ -236,9 +296,10 @@ def folder_split(source: Source) -> tuple[Files, Files, tuple[str, ...]]:
     root = source.data_dir
     if (root / "train").is_dir() != (root / "test").is_dir():
         raise UserError(f"--dataset folder: expected train/ and test/ in {root}, got only one")
-    if (root / "train").is_dir():
-        train_files, train_labels, classes = image_folder(root / "train")
-        test_files, test_labels, test_classes = image_folder(root / "test")
+    first, *rest = map(image_folder, image_roots(root))
+    if rest:
+        train_files, train_labels, classes = first
+        [(test_files, test_labels, test_classes)] = rest
         if classes != test_classes:
             raise UserError(
                 f"--dataset folder: expected the same classes in {root / 'train'} and "
@@ -249,25 +310,103 @@ def folder_split(source: Source) -> tuple[Files, Files, tuple[str, ...]]:
         order = torch.randperm(len(train_files), generator=generator(SPLIT_SEED, "folder"))
         train = [train_files[i] for i in order], train_labels[order]
         return train, (test_files, test_labels), classes
-    files, labels, classes = image_folder(root)
+    files, labels, classes = first
     parts = [([files[i] for i in part], labels[part]) for part in stratified_split(labels)]
     return parts[0], parts[1], classes
 
 
+def image_roots(data_dir: Path) -> list[Path]:
+    """The folders that have a folder per class: train/ and test/, or the data folder itself."""
+    split = [data_dir / "train", data_dir / "test"]
+    return split if split[0].is_dir() else [data_dir]
+
+
 def image_folder(root: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
     """The image files below ``root``, their labels, and the names of the classes."""
+    refuse_run_among_images(root)
     try:
-        found = require("torchvision.datasets").ImageFolder(root)
+        classes = sorted(folder.name for folder in class_folders(root))
+        files = [image_files(root / name) for name in classes]
+        if empty := [name for name, found in zip(classes, files, strict=True) if not found]:
+            raise FileNotFoundError(
+                f"no image ({', '.join(image_suffixes())}) in {', '.join(empty)}"
+            )
+        if not classes:
+            raise FileNotFoundError(f"no folder in {root}")
     except OSError as error:
         raise UserError(
             f"--dataset folder: expected one folder of images per class, as in {root}/cat/1.png "
             f"and {root}/dog/1.png (choose the place with --data-dir), got: {error}"
         ) from error
-    return (
-        [Path(file) for file, _ in found.samples],
-        torch.tensor(found.targets),
-        tuple(found.classes),
-    )
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(f) for f in files]))
+    return list(itertools.chain.from_iterable(files)), labels, tuple(classes)
+
+
+def class_folders(root: Path) -> list[Path]:
+    return [path for path in root.iterdir() if path.is_dir() and not is_hidden(path.name)]
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name, and what is in it, is no data."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images at any depth of a folder, as torchvision's ``ImageFolder`` orders them."""
+    suffixes = image_suffixes()
+
+    def walk() -> Iterator[tuple[str, list[str]]]:
+        for place, folders, names in os.walk(folder, followlinks=True, onerror=raise_it):
+            folders[:] = [name for name in folders if not is_hidden(name)]
+            refuse_run_among_images(Path(place))
+            yield place, names
+
+    return [
+        Path(place, name)
+        for place, names in sorted(walk())
+        for name in sorted(names)
+        if name.lower().endswith(suffixes) and not is_hidden(name)
+    ]
+
+
+def image_suffixes() -> tuple[str, ...]:
+    suffixes: tuple[str, ...] = require("torchvision.datasets.folder").IMG_EXTENSIONS
+    return suffixes
+
+
+def raise_it(error: OSError) -> None:
+    raise error
+
+
+def refuse_run_among_images(folder: Path) -> None:
+    """Raise where a folder has the config.json of a run: the run's pictures are no data."""
+    try:
+        stored = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return
+    if isinstance(stored, dict) and {"command", "dataset", "imbalance"} <= stored.keys():
+        raise UserError(
+            f"--dataset folder: expected folders of images only, got the run {folder}, whose "
+            "pictures would be data; move it to another place"
+        )
+
+
+def refuse_output_among_data(name: str, source: Source, directory: Path) -> None:
+    """Raise for a directory where what is written would be read as data."""
+    if name != "folder":
+        return
+    place = Path(os.path.realpath(directory))
+    for root in image_roots(source.data_dir):
+        folders = [root]
+        with contextlib.suppress(OSError):  # who reads the data tells of it
+            folders += class_folders(root)  # links among them lead elsewhere
+        for data in map(os.path.realpath, folders):
+            parts = place.relative_to(data).parts if place.is_relative_to(data) else (".",)
+            if not any(map(is_hidden, parts)):
+                raise UserError(
+                    "--output-dir: expected a directory outside of the images, whose every folder "
+                    f"is data, got {directory}, which is in {root}; choose another one"
+                )
 
 
 def stratified_split(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,7 +423,7 @@ def stratified_split(labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(train), torch.tensor(test)
 
 
-@contextmanager
+@contextlib.contextmanager
 def explained(name: str, source: Source, layout: str, download_hint: str = "") -> Iterator[None]:
     """A reader's failure, whatever its exception, as where to put what or how to fetch it."""
     try:
@@ -337,14 +476,19 @@ def mode_and_size(file: Path) -> tuple[str, tuple[int, int]]:
         return image.mode, image.size
 
 
-@contextmanager
+@contextlib.contextmanager
 def image_file(file: Path) -> Iterator[Any]:
+    open_image = require("PIL.Image").open
     try:
-        with require("PIL.Image").open(file) as image:
+        with open_image(file) as image:
             refuse_deep(file, image.mode)
             yield image
-    except OSError as error:
-        raise UserError(f"cannot read the image {file}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # Pillow has one for every way in which a file can be broken
+        raise UserError(
+            f"cannot read the image {file}: {' '.join(str(error).split()) or type(error).__name__}"
+        ) from error
 
 
 def refuse_deep(file: Path, mode: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Generic
 
 from sqloss.training import checkpoint, ranks
 from sqloss.training.config import Config, RunConfig, as_flag, from_stored, to_stored
-from sqloss.training.data import Dataset
+from sqloss.training.data import Dataset, refuse_output_among_data
 from sqloss.training.errors import UserError
 from sqloss.training.files import (
     as_csv,
@@ -25,6 +25,7 @@ from sqloss.training.files import (
 from sqloss.training.loop import NonFiniteError, Row, Training
 
 CHECKPOINTS = "checkpoints"
+DEFAULT_PLACE = Path("runs")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Run(Generic[Config]):
     @classmethod
     def new(cls, directory: Path | None, config: Config) -> "Run[Config]":
         """A run in a directory that holds none yet."""
+        place = directory or DEFAULT_PLACE
+        ranks.of_first(lambda: refuse_output_among_data(config.dataset, config.source, place))
         if directory is not None:
             ranks.of_first(lambda: refuse_used(directory))
         return cls(directory, config, is_new=True)
@@ -81,7 +84,7 @@ def make_default_directory(config: RunConfig) -> Path:
     """A directory that no other run has, named by the time, and by a number in a busy second."""
     name = f"{config.command}-{config.dataset}-{datetime.now():%Y%m%d-%H%M%S}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(directory for directory in map(Path("runs").joinpath, names) if is_made(directory))
+    return next(directory for directory in map(DEFAULT_PLACE.joinpath, names) if is_made(directory))
 
 
 def is_made(directory: Path) -> bool:

@@ -8,13 +8,13 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sqloss.training.config import LARGEST, RunConfig, as_flag, expect, flag
-from sqloss.training.data import Dataset, Source, load_dataset
+from sqloss.training.data import Dataset, Source, load_dataset, refuse_output_among_data
 from sqloss.training.errors import UserError, require
 from sqloss.training.files import write_json
 from sqloss.training.gan.config import GANConfig
@@ -267,6 +267,8 @@ def plan(command: str, sweep_config: SweepConfig, output_dir: Path | None, given
     configs = {
         arm: configure(kind, common, flags, f"{origin}: {arm}") for arm, flags in arms.items()
     }
+    for config in configs.values():
+        refuse_output_among_data(config.dataset, config.source, directory)
     tasks = make_tasks(directory, configs, sweep_config.seeds)
     settings = {"command": command} | {k: v for k, v in base.items() if k not in NO_SETTINGS}
     begun = any(directory.glob("*/seed-*"))
@@ -321,18 +323,26 @@ def data_of(config: RunConfig) -> Dataset:
     return loaded(config.dataset, config.source)
 
 
-def prepare(sweep: Sweep) -> None:
-    """Raise before the first run what a run would raise at its beginning; make the classifier."""
+def prepare(sweep: Sweep, tell: Callable[[str], object]) -> None:
+    """Raise before the first run what a run would raise at its beginning; make the classifier.
+
+    What the runs train on is told, once where it is the same for many.
+    """
+    told = set()
     missing = sweep.missing
     for task in {task.arm: task for task in missing}.values():
         config = task.config
         config.refuse_other_machine()
         require_what_the_report_needs(config)
-        data = data_of(config)
-        refuse_what_cannot_be_reported(data, config)
+        whole = data_of(config)
+        refuse_what_cannot_be_reported(whole, config)
         run_in(task.directory, config)
-        data = data.imbalanced(config.imbalance, config.seed).to(config.torch_device)
+        data = whole.imbalanced(config.imbalance, config.seed).to(config.torch_device)
         TRAINERS[sweep.command].begin(config, data)
+        words = data.in_words(whole)
+        if words not in told:
+            told.add(words)
+            tell(words)
     if missing and isinstance(missing[0].config, GANConfig):
         config = missing[0].config
         path, whole = config.classifier_file, data_of(config)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sqloss.training.data import parse_imbalance
+from sqloss.training.data import thinned
 from sqloss.training.errors import UserError
 from sqloss.training.files import as_csv, write_atomically
 from sqloss.training.gan.config import GANConfig
@@ -16,6 +16,7 @@ from sqloss.training.statistics import Paired, mean_interval, paired, paired_tab
 from sqloss.training.sweep import FAILED, Row, Sweep, Task, as_text, data_of
 from sqloss.training.sweep_plots import Panel, draw_panels, generated_by
 from sqloss.training.tables import CONFIDENCE, aligned
+from sqloss.training.text import in_markdown
 from sqloss.training.trainers import Report
 from sqloss.training.vae.report import worst_class
 
@@ -48,7 +49,7 @@ def of_quality(metric: str) -> Callable[[Report, Report], float | None]:
 
 def rare_share(report: Report, model: Report) -> float | None:
     """The share of the generated images that show a class which is rare in training."""
-    rare = parse_imbalance(report["config"]["imbalance"])
+    rare = thinned(report["config"]["imbalance"], report["class_names"])
     return sum(model["generated"][label]["share"] for label in rare) if rare else None
 
 
@@ -312,13 +313,12 @@ def summary(sweep: Sweep, metric: str) -> str:
     parts = [table(means_table(sweep, rows, metric, best, seeds))]
     if best:
         value = cell(list(series_of(rows, metric)[best].values()), m.digits)
-        parts.append(
-            f"Best by {m.label} ({m.better} is better): **{name_of(best, rows)}**, {value}."
-        )
+        name = in_markdown(name_of(best, rows))
+        parts.append(f"Best by {m.label} ({m.better} is better): **{name}**, {value}.")
     else:
         parts.append(f"No row is the best by {m.label}: none has it for every seed.")
     failed = [
-        f"- {task.arm}, seed {task.config.seed}: {reason(task)}"
+        f"- {in_markdown(task.arm)}, seed {task.config.seed}: {reason(task)}"
         for task in sweep.tasks
         if task.has_failed
     ]
@@ -346,7 +346,7 @@ def means_table(
     for key in series[metric]:
         cells = [cell(list(series[other][key].values()), known[other].digits) for other in metrics]
         done = sum(Key(row["arm"], row["model"]) == key and "error" not in row for row in rows)
-        name = name_of(key, rows)
+        name = in_markdown(name_of(key, rows))
         if key == best:
             name, cells[0] = f"**{name}**", f"**{cells[0]}**"
         yield [name, str(seeds) if done == seeds else f"{done} of {seeds}", *cells]
@@ -376,7 +376,8 @@ def differences(sweep: Sweep, rows: Sequence[Row], metric: str) -> str:
             f"{name_of(key, rows)} - {name_of(control, rows)}": difference
             for (key, control), difference in found.items()
         }
-    heading = f"{m.label}: difference from {origin} ({m.better} is better)"
+    heading = f"{m.label}: difference from {in_markdown(origin)} ({m.better} is better)"
+    named = {in_markdown(name): difference for name, difference in named.items()}
     return f"{heading}\n\n{table(paired_table(named, m.digits))}"
 
 

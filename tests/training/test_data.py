@@ -1,7 +1,9 @@
 import dataclasses
+import io
 import pickle
 import struct
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,19 @@ import torch
 from PIL import Image
 
 from sqloss.models.seeding import generator
-from sqloss.training.data import Dataset, Source, load_dataset, parse_imbalance
+from sqloss.training.config import to_stored
+from sqloss.training.data import (
+    Dataset,
+    Source,
+    image_folder,
+    load_dataset,
+    parse_imbalance,
+    refuse_output_among_data,
+    thinned,
+)
 from sqloss.training.errors import UserError, require
+from sqloss.training.files import as_json
+from sqloss.training.vae.config import VAEConfig
 
 try:
     from torchvision import datasets
@@ -100,13 +113,19 @@ def test_a_torchvision_for_another_torch_is_told_from_a_missing_one(tmp_path, mo
 
 @pytest.mark.parametrize(
     ("text", "shares"),
-    [("none", {}), ("0:0.1", {0: 0.1}), ("0:0.1,3:0.5", {0: 0.1, 3: 0.5}), ("2:0", {2: 0.0})],
+    [
+        ("none", {}),
+        ("0:0.1, 3:0.5", {"0": 0.1, " 3": 0.5}),
+        ("2:0", {"2": 0.0}),
+        ("cat:1e-1,sea lion:.5", {"cat": 0.1, "sea lion": 0.5}),
+        ("a,b:0.5,c:d:1,e:f,g:0", {"a,b": 0.5, "c:d": 1.0, "e:f,g": 0.0}),
+    ],
 )
 def test_imbalance_is_parsed(text, shares):
     assert parse_imbalance(text) == shares
 
 
-@pytest.mark.parametrize("text", ["", "0", "0:", "x:0.1", "0:1.5", "-1:0.5", "0:nan", "0:.1,0:.2"])
+@pytest.mark.parametrize("text", ["", "0", "0:", ":0.1", "0:0.1,", "0:1.5", "0:nan", "0:.1,0:.2"])
 def test_a_bad_imbalance_says_what_is_expected(text):
     with pytest.raises(UserError, match="--imbalance: expected 'none' or CLASS:SHARE") as raised:
         parse_imbalance(text)
@@ -148,9 +167,41 @@ def test_imbalance_none_keeps_all(digits):
     assert_equal_data(digits, digits.imbalanced("none", seed=0))
 
 
-def test_imbalance_of_an_unknown_class(digits):
-    with pytest.raises(UserError, match=r"--imbalance: expected classes 0 to 9.*got class 10"):
-        digits.imbalanced("10:0.5", seed=0)
+@pytest.mark.parametrize("name", ["10", "-1", "x", "0.5"])
+def test_imbalance_of_an_unknown_class(digits, name):
+    with pytest.raises(
+        UserError, match=rf"^--imbalance: expected one of the classes 0, 1, .* 0 to 9, got '{name}'"
+    ):
+        digits.imbalanced(f"{name}:0.5", seed=0)
+
+
+@pytest.mark.parametrize(
+    ("imbalance", "shares"),
+    [
+        ("2:0.1", {4: 0.1}),  # the class of that name, and not the third one
+        ("cat:0.1, dog, or not:0.5", {5: 0.1, 6: 0.5}),
+        ("5:0.1", {5: 0.1}),  # nobody's name
+    ],
+)
+def test_a_class_is_named_or_else_counted(imbalance, shares):
+    assert thinned(imbalance, ("0", "1", "10", "11", "2", "cat", "dog, or not")) == shares
+
+
+@pytest.mark.parametrize("imbalance", ["cat:0.1,0:0.5", "0:0.5, 0:0.1"])
+def test_imbalance_of_one_class_twice(imbalance):
+    with pytest.raises(UserError, match="each class once"):
+        thinned(imbalance, ("cat", "dog"))
+
+
+def test_what_there_is_to_train_on_is_told_by_name(digits):
+    whole = dataclasses.replace(digits, class_names=("c\nat", *digits.class_names[1:]))
+    data = whole.imbalanced("3:0.1", seed=0)
+    counts, before = data.class_counts(), whole.class_counts()
+    words = data.in_words(whole)
+    assert words.startswith(f"data: digits, {sum(counts)} training images of 1 x 8 x 8, per class ")
+    assert f"per class c\\nat: {counts[0]}, 1: " in words
+    assert f"2: {counts[2]}, 3: {counts[3]} of {before[3]}, 4: " in words
+    assert words.endswith("; 360 test images")
 
 
 @pytest.mark.parametrize(("share", "left"), [(1e-9, 1), (0, 0)])
@@ -454,12 +505,121 @@ def test_a_folder_too_small_to_split(tmp_path):
         load_dataset("folder", Source(data_dir=tmp_path))
 
 
+def huge_png() -> bytes:
+    """The head of a PNG of 20,000 x 20,000 pixels."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+
+
+def encoded(suffix: str) -> bytes:
+    content = io.BytesIO()
+    Image.fromarray(random_images(30, 20, 1)[..., 0]).save(content, suffix)
+    return content.getvalue()
+
+
+BROKEN = {
+    "none.png": b"",
+    "text.png": b"no image",
+    "huge.png": huge_png(),
+    "cut.png": encoded("png")[:-60],
+    "sized.png": encoded("png").replace(b"IHDR\0\0\0\x14", b"IHDR\0\0"),
+    "words.pgm": b"P5 six 5 255\n" + bytes(30),
+    "deep.pgm": b"P5 6 5 99999999\n" + bytes(30),
+    "wide.ppm": b"P6 " + b"9" * 40 + b" 5 255\n",
+    "cut.tiff": encoded("tiff")[:40],
+    "tags.tiff": b"II*\0\x08\0\0\0\x01\0\x00\x01\x03\0\xff\xff\xff\xff",
+    "cut.jpg": encoded("jpeg")[:100],
+    "cut.webp": b"RIFF\x10\0\0\0WEBPVP8 ",
+    "cut.bmp": encoded("bmp")[:20],
+}
+
+
 @needs_torchvision
-def test_an_unreadable_image_is_named(tmp_path):
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("name", [*BROKEN, "link.png"])
+def test_an_unreadable_image_is_named(tmp_path, name):
     write_images(tmp_path, {"cat": 5})
-    (tmp_path / "cat" / "3.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"cannot read the image .*3\.png"):
+    broken = tmp_path / "cat" / name
+    broken.write_bytes(BROKEN[name]) if name in BROKEN else broken.symlink_to("nowhere")
+    with pytest.raises(UserError, match=rf"^cannot read the image {broken}: ."):
         load_dataset("folder", Source(data_dir=tmp_path))
+
+
+@needs_torchvision
+def test_hidden_files_and_folders_are_no_data(tmp_path):
+    write_images(tmp_path, {"cat": 5, "dog": 5, ".ipynb_checkpoints": 5})
+    seen = load_dataset("folder", Source(data_dir=tmp_path))
+    assert seen.class_names == ("cat", "dog")
+    for place in (".git", "__MACOSX/cat", "cat/.thumbnails", "dog/@eaDir/x", "lost+found"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "1.png").write_bytes(b"no image")
+    (tmp_path / "lost+found" / "1.png").unlink()
+    (tmp_path / "cat" / "._1.png").write_bytes(b"no image")
+    (tmp_path / "dog" / "Thumbs.db").write_bytes(b"no image")
+    assert_equal_data(load_dataset("folder", Source(data_dir=tmp_path)), seen)
+    hidden = tmp_path.rename(tmp_path.with_name(f".{tmp_path.name}"))
+    assert_equal_data(load_dataset("folder", Source(data_dir=hidden)), seen)
+    for shown in ("cat", "dog"):
+        (hidden / shown).rename(hidden / f".{shown}")
+    with pytest.raises(UserError, match=r"one folder of images per class.*no folder in"):
+        load_dataset("folder", Source(data_dir=hidden))
+
+
+@needs_torchvision
+def test_images_are_ordered_as_by_torchvision(tmp_path):
+    """So that runs of before can be resumed."""
+    for name in ("cat", "cat/b", "cat/b-c", "cat/b/a", "cat/B", "Dog"):
+        (tmp_path / name).mkdir()
+        for i in ("10.png", "9.PNG", "x.jpeg", "y.gif", "z.txt"):
+            (tmp_path / name / i).touch()
+    found = datasets.ImageFolder(tmp_path)
+    files, labels, classes = image_folder(tmp_path)
+    assert [str(file) for file in files] == [file for file, _ in found.samples]
+    assert labels.tolist() == found.targets
+    assert list(classes) == found.classes
+
+
+@needs_torchvision
+@pytest.mark.parametrize("place", [".", "runs/vae-1", "cat/deep/er"])
+def test_a_run_among_the_images_is_no_data(tmp_path, place):
+    write_images(tmp_path, {"cat": 5, "dog": 5})
+    (tmp_path / "cat" / "config.json").write_text('{"command": "of another program"}')
+    assert len(load_dataset("folder", Source(data_dir=tmp_path)).class_names) == 2
+    run = tmp_path / place
+    write_images(run, {"pictures": 1})
+    (run / "config.json").write_bytes(as_json(to_stored(VAEConfig())))
+    with pytest.raises(UserError, match=rf"--dataset folder: .* got the run {run}, .* move it"):
+        load_dataset("folder", Source(data_dir=tmp_path))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_output_among_the_images_is_refused(tmp_path, monkeypatch, split):
+    root, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    part = "train/" if split else ""
+    for name in ("train", "test") if split else (".",):
+        (root / name / "cat").mkdir(parents=True)
+    elsewhere.mkdir()
+    (root / part / "linked").symlink_to(elsewhere)
+    (tmp_path / "link").symlink_to(root)
+    monkeypatch.chdir(root)
+
+    def is_refused(directory: Path) -> bool:
+        for data_dir in (root, Path(".")):
+            try:
+                refuse_output_among_data("folder", Source(data_dir=data_dir), directory)
+            except UserError as error:
+                assert f"got {directory}, which is in" in str(error)
+                continue
+            return False
+        return True
+
+    inside = [f"{part}{place}" for place in ("", "cat/run", "runs/new", "cat/../cat", "linked/run")]
+    for place in (*inside, f"../link/{part}x", str(elsewhere)):
+        assert is_refused(Path(place)), place
+    for place in ("../runs", f"{part}.runs/new", f"{part}cat/.run", "/", *["runs"] * split):
+        assert not is_refused(Path(place)), place
+    refuse_output_among_data("digits", Source(data_dir=root), Path("runs"))
+    refuse_output_among_data("folder", Source(data_dir=tmp_path / "none"), Path("runs"))
 
 
 # the order of an epoch

@@ -257,8 +257,9 @@ def test_a_value_that_is_not_finite_is_none():
 def test_metrics_of_reports():
     shares = [{"share": share} for share in (0.25, 0.5, 0.125)]
     model = {"generated": shares, "failures": {"x": [1, 2], "y": [2, 3]}}
-    assert rare_share({"config": {"imbalance": "0:0.1,2:0.5"}}, model) == 0.375
-    assert rare_share({"config": {"imbalance": "none"}}, model) is None
+    for imbalance, share in (("0:0.1,2:0.5", 0.375), ("b:0.1,2:0.5", 0.625), ("none", None)):
+        report = {"config": {"imbalance": imbalance}, "class_names": ["a", "b", "c"]}
+        assert rare_share(report, model) == share
     assert failed_epochs({}, model) == 3
 
 
@@ -283,6 +284,7 @@ def written(tmp_path, cfids, error="", failures=None):
                 }
                 report = {
                     "config": dataclasses.asdict(task.config),
+                    "class_names": list("0123456789"),
                     "classifier_test_accuracy": 0.9,
                     "real": {"cfid": 0.3},
                     "models": {"standard": model},
@@ -506,7 +508,7 @@ def test_processes_come_to_the_same_and_one_classifier_judges(quick, tmp_path):
         (["gan", "--grid", "loss=hinge,x"], "--grid: loss=x: --loss: expected one of"),
         (["gan", "--grid", "alpha=0,0.5", "--alone"], "--grid: alpha=0.0: --alone: expected"),
         (["gan", "--preset", "gan-tails", "--width", "0"], "--width: expected a whole number"),
-        (["gan", "--imbalance", "77:0.1"], "--imbalance: expected classes 0 to 9"),
+        (["gan", "--imbalance", "77:0.1"], "--imbalance: expected one of the classes 0, 1, 2"),
         (["gan", "--grid", "d-steps=1,999"], "--d-steps: expected at most"),
         (["gan", "--dataset", "mnist", "--data-dir", "nowhere"], "nowhere"),
     ],
