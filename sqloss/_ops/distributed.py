@@ -24,9 +24,21 @@ def distributed_superquantile(
     check: Callable[[Tensor], None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """That of the reference, whose docstring tells the arguments."""
+    losses = _in_memory(losses)
+    weight = None if weight is None else _in_memory(weight)
+    mask = None if mask is None else _in_memory(mask)
     on_cpu = losses.device.type == "cpu"
     select = _C.distributed_superquantile if on_cpu else reference.distributed_superquantile
     return select(losses, tail_fraction, weight, mask, config, ranks, scale, all_reduce, check)
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one whose memory does not hold its elements: a negative view, a
+    tensor of zeros without memory, a result of a collective that has not been waited for. For
+    operators the dispatcher does this.
+    """
+    is_lazy = type(tensor) is not Tensor or tensor.is_neg() or tensor._is_zerotensor()
+    return tensor.clone() if is_lazy else tensor
 
 
 def with_gradient(
