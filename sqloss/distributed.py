@@ -199,9 +199,9 @@ def tail_loss(
     How many rows a rank has in the tail, and so how long its second pass takes, depends on the
     losses: batches drawn at random are even, but for sqrt(n). The host waits for the losses. Beside
     the all-reduces of :func:`cvar` there is one of a number after the first pass, and with
-    ``check`` one after the second, by which ranks tell each other of errors. Noise, and what is
-    refused, are as in :func:`sqloss.tail_loss`, for modules within DistributedDataParallel too;
-    forward mode and torch.func are not implemented.
+    ``check`` two after the second, by which ranks tell each other of errors and of losses that
+    differ (then one more). Noise, and what is refused, are as in :func:`sqloss.tail_loss`, for
+    modules within DistributedDataParallel too; forward mode and torch.func are not implemented.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`sqloss.tail_loss` and :func:`cvar`.

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import itertools
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import sqloss
@@ -200,6 +202,29 @@ def gradients(group, batch, way, alpha, reduction, **of_ddp):
     return value.detach(), [parameter.grad for parameter in model.parameters()]
 
 
+def of_uneven_batches(group, batches):
+    """Gradients of each step, of as many as the rank with the most batches takes."""
+    model = DistributedDataParallel(regression(), process_group=group)
+    steps = torch.tensor([len(batches)])
+    dist.all_reduce(steps, dist.ReduceOp.MAX, group=group)
+    no_rows = torch.empty(0, 4).double(), torch.empty(0, 2).double()
+    gradients = []
+    for x, y in itertools.islice(itertools.chain(batches, itertools.repeat(no_rows)), int(steps)):
+        model.zero_grad()
+        sqloss.distributed.cvar(losses_of(model, x, y), 0.8, group=group).backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    return gradients
+
+
+def in_join(group, batches):
+    """Until the first rank is at its end."""
+    model = DistributedDataParallel(regression(), process_group=group)
+    with Join([model], throw_on_early_termination=True):
+        for x, y in batches:
+            sqloss.distributed.cvar(losses_of(model, x, y), 0.8, group=group).backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
 def named(group, x, name, way="tail_loss"):
     """The tail of a function of this file, with modules in DistributedDataParallel."""
     fn = globals()[name]()
@@ -236,6 +261,11 @@ def random_numbers():
 def by_position():
     """Losses that change with the rows of the batch."""
     return lambda x: x.requires_grad_() + torch.arange(len(x))[:, None]
+
+
+def rounding_alone():
+    """Losses that other numbers of rows round in another way."""
+    return lambda x: (x.requires_grad_() + len(x) * 1e4 - len(x) * 1e4) - x
 
 
 def fails_on_large_losses():

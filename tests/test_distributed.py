@@ -153,6 +153,28 @@ def test_options_of_distributed_data_parallel(ranks, way, option):
         torch.testing.assert_close(got, expected, **EXACT)
 
 
+def test_ranks_with_different_numbers_of_batches(ranks):
+    x, y = torch.randn(5, 12, 4).double(), torch.randn(5, 12, 2).double()
+    batches = list(zip(x, y, strict=True))
+    of_ranks = batches[:3], [(x[:5], y[:5]) for x, y in batches]
+    first, second = ranks.run(on_ranks.of_uneven_batches, of_ranks)
+    for step, (x, y) in enumerate(batches):
+        model = on_ranks.regression()
+        rows = [*range(12), *range(5)] if step < 3 else range(5)
+        sqloss.cvar(on_ranks.losses_of(model, x[rows], y[rows]), 0.8).backward()
+        expected = [parameter.grad for parameter in model.parameters()]
+        torch.testing.assert_close(first[step], expected, **EXACT)
+        torch.testing.assert_close(second[step], expected, **EXACT)
+
+
+def test_join_that_ends_with_the_first_rank(ranks):
+    x, y = torch.randn(3, 12, 4).double(), torch.randn(3, 12, 2).double()
+    batches = list(zip(x, y, strict=True))
+    for error in ranks.run(on_ranks.in_join, [batches, batches[:2]]):
+        assert isinstance(error, RuntimeError) and "exhausted" in str(error)
+    assert not any(isinstance(r, Exception) for r in ranks.run(on_ranks.in_join, [batches] * 2))
+
+
 def differing(**of_second):
     first = {"function": "cvar", "losses": torch.randn(9), "alpha": 0.8}
     return [
@@ -311,6 +333,10 @@ def test_an_error_on_one_rank_is_one_on_all(ranks):
                 assert isinstance(other, RuntimeError)
                 expected = f"distributed.{way}: fn: expected no error on any rank, got one on rank "
                 assert str(other).startswith(expected)
+    # Rounding on some ranks alone is measured by all of them, and is none of these
+    for way in ("tail_loss", "tail_backward"):
+        for result in ranks.run(on_ranks.named, [low, high[:1], low[:0]], "rounding_alone", way):
+            assert not isinstance(result, Exception)
     # Rows that are all in the tail, in their order, are the same in both passes
     for result in ranks.run(on_ranks.named, [high[:4], low[:10], low[:6]], "by_position"):
         assert not isinstance(result, Exception)
@@ -433,6 +459,8 @@ def test_inference_mode_and_no_grad(alone):
             assert not value.requires_grad and torch.equal(value, sqloss.cvar(x, 0.5))
             loss = sqloss.distributed.tail_loss(torch.square, x, alpha=0.5)
             assert torch.equal(loss, sqloss.cvar(x.square(), 0.5))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="outside of torch"):
+        sqloss.distributed.tail_backward(pytest.fail, x, alpha=0.5, chunk_size=1)
 
 
 @pytest.mark.parametrize(

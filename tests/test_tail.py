@@ -294,6 +294,33 @@ def test_only_rows_of_the_tail_have_a_graph():
     assert seen == [(45, False)] and torch.equal(value, loss)
 
 
+def test_where_gradients_are_disabled():
+    weight = torch.tensor(2.0, requires_grad=True)
+    called = []
+
+    def losses(x):
+        called.append(len(x))
+        return weight * x
+
+    x = torch.arange(10.0)
+    for disabled in (torch.no_grad, torch.inference_mode):
+        with disabled():
+            value = sqloss.tail_loss(losses, x, alpha=0.8)
+        assert value == 17 and not value.requires_grad and called == [10]
+        called.clear()
+    with torch.no_grad():
+        sqloss.tail_backward(losses, x, alpha=0.8, chunk_size=10)
+    assert weight.grad == 8.5
+    called.clear()
+    with torch.inference_mode():
+        for_inference = x + 0
+        with pytest.raises(RuntimeError, match=r"^tail_backward: .* outside of torch\.infer"):
+            sqloss.tail_backward(losses, x, alpha=0.8, chunk_size=10)
+    assert not called
+    sqloss.tail_backward(losses, for_inference, alpha=0.8, chunk_size=10)
+    assert weight.grad == 17
+
+
 @pytest.mark.parametrize("chunk_size", [None, 5])
 def test_no_graph_stays_of_the_first_pass(chunk_size):
     """Where fn makes one itself: a penalty on the gradient in the input."""
@@ -510,6 +537,72 @@ def test_what_is_compiled_is_compiled_once_for_each_pass(way):
         sqloss.tail_loss(fn, *tensors, alpha=0.8)
 
 
+class Config(dict):
+    __getattr__ = dict.__getitem__
+
+
+class AnswersAll(dict):
+    def __getattr__(self, name):
+        return None
+
+
+class Lies:
+    __dict__ = __class__ = __globals__ = property(lambda self: pytest.fail("was asked"))
+
+
+class Refuses:
+    def __getattribute__(self, name):
+        pytest.fail(f"was asked for {name}")
+
+
+of_file = None  # set by a test
+
+
+@pytest.mark.parametrize("kind", [Config, AnswersAll, Lies, Refuses])
+def test_objects_within_reach_are_asked_nothing(kind, monkeypatch):
+    config = kind()
+    monkeypatch.setitem(globals(), "of_file", config)
+
+    class Method:
+        def __init__(self):
+            self.config = config
+
+        def losses(self, x):
+            return x.square()
+
+    class Callable(kind):
+        def __call__(self, x):
+            return x.square()
+
+    ways = {
+        "a closure": lambda x: x.square() if config is not None else x,
+        "a global": lambda x: x.square() if of_file is not None else x,
+        "a default": lambda x, config=config: x.square(),
+        "a part": partial(lambda x, config: x.square(), config=config),
+        "of a method": Method().losses,
+        "the owner of a method": MethodType(lambda config, x: x.square(), config),
+        "the function": Callable(),
+    }
+    x = torch.randn(20, requires_grad=True)
+    (expected,) = torch.autograd.grad(sqloss.cvar(x.square(), 0.8), x)
+    for way, fn in ways.items():
+        (got,) = torch.autograd.grad(sqloss.tail_loss(fn, x, alpha=0.8), x)
+        torch.testing.assert_close(got, expected, msg=way)
+
+
+def test_an_object_whose_dictionary_is_itself_is_looked_into():
+    model = torch.compile(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), backend="eager")
+
+    class Names(dict):
+        def __init__(self, **names):
+            super().__init__(**names)
+            self.__dict__ = self
+
+    names = Names(model=model)
+    with pytest.raises(ValueError, match=r"Sequential\.1 \(BatchNorm1d\)"):
+        sqloss.tail_loss(lambda x: names.model(x).sum(1), torch.randn(20, 4), alpha=0.8)
+
+
 def test_batches_larger_than_memory(peak_memory):
     """65,536 rows in the memory of accumulating 128 and 128, but for the losses of all."""
     model, n, size = Regression(16, 64, 64, 4).float(), 2**16, 128
@@ -658,6 +751,109 @@ def test_modules_that_treat_rows_alone_are_fine(module):
         for v in (sqloss.tail_loss(losses, x, alpha=0.8), sqloss.cvar(losses(x), 0.8))
     )
     torch.testing.assert_close(got, expected)
+
+
+def product(x, weight):
+    """x @ weight.T, whose sums have another order for each number of rows."""
+    order = torch.randperm(x.shape[1], generator=torch.Generator().manual_seed(len(x)))
+    return sum(x[:, i, None] * weight[:, i] for i in order.tolist())
+
+
+def regression_near_its_end(distance, dtype):
+    x, w = torch.randn(250, 40).to(dtype), torch.randn(1, 40).double()
+    y = (x.double() @ w.t()).squeeze(1).to(dtype)
+    weight = (w + distance * torch.randn(1, 40)).to(dtype).requires_grad_()
+    return (lambda x, y: (product(x, weight).squeeze(1) - y).square()), (x, y)
+
+
+def classification_near_its_end(distance, dtype):
+    """Of integers, whose losses are differences of logits."""
+    x, mixed = torch.randint(20, (200,)), torch.linalg.qr(torch.randn(20, 20))[0]
+    embedding = (mixed * -math.log(distance)).to(dtype).requires_grad_()
+    weight = mixed.to(dtype)
+    return (lambda x: F.cross_entropy(product(embedding[x], weight), x, reduction="none")), (x,)
+
+
+@pytest.mark.parametrize(
+    "make, dtype",
+    [
+        (regression_near_its_end, torch.float32),
+        (regression_near_its_end, torch.float64),
+        (regression_near_its_end, torch.bfloat16),
+        (classification_near_its_end, torch.float32),
+        (classification_near_its_end, torch.bfloat16),
+    ],
+)
+def test_a_training_that_converges_is_not_stopped(make, dtype, monkeypatch):
+    measure, measured = sqloss.tail._rounding_of, []
+    monkeypatch.setattr(
+        sqloss.tail, "_rounding_of", lambda *args: measured.append(measure(*args)) or measured[-1]
+    )
+    eps = torch.finfo(dtype).eps
+    for distance in (0.1, 1e-2, 1e-3, 100 * eps, 10 * eps, 3 * eps, eps, eps / 10, 0.5**100):
+        losses, tensors = make(distance, dtype)
+        sqloss.tail_loss(losses, *tensors, alpha=0.9)
+        sqloss.tail_backward(losses, *tensors, alpha=0.9, chunk_size=7)
+
+    assert measured  # else this tests nothing
+
+
+def noise_of_ones_own(x):
+    return x + torch.randn(x.shape, generator=GENERATOR)
+
+
+GENERATOR = torch.Generator()
+ATTENTION = nn.MultiheadAttention(4, 1)
+COUPLINGS = {
+    "batch norm": lambda x: F.batch_norm(x, None, None, training=True),
+    "softmax": lambda x: x.softmax(0) * len(x),
+    "the mean": lambda x: x - x.mean(0),
+    "attention": lambda x: x + ATTENTION(x, x, x, need_weights=False)[0],
+    "batch norm and attention": lambda x: ATTENTION(
+        *3 * [F.batch_norm(x, None, None, training=True)[:, None]], need_weights=False
+    )[0].squeeze(1),
+    "a generator": noise_of_ones_own,
+    "noise by position": lambda x: sqloss.student_t_rsample(5.0, x, 1.0, seed=torch.tensor(7)),
+}
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_rows_that_depend_on_others_are_found_at_any_scale_of_losses(coupling):
+    """And where losses are close to 0, if not by rounding alone."""
+    couple, x = COUPLINGS[coupling], torch.randn(60, 4)
+    for scale in (1.0, 1e-12, 1e-30, 1e12):
+        with pytest.raises(ValueError, match="expected the same loss of a row without the other"):
+            sqloss.tail_loss(lambda x: scale * couple(x).square().mean(1), x, alpha=0.8)  # noqa: B023
+    with pytest.raises(ValueError, match="expected the same loss of a row without the other"):
+        sqloss.tail_backward(lambda x: 1e-12 * couple(x).abs().mean(1), x, alpha=0.8, chunk_size=7)
+    with pytest.raises(ValueError, match="rounding explains"):
+        sqloss.tail_loss(lambda x: (1 + 1e-3 * couple(x) - 1).square().mean(1), x, alpha=0.8)
+
+
+def test_measuring_rounding_leaves_no_trace():
+    """In the random numbers, or in the weights that autocast has cast."""
+    model, x, seen = nn.Linear(8, 1), torch.randn(64, 8), []
+
+    def losses(x):
+        seen.append(torch.is_grad_enabled())
+        return model(x).squeeze(1).square() * len(x)
+
+    state = torch.get_rng_state()
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(ValueError, match="rounding explains"):
+            sqloss.tail_loss(losses, x, alpha=0.8)
+        assert seen == [False, True, False, False, False]
+        gradients_of(model, model(x).sum().backward)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_measuring_rounding_moves_no_probability_out_of_its_range():
+    def losses(x):
+        return len(x) * F.binary_cross_entropy(x, x.round(), reduction="none")
+
+    x = torch.cat([torch.ones(30), torch.full((30,), 0.6)]).requires_grad_()
+    with pytest.raises(ValueError, match="rounding explains"):
+        sqloss.tail_loss(losses, x, alpha=0.7)
 
 
 def test_attention_between_rows_is_found():
