@@ -576,7 +576,7 @@ class _Moved(TorchDispatchMode):
     """Moves the numbers that operations take, by up to 16 roundings."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seed = seed
         self.generators: dict[torch.device, torch.Generator] = {}  # not torch's own
 
