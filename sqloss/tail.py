@@ -511,9 +511,9 @@ def _check_gradient(function: str, gradient: object) -> None:
 
 
 def _is_checked(check: bool | None, losses: Tensor) -> bool:
-    if check is None:
-        return losses.device.type == "cpu" and not is_compiling()
-    return check
+    if is_compiling():
+        return False
+    return losses.device.type == "cpu" if check is None else check
 
 
 def _check_same(
@@ -558,7 +558,8 @@ def _rounding_of(function: str, fn: LossFunction, rows: Sequence[Tensor], n: int
     0, so that what has to lie in [0, 1] does.
     """
     losses = []
-    with torch.no_grad():
+    # Compiled code is not looked into
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for seed in range(3):
             with _Moved(seed):
                 losses.append(_losses_of(function, fn, rows, n).double())
@@ -570,6 +571,10 @@ def _rounding_of(function: str, fn: LossFunction, rows: Sequence[Tensor], n: int
 
 # Logarithms of sums that are 1 and little more, which are known to the roundings of 1
 _LOGARITHMS = "aten::_log_softmax", "aten::logsumexp", "sqloss::cross_entropy_losses"
+
+
+# Whose operators write into what they take, and do not say so
+_COLLECTIVES = "c10d", "fsdp"
 
 
 class _Moved(TorchDispatchMode):
@@ -584,7 +589,8 @@ class _Moved(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         given = args, kwargs or {}
-        if all(argument.alias_info is None for argument in func._schema.arguments):
+        is_functional = all(each.alias_info is None for each in func._schema.arguments)
+        if is_functional and func.namespace not in _COLLECTIVES:
             given = tree_map_only(Tensor, self._moved, given)
         results = func(*given[0], **given[1])
         if func._schema.name in _LOGARITHMS:
@@ -592,7 +598,7 @@ class _Moved(TorchDispatchMode):
         return results
 
     def _moved(self, x: Tensor) -> Tensor:
-        if type(x) not in (Tensor, nn.Parameter) or x.dtype not in DTYPES:
+        if type(x) not in (Tensor, nn.Parameter) or x.dtype not in DTYPES or x.is_meta:
             return x
         return x * (1 - self._shares(x))
 

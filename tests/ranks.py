@@ -272,7 +272,7 @@ def fails_on_large_losses():
     return lambda x: x * (1 // (x.sum().item() < 100))
 
 
-def sharded_gradients(group, batch, way):
+def sharded_gradients(group, batch, way, losses="vae_losses"):
     """(value, gradients) of a VAE whose parameters FSDP shards over the ranks."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -283,7 +283,7 @@ def sharded_gradients(group, batch, way):
         fully_shard(part, mesh=mesh)
     register_fsdp_forward_method(model, "losses")
     options = {"alpha": 0.8, "group": group}
-    fn = partial(vae_losses, model)
+    fn = partial(globals()[losses], model)
     if way == "all rows":
         value = sqloss.distributed.cvar(fn(*batch), **options)
         value.backward()
@@ -315,6 +315,16 @@ def vae():
 def vae_losses(model, x, rows):
     losses = model.losses(x, torch.tensor(7), rows=rows)
     return losses["reconstruction"] + losses["kl"]
+
+
+def rounded(model, x, rows):
+    """Of other numbers of rows in another way."""
+    number = 1e15 + 1e13 * len(x)
+    return vae_losses(model, x, rows) + number - number
+
+
+def coupled(model, x, rows):
+    return vae_losses(model, x, rows) + len(x)
 
 
 def in_threads(count, function):

@@ -355,6 +355,17 @@ def test_parameters_that_are_sharded_over_ranks(ranks, way):
             torch.testing.assert_close(got, expected, **EXACT)
 
 
+@pytest.mark.parametrize("way", ["tail_loss", "tail_backward, no_sync"])
+def test_rounding_is_measured_of_parameters_that_are_sharded(ranks, way):
+    """By all ranks together: in each forward they gather parameters."""
+    x, rows = torch.rand(50, 1, 6, 6).double(), torch.arange(50)
+    of_ranks = list(zip(x.split([30, 20]), rows.split([30, 20]), strict=True))
+    for result in ranks.run(on_ranks.sharded_gradients, of_ranks, way, "rounded"):
+        assert not isinstance(result, Exception)
+    for result in ranks.run(on_ranks.sharded_gradients, of_ranks, way, "coupled"):
+        assert isinstance(result, (ValueError, RuntimeError)) and "fn: expected" in str(result)
+
+
 # --- one process of its own -----------------------------------------------------------------------
 
 

@@ -759,6 +759,15 @@ def product(x, weight):
     return sum(x[:, i, None] * weight[:, i] for i in order.tolist())
 
 
+def measurements(monkeypatch):
+    """What rounding explains, in the calls that are still to come."""
+    measure, measured = sqloss.tail._rounding_of, []
+    monkeypatch.setattr(
+        sqloss.tail, "_rounding_of", lambda *args: measured.append(measure(*args)) or measured[-1]
+    )
+    return measured
+
+
 def regression_near_its_end(distance, dtype):
     x, w = torch.randn(80, 20).to(dtype), torch.randn(1, 20).double()
     y = (x.double() @ w.t()).squeeze(1).to(dtype)
@@ -785,10 +794,7 @@ def classification_near_its_end(distance, dtype):
     ],
 )
 def test_a_training_that_converges_is_not_stopped(make, dtype, monkeypatch):
-    measure, measured = sqloss.tail._rounding_of, []
-    monkeypatch.setattr(
-        sqloss.tail, "_rounding_of", lambda *args: measured.append(measure(*args)) or measured[-1]
-    )
+    measured = measurements(monkeypatch)
     eps = torch.finfo(dtype).eps
     for distance in (1e-2, 100 * eps, 30 * eps, 10 * eps, 3 * eps, eps, eps / 10, 0.5**100):
         losses, tensors = make(distance, dtype)
@@ -846,6 +852,35 @@ def test_measuring_rounding_leaves_no_trace():
         assert seen == [False, True, False, False, False]
         gradients_of(model, model(x).sum().backward)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def rounded(x):
+    """Of other numbers of rows in another way."""
+    return (x.square().sum(1) + x.shape[0] * 1e5) - x.shape[0] * 1e5
+
+
+def coupled(x):
+    return x.square().sum(1) * x.shape[0]
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda fn, x: torch.func.grad(partial(sqloss.tail_loss, fn, alpha=0.8))(x),
+        lambda fn, x: torch.func.hessian(partial(sqloss.tail_loss, fn, alpha=0.8))(x),
+        lambda fn, x: torch.func.jvp(partial(sqloss.tail_loss, fn, alpha=0.8), (x,), (x,)),
+        lambda fn, x: sqloss.tail_loss(
+            torch.compile(fn, fullgraph=True, backend="eager"), x, alpha=0.8
+        ),
+    ],
+    ids=["grad", "hessian", "jvp", "compiled"],
+)
+def test_rounding_is_measured_in_transforms_and_of_compiled_functions(way, monkeypatch):
+    x, measured = 0.1 * torch.randn(20, 4), measurements(monkeypatch)
+    way(rounded, x)
+    assert measured
+    with pytest.raises(ValueError, match="rounding explains"):
+        way(coupled, x)
 
 
 def test_measuring_rounding_moves_no_probability_out_of_its_range():
