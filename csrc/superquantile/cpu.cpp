@@ -284,23 +284,24 @@ void backward_tile(const T* losses, int64_t count, T threshold, Density density,
   }
 }
 
-// The same times their weights, as doubles.
+// The same times their weights, as doubles. A loss below the threshold, or of weight 0, gets 0
+// whatever gradient comes in. Losses at the threshold are rare, and take a loop of their own.
 template <typename T, typename W>
 void backward_tile(const T* losses, const W* weights, int64_t count, T threshold, Density density,
                    T* grad) {
-  double densities[kTile];
-  if (core::is_nan(threshold)) {
-    for (int64_t i = 0; i < count; ++i) densities[i] = core::is_nan(losses[i]) ? density.at : 0.0;
-  } else {
-    for (int64_t i = 0; i < count; ++i) {
-      const double reached = losses[i] == threshold ? density.at : 0.0;
-      densities[i] = !(losses[i] <= threshold) ? density.above : reached;
-    }
-  }
+  const bool nan = core::is_nan(threshold);
+  const T bound = nan ? kInfinity<T> : threshold;
+  const double above = nan ? density.at : density.above;
+  int32_t ties = 0;
   for (int64_t i = 0; i < count; ++i) {
-    // No product with a weight of 0: it gets 0 whatever gradient comes in
-    const double product = densities[i] * static_cast<double>(weights[i]);
-    grad[i] = static_cast<T>(weights[i] > 0 ? product : 0.0);
+    const T product = static_cast<T>(above * static_cast<double>(weights[i]));
+    grad[i] = !(losses[i] <= bound) && weights[i] > 0 ? product : T(0);
+    ties |= losses[i] == bound;
+  }
+  if (nan || ties == 0) return;
+  for (int64_t i = 0; i < count; ++i) {
+    const T product = static_cast<T>(density.at * static_cast<double>(weights[i]));
+    grad[i] = losses[i] == bound && weights[i] > 0 ? product : grad[i];
   }
 }
 

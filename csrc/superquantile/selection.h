@@ -3,13 +3,17 @@
 // Items are losses with a mass: 1, or their weight. The threshold for a target mass is the largest
 // t such that the items >= t hold at least that mass.
 //
-//   in cache   (up to kInCache items) bisection of the ordered keys: a step is one vectorised count
-//              without branches, so that no order of the losses is slow; every few steps the items
-//              outside the remaining range are dropped. Then one pass sums above the threshold.
+//   in cache   (up to kInCache items) bisection of the ordered keys, in every other step at the key
+//              of an item: a step is one vectorised count without branches, so that no order of the
+//              losses is slow; every few steps the items outside the remaining range are dropped.
+//              Then one pass sums above the threshold.
 //   long rows  1. a sample at hashed positions gives a bracket [lo, hi] that holds the threshold
 //                 all but surely;
-//              2. one read of the row sums and counts what lies above hi, counts ties with hi, and
-//                 keeps the candidates between them;
+//              2. one read of the row sums and counts what lies above hi, and notes the blocks that
+//                 have items in the bracket, ends included. While a group of blocks is in the
+//                 first-level cache, those noted are read again: ties with hi are counted, and the
+//                 candidates between the ends are kept. Where the bracket is narrow few blocks are
+//                 noted, and no branch depends on which;
 //              3. the counts certify the bracket, and the threshold is hi, or bisected among the
 //                 candidates. Uncertified: another bracket, on the side that the counts tell and
 //                 with lo as the next hi; at last bisection of the row.
@@ -35,8 +39,10 @@ namespace sqloss::superquantile::CPU_CAPABILITY {
 
 using core::ordered_key_t;
 using core::Scratch;
+using core::CPU_CAPABILITY::any;
 using core::CPU_CAPABILITY::Block;
 using core::CPU_CAPABILITY::count;
+using core::CPU_CAPABILITY::Counts;
 using core::CPU_CAPABILITY::kLanes;
 using core::CPU_CAPABILITY::Lanes;
 using core::CPU_CAPABILITY::of_doubles;
@@ -67,7 +73,7 @@ decltype(auto) mask_of_weights(const Mask& mask) {
 }
 
 // The masses of items: counted, or the sum of their weights.
-template <typename W>
+template <typename T, typename W>
 struct Mass {
   Lanes weights;
 
@@ -77,15 +83,15 @@ struct Mass {
   }
   double total() const { return weights.total(); }
 };
-template <>
-struct Mass<Unweighted> {
-  int64_t items = 0;
+template <typename T>
+struct Mass<T, Unweighted> {
+  Counts<T> items;
 
   template <typename Mask>
   void add(const Mask& mask, const Unweighted*) {
-    items += count(mask);
+    items.add(mask);
   }
-  double total() const { return static_cast<double>(items); }
+  double total() const { return static_cast<double>(items.total()); }
 };
 
 // Adjacent items, filled up to a whole number of blocks by losses of -inf and no mass. Masked
@@ -166,7 +172,7 @@ struct KeyRange {
 // The mass of the items whose key is at least `key` > that of -inf.
 template <typename T, typename W>
 double mass_from(const Run<T, W>& run, ordered_key_t<T> key) {
-  Mass<W> mass;
+  Mass<T, W> mass;
   if (KeyRange<T>::is_nan(key)) {
     run.for_blocks([&](const Block<T>& block, const W* weight) {
       mass.add(block.above(kInfinity<T>), weight);
@@ -182,13 +188,17 @@ double mass_from(const Run<T, W>& run, ordered_key_t<T> key) {
 // The threshold, known to be in `range`, as are all items.
 template <typename T, typename W>
 T bisect(Run<T, W> run, double target, KeyRange<T> range) {
-  constexpr int64_t kStepsToDrop = 4;
+  constexpr int64_t kStepsToDrop = 2;
   constexpr int64_t kFew = 2 * kLanes;  // not worth dropping
   using Keys = KeyRange<T>;
   Items<T, W> left;
   double above = 0;  // the mass of the run above range.hi
   for (int64_t step = 1; range.lo < range.hi && !Keys::is_nan(range.lo); ++step) {
-    const auto middle = range.lo + (range.hi - range.lo) / 2 + 1;
+    auto middle = range.lo + (range.hi - range.lo) / 2 + 1;
+    // Keys are dense near 0, and losses elsewhere: halving the keys alone leaves all items in the
+    // range for many steps
+    const auto pivot = Keys::key(run.losses[run.positions / 2]);
+    if (step % 2 == 1 && range.lo < pivot && pivot <= range.hi) middle = pivot;
     const double mass = mass_from(run, middle);
     const bool reached = mass >= target;
     range.lo = reached ? middle : range.lo;
@@ -237,7 +247,7 @@ Tail<T> tail_at(const Run<T, W>& run, T threshold, double total) {
   const bool nan = core::is_nan(threshold);
   const T bound = nan ? kInfinity<T> : threshold;
   Lanes lanes;
-  Mass<W> above, at;
+  Mass<T, W> above, at;
   run.for_blocks([&](const Block<T>& block, const W* weight) {
     const auto is_above = block.above(bound);
     above.add(is_above, weight);
@@ -258,62 +268,107 @@ struct Bracket {
 // The masses of a row by a bracket, and the sum above it.
 struct Partition {
   double sum = 0;
-  double above = 0;       // of hi
-  double reaches_hi = 0;  // above, and ties with hi
+  double above = 0;  // of hi
+  double ties = 0;   // with hi
   double total = 0;
 
   void add(const Partition& part) {
     sum += part.sum;
     above += part.above;
-    reaches_hi += part.reaches_hi;
+    ties += part.ties;
     total += part.total;
   }
 };
 
-template <typename W>
+template <typename T, typename W>
 struct PartitionSums {
   Lanes sum;
+  Mass<T, W> above, ties;
   Lanes weights;
-  Mass<W> above, reaches_hi;
   int64_t kept = 0;
 };
 
-// The one read of a row: adds to the sums, appends to the candidates.
+// What is read at once for its sums, and again for its candidates; and how far ahead memory is
+// asked for, so that it goes on arriving while candidates are taken: 4 KiB of floats.
+constexpr int64_t kGroup = 1024;
+
+// Adds what lies above the bracket of up to kGroup items to the sums. Writes the positions of the
+// blocks that have items in the bracket, ends included, and returns how many. Two comparisons for
+// every item; ties with hi are left to take_candidates, which looks at few.
 template <typename T, typename W>
-C10_NOINLINE void partition_run(const Run<T, W>& run, Bracket<T> bracket, Items<T, W>& candidates,
-                                PartitionSums<W>& sums) {
-  candidates.reserve(run.positions);
-  // Copies that stay in registers: no call spills them, and no candidate's store can alias them
-  Lanes sum = sums.sum, weights = sums.weights;
-  Mass<W> above = sums.above, reaches_hi = sums.reaches_hi;
-  T* losses_out = candidates.losses.data() + candidates.size;
-  W* weights_out = kWeighted<W> ? candidates.weights.data() + candidates.size : nullptr;
+C10_NOINLINE int64_t sum_above(const Run<T, W>& run, Bracket<T> bracket, PartitionSums<T, W>& sums,
+                               uint16_t* noted) {
+  // Copies that stay in registers: no call spills them, and no store can alias them
+  Lanes sum = sums.sum;
+  Mass<T, W> above = sums.above;
   int64_t found = 0;
   for (int64_t i = 0; i < run.positions; i += kLanes) {
     const auto block = Block<T>::load(run.losses + i);
     const W* weight = kWeighted<W> ? run.weights + i : nullptr;
+    __builtin_prefetch(run.losses + i + kGroup);
+    if constexpr (kWeighted<W>) __builtin_prefetch(weight + kGroup);
     const auto is_above = block.above(bracket.hi);
+    above.add(is_above, weight);
+    add_losses<T, W>(sum, block, weight, is_above);
+    noted[found] = static_cast<uint16_t>(i);
+    found += any(without(block.reaches(bracket.lo), is_above));
+  }
+  sums.sum = sum;
+  sums.above = above;
+  return found;
+}
+
+// Of the blocks noted: counts ties with hi, and appends the candidates.
+template <typename T, typename W>
+C10_NOINLINE void take_candidates(const Run<T, W>& run, Bracket<T> bracket, const uint16_t* noted,
+                                  int64_t size, PartitionSums<T, W>& sums,
+                                  Items<T, W>& candidates) {
+  Mass<T, W> ties = sums.ties;
+  T* losses_out = candidates.losses.data() + candidates.size;
+  W* weights_out = kWeighted<W> ? candidates.weights.data() + candidates.size : nullptr;
+  int64_t found = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const auto block = Block<T>::load(run.losses + noted[i]);
+    const W* weight = kWeighted<W> ? run.weights + noted[i] : nullptr;
     const auto reached = block.reaches(bracket.hi);
     const auto between = without(block.above(bracket.lo), reached);
-    add_losses<T, W>(sum, block, weight, is_above);
-    above.add(is_above, weight);
-    reaches_hi.add(reached, weight);
+    ties.add(without(reached, block.above(bracket.hi)), weight);
     block.compress(between, losses_out + found);
     if constexpr (kWeighted<W>) {
-      const auto w = Block<W>::load(weight);
-      weights.add(w);
-      w.compress(mask_of_weights<W>(between), weights_out + found);
+      Block<W>::load(weight).compress(mask_of_weights<W>(between), weights_out + found);
     }
     found += count(between);
   }
   candidates.size += found;
-  sums = {sum, weights, above, reaches_hi, sums.kept + run.kept};
+  sums.ties = ties;
+}
+
+// The one read of a row: adds to the sums, appends to the candidates.
+template <typename T, typename W>
+void partition_run(const Run<T, W>& run, Bracket<T> bracket, Items<T, W>& candidates,
+                   PartitionSums<T, W>& sums) {
+  candidates.reserve(run.positions);
+  uint16_t noted[kGroup / kLanes];
+  for (int64_t i = 0; i < run.positions; i += kGroup) {
+    const Run<T, W> group{run.losses + i, kWeighted<W> ? run.weights + i : nullptr,
+                          std::min(kGroup, run.positions - i), 0};
+    const int64_t found = sum_above(group, bracket, sums, noted);
+    take_candidates(group, bracket, noted, found, sums, candidates);
+  }
+  if constexpr (kWeighted<W>) {
+    Lanes weights = sums.weights;
+    for (int64_t i = 0; i < run.positions; i += kLanes) {
+      weights.add(Block<W>::load(run.weights + i));
+    }
+    sums.weights = weights;
+  }
+  sums.kept += run.kept;
 }
 
 template <typename Source, typename T = typename Source::Loss, typename W = typename Source::Weight>
 Partition partition_chunk(const Source& source, int64_t begin, int64_t end, Bracket<T> bracket,
                           Items<T, W>& candidates) {
-  PartitionSums<W> sums;
+  PartitionSums<T, W> sums;
   typename Source::Buffer buffer;
   while (begin < end) {
     const Run<T, W> run = source.run_at(begin, end, buffer);
@@ -322,7 +377,8 @@ Partition partition_chunk(const Source& source, int64_t begin, int64_t end, Brac
   }
   const double total = kWeighted<W> ? sums.weights.total() : static_cast<double>(sums.kept);
   const bool all = bracket.hi == -kInfinity<T>;
-  return {sums.sum.total(), sums.above.total(), all ? total : sums.reaches_hi.total(), total};
+  const double above = sums.above.total();
+  return {sums.sum.total(), above, all ? total - above : sums.ties.total(), total};
 }
 
 // A whole row. Chunks are summed, and candidates joined, in the order of the row.
@@ -397,12 +453,11 @@ Bracket<T> sampled_bracket(const Source& source, double share, int64_t sample_si
   return bracket;
 }
 
-// The cost of the sample and that of the candidates it leaves balance at a multiple of n^(2/3):
-// half of it, or a quarter where no cache holds the row and a position costs more.
+// The cost of the sample and that of the candidates it leaves balance at a multiple of n^(2/3). The
+// minimum is flat: a quarter of it and all of it cost up to 15 % more than half.
 inline int64_t sample_size(int64_t n) {
-  constexpr int64_t kCached = int64_t(1) << 18;  // 1 MiB of floats
   const double size = std::cbrt(static_cast<double>(n) * static_cast<double>(n));
-  return static_cast<int64_t>(size) / (n > kCached ? 4 : 2);
+  return static_cast<int64_t>(size) / 2;
 }
 
 // The tail of a row that holds about `share` of its mass, and target(total mass) exactly.
@@ -426,22 +481,21 @@ Tail<T> select(const Source& source, double share, const Target& target) {
         known = {bracket.hi, kInfinity<T>};
         continue;
       }
-      if (wanted <= part.reaches_hi) {
-        return {bracket.hi, part.sum, part.above, part.reaches_hi - part.above, part.total};
-      }
+      const double reaches_hi = part.above + part.ties;
+      if (wanted <= reaches_hi) return {bracket.hi, part.sum, part.above, part.ties, part.total};
       const Run<T, W> candidates = found.run();
       const double between = candidates.total();
-      const double rest = wanted - part.reaches_hi;
+      const double rest = wanted - reaches_hi;
       if (rest > between) {
         known = {-kInfinity<T>, bracket.lo};
         continue;
       }
       const KeyRange<T> range{Keys::key(bracket.lo), Keys::key(bracket.hi)};
       const Tail<T> tail = tail_at(candidates, bisect(candidates, rest, range), between);
-      const double ties = part.reaches_hi - part.above;
-      const double sum_at_hi = ties > 0 ? ties * static_cast<double>(bracket.hi) : 0.0;  // no 0*inf
-      return {tail.threshold, part.sum + sum_at_hi + tail.sum, part.reaches_hi + tail.above,
-              tail.at, part.total};
+      const double sum_at_hi =
+          part.ties > 0 ? part.ties * static_cast<double>(bracket.hi) : 0.0;  // no 0 * inf
+      return {tail.threshold, part.sum + sum_at_hi + tail.sum, reaches_hi + tail.above, tail.at,
+              part.total};
     }
   }
   Items<T, W> room;
