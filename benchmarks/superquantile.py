@@ -49,8 +49,8 @@ def cvar(n: int, **like: Any) -> Case:
 
 
 def cvar_bars(n: int) -> dict[str, dict[str, float]]:
-    forward = {"sum": 1.6} if n >= 2**24 else {}
-    both = {"mean": 1.0} if n <= 2**16 else {"mean": 1.2, "topk().mean()": 1 / 20}
+    forward = {"sum": 1.3} if n >= 2**24 else {}
+    both = {"mean": 0.95} if n <= 2**16 else {"mean": 1.0, "topk().mean()": 1 / 20}
     return {FORWARD: forward, BOTH: both} if n <= SORTABLE else {FORWARD: forward}
 
 
@@ -109,7 +109,7 @@ def weighted(n: int, **like: Any) -> Case:
                 lambda x, weight: sqloss.cvar(x, ALPHA, weight=weight),
                 twin,
                 uses=[0, 1],
-                bars={BOTH: {"sqloss.cvar": 2.0}},
+                bars={BOTH: {"sqloss.cvar": 1.6}},
             ),
             Contender(
                 "sqloss.cvar, mask",
@@ -185,7 +185,7 @@ OPERATIONS = {
     "cvar": Operation(
         "sqloss.cvar of n random normal losses",
         cvar,
-        [2**6, 2**8, 2**10, 2**12, 2**14, 2**16, 2**20, 2**24, 2**27],
+        [2**6, 2**8, 2**10, 2**12, 2**13, 2**14, 2**16, 2**20, 2**24, 2**27],
         quick=[2**6, 2**12, 2**20],
         gpu_sizes=[2**7, 2**10, 2**12, 2**14, 2**16, 2**19, 2**20, 2**24, 2**28],
         plot="lines",
