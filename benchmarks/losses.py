@@ -217,8 +217,8 @@ def pointwise_twin(
 def cross_entropy_twin(alpha: float, input: Tensor, target: Tensor) -> list[Tensor]:
     losses, log_sum_exp = reference.cross_entropy_losses(input, target, None, -100, 0.0)
     value, grad_losses = tail(losses, alpha)
-    gradient = reference.cross_entropy_losses_backward(
-        grad_losses, input, target, None, log_sum_exp, -100, 0.0
+    gradient, _ = reference.cross_entropy_losses_backward(
+        grad_losses, input, target, None, log_sum_exp, -100, 0.0, [True, False]
     )
     return [value, gradient]
 

@@ -24,10 +24,12 @@ namespace {
 
 TORCH_LIBRARY(sqloss, m) {
   m.set_python_module("sqloss._ops.superquantile");
-  m.def(
-      "superquantile(Tensor losses, Tensor tail_fraction, Tensor? weight, Tensor? mask, "
-      "int[] dim, bool keepdim) -> (Tensor value, Tensor threshold, Tensor counts)",
-      {at::Tag::pt2_compliant_tag});
+  const std::string superquantile_schema =
+      "superquantile(Tensor losses, Tensor tail_fraction, Tensor? weight, Tensor? mask, int[] dim, "
+      "bool keepdim, str function=\"superquantile\", str none_counts=\"" +
+      std::string(superquantile::kNoneCounts) +
+      "\") -> (Tensor value, Tensor threshold, Tensor counts)";
+  m.def(superquantile_schema.c_str(), {at::Tag::pt2_compliant_tag});
   m.def(
       "superquantile_backward(Tensor? grad_value, Tensor? grad_threshold, Tensor losses, "
       "Tensor? weight, Tensor? mask, Tensor threshold, Tensor counts, int[] dim, bool keepdim) "
@@ -53,11 +55,13 @@ TORCH_LIBRARY_FRAGMENT(sqloss, m) {
       "bool mean) -> (Tensor value, Tensor losses, Tensor threshold, Tensor counts)");
   m.def(
       "cross_entropy_losses(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
-      "float label_smoothing) -> (Tensor losses, Tensor log_sum_exp)",
+      "float label_smoothing, str function=\"cross_entropy_losses\") -> "
+      "(Tensor losses, Tensor log_sum_exp)",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "cross_entropy_losses_backward(Tensor grad_losses, Tensor input, Tensor target, "
-      "Tensor? weight, Tensor log_sum_exp, int ignore_index, float label_smoothing) -> Tensor",
+      "Tensor? weight, Tensor log_sum_exp, int ignore_index, float label_smoothing, "
+      "bool[2] output_mask) -> (Tensor grad_input, Tensor grad_target)",
       {at::Tag::pt2_compliant_tag});
   // As pointwise_losses_cvar
   m.def(
@@ -148,13 +152,23 @@ at::Tensor scalar(double number) {
 // Eager calls: through the dispatcher, past the slower parsing of torch.ops, and returning one
 // output, because every tensor that reaches Python costs as much as the selection from 128 losses.
 template <size_t output>
+at::Tensor superquantile_of(const at::Tensor& losses, double tail_fraction,
+                            const std::optional<at::Tensor>& weight,
+                            const std::optional<at::Tensor>& mask, at::IntArrayRef dim,
+                            bool keepdim, const superquantile::Caller& caller) {
+  static const auto op = core::find_operator<core::Operator<decltype(superquantile::forward)>>(
+      "sqloss::superquantile");
+  return std::get<output>(op.call(losses, scalar(tail_fraction), weight, mask, dim, keepdim,
+                                  caller.function, caller.none_counts));
+}
+
+template <size_t output>
 at::Tensor superquantile_eager(const at::Tensor& losses, double tail_fraction,
                                const std::optional<at::Tensor>& weight,
                                const std::optional<at::Tensor>& mask,
-                               const std::vector<int64_t>& dim, bool keepdim) {
-  static const auto op = core::find_operator<core::Operator<decltype(superquantile::forward)>>(
-      "sqloss::superquantile");
-  return std::get<output>(op.call(losses, scalar(tail_fraction), weight, mask, dim, keepdim));
+                               const std::vector<int64_t>& dim, bool keepdim,
+                               std::string_view function) {
+  return superquantile_of<output>(losses, tail_fraction, weight, mask, dim, keepdim, {function});
 }
 
 at::Tensor pointwise_losses_eager(std::string_view loss, const at::Tensor& input,
@@ -168,11 +182,11 @@ at::Tensor pointwise_losses_eager(std::string_view loss, const at::Tensor& input
 
 at::Tensor cross_entropy_losses_eager(const at::Tensor& input, const at::Tensor& target,
                                       const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                                      double label_smoothing) {
+                                      double label_smoothing, std::string_view function) {
   static const auto op =
       core::find_operator<core::Operator<decltype(cross_entropy_losses::forward)>>(
           "sqloss::cross_entropy_losses");
-  return std::get<0>(op.call(input, target, weight, ignore_index, label_smoothing));
+  return std::get<0>(op.call(input, target, weight, ignore_index, label_smoothing, function));
 }
 
 // Whether an eager call takes the operator that finds the tail of its losses as well: it has a
@@ -209,9 +223,9 @@ const at::Tensor* pointer(const std::optional<at::Tensor>& tensor) {
 using ValueAndLosses = std::tuple<at::Tensor, std::optional<at::Tensor>>;
 ValueAndLosses cvar_of(at::Tensor losses, const std::optional<at::Tensor>& extra,
                        double tail_fraction, const std::optional<at::Tensor>& mask,
-                       bool return_losses) {
+                       bool return_losses, const superquantile::Caller& caller) {
   if (extra) losses = losses + *extra;
-  at::Tensor value = superquantile_eager<0>(losses, tail_fraction, {}, mask, {}, false);
+  at::Tensor value = superquantile_of<0>(losses, tail_fraction, {}, mask, {}, false, caller);
   if (!return_losses) return {std::move(value), std::nullopt};
   return {std::move(value), losses.detach()};
 }
@@ -220,7 +234,8 @@ ValueAndLosses cvar_pointwise(double tail_fraction, const std::optional<at::Tens
                               std::string_view loss, const at::Tensor& input,
                               const at::Tensor& target, const std::optional<at::Tensor>& weight,
                               const std::optional<at::Tensor>& other, double parameter, bool full,
-                              int64_t sample_dims, bool mean, bool return_losses) {
+                              int64_t sample_dims, bool mean, bool return_losses,
+                              std::string_view function) {
   static const auto op =
       core::find_operator<core::Operator<decltype(pointwise_losses::forward_cvar)>>(
           "sqloss::pointwise_losses_cvar");
@@ -236,13 +251,14 @@ ValueAndLosses cvar_pointwise(double tail_fraction, const std::optional<at::Tens
   }
   return cvar_of(pointwise_losses_eager(loss, input, target, weight, other, parameter, full,
                                         sample_dims, mean),
-                 extra, tail_fraction, {}, return_losses);
+                 extra, tail_fraction, {}, return_losses, {function});
 }
 
 ValueAndLosses cvar_cross_entropy(double tail_fraction, const std::optional<at::Tensor>& extra,
                                   const at::Tensor& input, const at::Tensor& target,
                                   const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                                  double label_smoothing, bool return_losses) {
+                                  double label_smoothing, bool return_losses,
+                                  std::string_view function, std::string_view none_counts) {
   static const auto op =
       core::find_operator<core::Operator<decltype(cross_entropy_losses::forward_cvar)>>(
           "sqloss::cross_entropy_losses_cvar");
@@ -255,8 +271,9 @@ ValueAndLosses cvar_cross_entropy(double tail_fraction, const std::optional<at::
   }
   std::optional<at::Tensor> mask;
   if (!target.is_floating_point()) mask = target != ignore_index;
-  return cvar_of(cross_entropy_losses_eager(input, target, weight, ignore_index, label_smoothing),
-                 extra, tail_fraction, mask, return_losses);
+  return cvar_of(
+      cross_entropy_losses_eager(input, target, weight, ignore_index, label_smoothing, function),
+      extra, tail_fraction, mask, return_losses, {function, none_counts});
 }
 
 at::Tensor draw_seed_eager(const std::optional<at::Generator>& generator, at::Device device) {

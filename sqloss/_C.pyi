@@ -15,6 +15,7 @@ def cvar(
     mask: Tensor | None,
     dim: Sequence[int],
     keepdim: bool,
+    function: str,
 ) -> Tensor: ...
 def value_at_risk(
     losses: Tensor,
@@ -23,6 +24,7 @@ def value_at_risk(
     mask: Tensor | None,
     dim: Sequence[int],
     keepdim: bool,
+    function: str,
 ) -> Tensor: ...
 def pointwise_losses(
     loss: str,
@@ -36,7 +38,12 @@ def pointwise_losses(
     mean: bool,
 ) -> Tensor: ...
 def cross_entropy_losses(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    function: str,
 ) -> Tensor: ...
 def cvar_pointwise(
     tail_fraction: float,
@@ -51,6 +58,7 @@ def cvar_pointwise(
     sample_dims: int,
     mean: bool,
     return_losses: bool,
+    function: str,
 ) -> tuple[Tensor, Tensor | None]: ...
 def cvar_cross_entropy(
     tail_fraction: float,
@@ -61,6 +69,8 @@ def cvar_cross_entropy(
     ignore_index: int,
     label_smoothing: float,
     return_losses: bool,
+    function: str,
+    none_counts: str,
 ) -> tuple[Tensor, Tensor | None]: ...
 def distributed_superquantile(
     losses: Tensor,
@@ -72,6 +82,7 @@ def distributed_superquantile(
     scale: int,
     all_reduce: Callable[[Tensor], None],
     disagree: Callable[[Tensor], None],
+    function: str,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 def distributed_superquantile_with_gradient(
     value: Tensor,

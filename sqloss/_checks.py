@@ -2,6 +2,8 @@
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _STRIDED = torch.strided
@@ -49,28 +51,36 @@ def check_broadcasts(function: str, argument: str, tensor: Tensor, of: str, like
 
 def check_no_gradient(function: str, argument: str, tensor: Tensor) -> None:
     if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{function}: {argument}: expected a tensor without gradient (the derivative in it is "
-            f"not implemented; detach() it), got requires_grad=True"
-        )
+        got = "requires_grad=True"
+    elif not is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
+        got = "a tangent"
+    else:
+        return
+    raise ValueError(
+        f"{function}: {argument}: expected a tensor without gradient (the derivative in it is not "
+        f"implemented; detach() it), got {got}"
+    )
 
 
 def resolve_tail_fraction(function: str, alpha: float | None, tail_fraction: float | None) -> float:
-    """The size of the tail that one of alpha and tail_fraction gives."""
+    """The size of the tail that one of alpha and tail_fraction gives.
+
+    torch.compile traces no errors: one out of range is then left to the operator.
+    """
     if (alpha is None) == (tail_fraction is None):
         got = "neither" if alpha is None else "both"
         raise TypeError(f"{function}: alpha, tail_fraction: expected one of them, got {got}")
     if alpha is not None:
         if not isinstance(alpha, float):
             alpha = number(function, "alpha", alpha)
-        if not 0 <= alpha < 1:
+        if not 0 <= alpha < 1 and not is_compiling():
             raise ValueError(
                 f"{function}: alpha: expected a confidence level in [0, 1) (the tail is the worst "
                 f"1 - alpha), got {alpha}"
             )
         return 1 - alpha
     fraction = number(function, "tail_fraction", tail_fraction)
-    if not 0 < fraction <= 1:
+    if not 0 < fraction <= 1 and not is_compiling():
         raise ValueError(f"{function}: tail_fraction: expected a number in (0, 1], got {fraction}")
     return fraction
 

@@ -411,7 +411,16 @@ def _select(
 
     scale = call.ranks if call.grad_reduction == "mean" else 1
     return _op.distributed_superquantile(
-        losses, call.fraction, weight, mask, config, call.ranks, scale, all_reduce, check
+        losses,
+        call.fraction,
+        weight,
+        mask,
+        config,
+        call.ranks,
+        scale,
+        all_reduce,
+        check,
+        call.function,
     )
 
 

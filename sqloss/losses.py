@@ -12,21 +12,25 @@ gradient is zero, whatever is in them. The functions called ``cvar_...`` here ar
 
 They share their rules. A sample is an index into the first ``sample_dims`` dimensions of input, and
 its loss is the mean, or with ``reduction="sum"`` the sum, of the losses of its elements; so
-``alpha=0`` with one sample dimension and ``"mean"`` is what torch.nn.functional returns. Tensors
-are float16, bfloat16, float32 or float64, of any strides, and may differ in dtype; all arithmetic
-is at least in float32, and the result float64 if one of the tensors is, else float32. Gradients
-have the dtypes of their tensors. The result is the same bit for bit for any number of threads, any
-repetition and any x86 CPU with AVX2; those without fused multiply-add differ in the last places.
+``alpha=0`` with one sample dimension and ``"mean"`` is what torch.nn.functional returns. Where that
+broadcasts tensors of other shapes to input, or input to them, it happens here too, without copies:
+dimensions are then those of the broadcast shape. Tensors are float16, bfloat16, float32 or
+float64, of any strides, and may differ in dtype; all arithmetic is at least in float32, and the
+result float64 if one of the tensors is, else float32. Gradients have the dtypes of their tensors.
+The result is the same bit for bit for any number of threads, any repetition and any x86 CPU with
+AVX2; those without fused multiply-add differ in the last places.
 Every function works in eager mode, forward mode and double backward, under torch.compile,
 torch.func and autocast.
 """
 
 import math
 import operator
-from typing import Any
+import warnings
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from sqloss._checks import (
     DTYPES,
@@ -175,7 +179,7 @@ def cvar_cross_entropy(
     Args:
         input: logits, ``[C]``, ``[N, C]`` or ``[N, C, d1, ...]``.
         target: classes in [0, C), of the shape of ``input`` without its class dimension and of an
-            integer dtype, or probabilities of the shape of ``input``. Takes no gradient.
+            integer dtype, or probabilities of the shape of ``input``, which take their gradient.
         weight: of each class, ``[C]``. Takes no gradient.
         alpha: the confidence level in [0, 1): the tail is the worst ``1 - alpha`` of the samples.
             May change from step to step without compiling again. Give this or ``tail_fraction``.
@@ -193,7 +197,7 @@ def cvar_cross_entropy(
         TypeError: a tensor that is none, or of a dtype other than the above; both or neither of
             ``alpha`` and ``tail_fraction``.
         ValueError: shapes that do not fit, another device, a number out of its range, no samples
-            (none at all, or all of them ignored), ``target`` or ``weight`` that require gradients.
+            (none at all, or all of them ignored), a ``weight`` that requires gradients.
         IndexError: a class out of its range (on a device other than the CPU an assertion there).
 
     Example::
@@ -213,7 +217,7 @@ def cvar_cross_entropy(
     extra = _extra(name, extra, input, shape)
     if extra is not None and input.dim() == 1:
         extra = extra.unsqueeze(0)
-    value, losses = _op.cvar_cross_entropy(fraction, extra, *arguments, return_losses)
+    value, losses = _op.cvar_cross_entropy(fraction, extra, *arguments, return_losses, name)
     return value if losses is None else (value, losses.reshape(shape))
 
 
@@ -237,9 +241,9 @@ def cross_entropy(
         >>> sqloss.losses.cross_entropy(torch.zeros(3, 10), torch.tensor([4, 0, -100]))
         tensor([2.3026, 2.3026, 0.0000])
     """
-    losses = _op.cross_entropy_losses(
-        *_cross_entropy("cross_entropy", input, target, weight, ignore_index, label_smoothing)
-    )
+    name = "cross_entropy"
+    arguments = _cross_entropy(name, input, target, weight, ignore_index, label_smoothing)
+    losses = _op.cross_entropy_losses(*arguments, name)
     return losses.squeeze(0) if input.dim() == 1 else losses
 
 
@@ -260,7 +264,9 @@ def cvar_mse_loss(
 
     The loss of an element is :math:`w (x - y)^2`; a sample's mean is over its elements and not
     divided by their weights. Input and target take gradients. All arguments, the result and the
-    errors are those of :func:`cvar_binary_cross_entropy_with_logits`.
+    errors are those of :func:`cvar_binary_cross_entropy_with_logits`, except that a target of
+    another shape that broadcasts with that of input is broadcast, with a warning, as in torch
+    (without one under torch.compile).
 
     Example::
 
@@ -270,9 +276,7 @@ def cvar_mse_loss(
         tensor(3.)
     """
     name = "cvar_mse_loss"
-    arguments = _pointwise(
-        name, "mse", input, target, weight, None, 0.0, False, reduction, sample_dims
-    )
+    arguments = _mse(name, input, target, weight, reduction, sample_dims)
     return _cvar_pointwise(name, alpha, tail_fraction, extra, return_losses, arguments)
 
 
@@ -292,11 +296,7 @@ def mse_loss(
         >>> sqloss.losses.mse_loss(torch.tensor([[1., 2.], [3., 4.]]), torch.ones(2, 2))
         tensor([0.5000, 6.5000])
     """
-    return _op.pointwise_losses(
-        *_pointwise(
-            "mse_loss", "mse", input, target, weight, None, 0.0, False, reduction, sample_dims
-        )
-    )
+    return _op.pointwise_losses(*_mse("mse_loss", input, target, weight, reduction, sample_dims))
 
 
 def cvar_smooth_l1_loss(
@@ -333,7 +333,9 @@ def cvar_smooth_l1_loss(
         delta: where the Huber loss does, > 0; given instead of ``beta``.
 
     Input and target take gradients. All other arguments, the result and the errors are those of
-    :func:`cvar_binary_cross_entropy_with_logits`.
+    :func:`cvar_binary_cross_entropy_with_logits`, except that a target of another shape that
+    broadcasts with that of input is broadcast, with a warning, as in torch (without one under
+    torch.compile).
 
     Example::
 
@@ -402,6 +404,7 @@ def cvar_gaussian_nll_loss(
     not clamped, as torch does.
 
     Args:
+        target: of a shape that broadcasts with that of ``input``.
         var: a number; or of the shape of ``input``, or of that with one dimension of size 1 or
             without the last one. A negative number is refused; the elements of a tensor are not
             looked at and count as ``eps`` if below it.
@@ -467,7 +470,18 @@ def _pointwise(
 ) -> _Pointwise:
     check_floating(function, "input", input)
     check_floating(function, "target", target)
-    _check_like_input(function, "target", target, input)
+    check_device(function, "target", target, "input", input)
+    if target.shape != input.shape:
+        if loss == "binary_cross_entropy_with_logits":
+            _raise_other_shape(function, target, input)
+        shapes = f"expected the shape of input, {tuple(input.shape)}, got {tuple(target.shape)}"
+        input, target = _broadcast(function, input, target)
+        if not is_compiling():  # which traces no warnings
+            warnings.warn(
+                f"{function}: target: {shapes}: both are broadcast, as in torch, which is likely "
+                f"not meant",
+                stacklevel=4,
+            )
     if weight is not None:
         weight = _weight(function, "weight", weight, input)
     if type(sample_dims) is not int or not 1 <= sample_dims <= input.dim():
@@ -501,6 +515,19 @@ def _binary_cross_entropy_with_logits(
         False,
         reduction,
         sample_dims,
+    )
+
+
+def _mse(
+    function: str,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    sample_dims: int,
+) -> _Pointwise:
+    return _pointwise(
+        function, "mse", input, target, weight, None, 0.0, False, reduction, sample_dims
     )
 
 
@@ -539,13 +566,18 @@ def _gaussian_nll(
     sample_dims: int,
 ) -> _Pointwise:
     check_floating(function, "input", input)
+    var = _var(function, var, input)
+    check_floating(function, "target", target)
+    if not target.shape == input.shape == var.shape:
+        check_device(function, "target", target, "input", input)
+        input, target, var = _broadcast(function, input, target, var)
     return _pointwise(
         function,
         "gaussian_nll",
         input,
         target,
         None,
-        _var(function, var, input),
+        var,
         _positive(function, "eps", eps),
         bool(full),
         reduction,
@@ -554,26 +586,38 @@ def _gaussian_nll(
 
 
 def _var(function: str, var: Tensor | float, input: Tensor) -> Tensor:
-    """The variance in the shape of input."""
+    """The variance in a shape that broadcasts to that of input, by the rules of torch."""
     if not isinstance(var, Tensor):
         var = number(function, "var", var)
         if not 0 <= var < math.inf:
             raise ValueError(f"{function}: var: expected a finite number >= 0, got {var}")
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-        return torch.full((), var, dtype=dtype, device=input.device).expand_as(input)
+        return torch.full((), var, dtype=dtype, device=input.device)
     check_floating(function, "var", var)
     check_device(function, "var", var, "input", input)
     if var.shape == input.shape:
         return var
     if var.shape == input.shape[:-1]:
-        return var.unsqueeze(-1).expand_as(input)
+        return var.unsqueeze(-1)
     sizes = zip(var.shape, input.shape, strict=True) if var.dim() == input.dim() else ()
-    if [size for size, of_input in sizes if size != of_input] != [1]:
+    others = [pair for pair in sizes if pair[0] != pair[1]]
+    if sum(size for size, _ in others) != 1 or not all(1 in pair for pair in others):
         raise ValueError(
             f"{function}: var: expected a number or the shape of input, {tuple(input.shape)}, that "
             f"with one size 1, or that without the last dimension, got {tuple(var.shape)}"
         )
-    return var.expand_as(input)
+    return var
+
+
+def _broadcast(function: str, input: Tensor, target: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Input, target and tensors that broadcast with input, in one shape."""
+    try:
+        return tuple(torch.broadcast_tensors(input, target, *others))
+    except RuntimeError:
+        raise ValueError(
+            f"{function}: target: expected a shape that broadcasts with that of input, "
+            f"{tuple(input.shape)}, got {tuple(target.shape)}"
+        ) from None
 
 
 def _cross_entropy(
@@ -599,8 +643,8 @@ def _cross_entropy(
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"{function}: ignore_index: expected an int64, got {ignore_index}")
     if target.dtype in DTYPES:
-        _check_like_input(function, "target", target, input)
-        check_no_gradient(function, "target", target)
+        if target.shape != input.shape:
+            _raise_other_shape(function, target, input)
         if ignore_index >= 0:
             raise ValueError(
                 f"{function}: ignore_index: expected none with probabilities as target, got "
@@ -653,7 +697,7 @@ def _cvar_pointwise(
     fraction = resolve_tail_fraction(function, alpha, tail_fraction)
     _, input, *_, sample_dims, _ = arguments
     extra = _extra(function, extra, input, input.shape[:sample_dims])
-    value, losses = _op.cvar_pointwise(fraction, extra, *arguments, return_losses)
+    value, losses = _op.cvar_pointwise(fraction, extra, *arguments, return_losses, function)
     return value if losses is None else (value, losses)
 
 
@@ -674,13 +718,11 @@ def _extra(function: str, extra: Tensor | None, input: Tensor, shape: torch.Size
     return extra
 
 
-def _check_like_input(function: str, argument: str, tensor: Tensor, input: Tensor) -> None:
-    check_device(function, argument, tensor, "input", input)
-    if tensor.shape != input.shape:
-        raise ValueError(
-            f"{function}: {argument}: expected the shape of input, {tuple(input.shape)}, got "
-            f"{tuple(tensor.shape)}"
-        )
+def _raise_other_shape(function: str, target: Tensor, input: Tensor) -> NoReturn:
+    raise ValueError(
+        f"{function}: target: expected the shape of input, {tuple(input.shape)}, got "
+        f"{tuple(target.shape)}"
+    )
 
 
 def _weight(function: str, argument: str, weight: Tensor, input: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from torch import Tensor
 ALPHA_ROUNDING = 2.0**-52
 # How far a sum of n weights can be from their true sum, as a share of it: n times this.
 SUM_ROUNDING = 2.0**-53
+# What errors say of the arguments where no loss counts.
+NONE_COUNTS = "weight, mask: expected a positive sum of weights in every reduction, got 0"
 
 
 def superquantile(
@@ -25,6 +27,8 @@ def superquantile(
     mask: Tensor | None = None,
     dim: Sequence[int] = (),
     keepdim: bool = False,
+    function: str = "superquantile",
+    none_counts: str = NONE_COUNTS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The superquantile (value), the value-at-risk (threshold) and the weights that define them.
 
@@ -38,9 +42,17 @@ def superquantile(
     A k that exceeds a sum of weights by no more than rounding does is taken for that sum. NaN ranks
     above +inf; with +inf above the threshold, and no NaN, the value is +inf. ``dim`` lists the
     reduced dimensions, non-negative; empty means all.
-    Returns value and threshold in the dtype of losses, counts ``[..., 3]`` in float64.
+    Returns value and threshold in the dtype of losses, counts ``[..., 3]`` in float64. Errors name
+    ``function``, and read ``none_counts`` where no loss counts.
     """
-    x, w = _rows(losses, dim).double() + 0.0, _weights(losses, weight, mask, dim)
+    if isinstance(tail_fraction, Tensor):
+        require(
+            ((tail_fraction > 0) & (tail_fraction <= 1)).all(),
+            f"{function}: alpha, tail_fraction: expected alpha in [0, 1) or tail_fraction in "
+            f"(0, 1]",
+        )
+    x = _rows(losses, dim).double() + 0.0
+    w = _weights(losses, weight, mask, dim, function, none_counts)
     ordered, order = x.sort(-1, descending=True)  # NaN first
     reached = w.gather(-1, order).cumsum(-1)
     total = reached[..., -1:]
@@ -151,26 +163,25 @@ def _rows(tensor: Tensor, dim: Sequence[int]) -> Tensor:
 
 
 def _weights(
-    losses: Tensor, weight: Tensor | None, mask: Tensor | None, dim: Sequence[int]
+    losses: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    dim: Sequence[int],
+    function: str = "superquantile_backward",
+    none_counts: str = NONE_COUNTS,
 ) -> Tensor:
     w = torch.ones_like(losses, dtype=torch.float64) if weight is None else weight.double()
     if mask is not None:
         w = torch.where(mask, w, 0.0)
     rows = _rows(w, dim)
     if weight is not None:
-        require(
-            ((w >= 0) & w.isfinite()).all(), "superquantile: weight: expected finite values >= 0"
-        )
+        require(((w >= 0) & w.isfinite()).all(), f"{function}: weight: expected finite values >= 0")
         require(
             rows.sum(-1).isfinite().all(),
-            "superquantile: weight: expected a finite sum in every reduction",
+            f"{function}: weight: expected a finite sum in every reduction",
         )
     if weight is not None or mask is not None:
-        require(
-            (rows.sum(-1) > 0).all(),
-            "superquantile: weight, mask: expected a positive sum of weights in every reduction, "
-            "got 0",
-        )
+        require((rows.sum(-1) > 0).all(), f"{function}: {none_counts}")
     return rows
 
 
@@ -224,6 +235,7 @@ def distributed_superquantile(
     scale: int,
     all_reduce: Callable[[Tensor], None],
     check: Callable[[Tensor], None],
+    function: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``superquantile`` of the losses of all ranks, from those of this one, without a gather.
 
@@ -231,7 +243,7 @@ def distributed_superquantile(
     it. (Not the gradient in half precision, which may be too large with it, and 0 without.)
     ``all_reduce`` turns an int64 tensor into its sum over the ranks, in place. ``config`` are
     integers below 2^16; ``check`` gets for each whether it is equal on all ranks, after the first
-    sum and before anything depends on it.
+    sum and before anything depends on it. Errors name ``function``.
 
     A loss is a key: an integer of as many bits, in the order of the losses. Each round finds one
     digit of the threshold's key, from the leading one, by the mass of the keys with each digit.
@@ -260,8 +272,7 @@ def distributed_superquantile(
         n = sums[0][-1:]
         require(
             (n <= _MOST_LOSSES).all(),
-            f"distributed superquantile: losses: expected at most {_MOST_LOSSES} on all ranks "
-            f"together",
+            f"{function}: losses: expected at most {_MOST_LOSSES} on all ranks together",
         )
         return [n, *sums[1:]]
 
@@ -272,7 +283,7 @@ def distributed_superquantile(
         counts = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.reshape(-1)
         mass = counts.long().unsqueeze(0)
     else:
-        w, unit, rounding = _scaled_weights(weight, mask, agreed)
+        w, unit, rounding = _scaled_weights(weight, mask, agreed, function)
         counts, mass = w > 0, _to_limbs(w)
 
     # Of one element each, like all that follows: the threshold's digits that are known, as an
@@ -288,12 +299,12 @@ def distributed_superquantile(
     total = _real(histogram.sum(1, keepdim=True))
     require(
         (total > 0).all(),
-        "distributed superquantile: losses: expected one that counts on any of the ranks, got none",
+        f"{function}: losses: expected one that counts on any of the ranks, got none",
     )
     if unit is not None:
         require(
             _times_power_of_two(total, unit).isfinite().all(),
-            "distributed superquantile: weight: expected a finite sum over all ranks",
+            f"{function}: weight: expected a finite sum over all ranks",
         )
     target = (tail_fraction * total - total * rounding).clamp(min=_SOME)
     digit, above, at = _descend(histogram, torch.zeros_like(histogram[:, :1]), target)
@@ -347,7 +358,10 @@ def distributed_superquantile(
 
 
 def _scaled_weights(
-    weight: Tensor, mask: Tensor | None, agreed: Callable[..., Sequence[Tensor]]
+    weight: Tensor,
+    mask: Tensor | None,
+    agreed: Callable[..., Sequence[Tensor]],
+    function: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights below 1 in double, 2^unit of them being 1, and what sums of them may be off by.
 
@@ -362,7 +376,7 @@ def _scaled_weights(
     exponents = torch.frexp(w).exponent.long().clamp(min=lowest)
     histogram = _histogram(exponents - lowest, (w > 0).long().unsqueeze(0), _FIRST)
     n, invalid, histogram = agreed(histogram, (~valid).sum())
-    require(invalid == 0, "distributed superquantile: weight: expected finite values >= 0")
+    require(invalid == 0, f"{function}: weight: expected finite values >= 0")
     bins = torch.arange(1 << _FIRST, device=w.device)
     unit = torch.where(histogram[0] > 0, bins, 0).max().reshape(1) + lowest
     rounding = ALPHA_ROUNDING + n.double() * SUM_ROUNDING
@@ -542,7 +556,12 @@ def pointwise_losses_backward(
 
 
 def cross_entropy_losses(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    function: str = "cross_entropy_losses",
 ) -> tuple[Tensor, Tensor]:
     """One loss per target element, and the log-sum-exp of its logits.
 
@@ -555,7 +574,8 @@ def cross_entropy_losses(
         loss          = sum over c of t[c] * (log_sum_exp - input[c])
 
     Returns losses ``[N, d1, ...]``, float64 if one of the tensors is, else float32, and
-    log_sum_exp ``[N, d1, ...]`` in float64: backward subtracts it from logits of any size.
+    log_sum_exp ``[N, d1, ...]`` in float64: backward subtracts it from logits of any size. Errors
+    about the values of target name ``function``.
     """
     x, w = input.double(), None if weight is None else weight.double()
     if target.is_floating_point():
@@ -563,7 +583,7 @@ def cross_entropy_losses(
             x, target.double(), w, reduction="none", label_smoothing=label_smoothing
         )
     else:
-        _require_classes(target, input.shape[1], ignore_index)
+        _require_classes(target, input.shape[1], ignore_index, function)
         losses = F.cross_entropy(
             x,
             target,
@@ -583,8 +603,13 @@ def cross_entropy_losses_backward(
     log_sum_exp: Tensor,
     ignore_index: int,
     label_smoothing: float,
-) -> Tensor:
-    """The gradient of input: ``grad_losses * (softmax(input) * sum of t - t)``.
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """The gradients of input and target that ``output_mask`` wants; else empty tensors::
+
+        input:                      grad_losses * (softmax(input) * sum of t - t)
+        target, of probabilities:   grad_losses * (1 - label_smoothing) * weight
+                                    * (log_sum_exp - input)
 
     Targets whose ``grad_losses`` is 0 and ignored ones get zeros, even where the softmax is not
     finite.
@@ -603,9 +628,19 @@ def cross_entropy_losses_backward(
         is_target = (index == torch.arange(classes, device=x.device).view_as(w)).double()
         smoothed = is_target * (1 - label_smoothing) + label_smoothing / classes
     t = smoothed * w
-    softmax = (x - log_sum_exp.double().unsqueeze(1)).exp()
-    gradient = grad * (softmax * t.sum(1, keepdim=True) - t)
-    return torch.where(skipped, 0.0, gradient).to(input.dtype)
+    log_softmax = x - log_sum_exp.double().unsqueeze(1)
+    derivatives = (
+        log_softmax.exp() * t.sum(1, keepdim=True) - t,
+        -(1 - label_smoothing) * w * log_softmax,
+    )
+
+    def gradient(of: Tensor, derivative: Tensor, wanted: bool) -> Tensor:
+        if not wanted:
+            return input.new_empty(0)
+        return torch.where(skipped, 0.0, grad * derivative).to(of.dtype)
+
+    grad_input, grad_target = map(gradient, (input, target), derivatives, output_mask)
+    return grad_input, grad_target
 
 
 def losses_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -658,11 +693,11 @@ def _element_derivatives(
     return in_x, -in_x, None
 
 
-def _require_classes(target: Tensor, classes: int, ignore_index: int) -> None:
+def _require_classes(target: Tensor, classes: int, ignore_index: int, function: str) -> None:
     """An IndexError on the CPU, an assertion on the device elsewhere: no wait for it."""
     bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
     message = (
-        f"cross_entropy: target: expected class indices in [0, {classes}) or ignore_index "
+        f"{function}: target: expected class indices in [0, {classes}) or ignore_index "
         f"({ignore_index})"
     )
     if target.device.type != "cpu":

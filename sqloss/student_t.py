@@ -570,8 +570,8 @@ def _check_num_samples(function: str, num_samples: int) -> None:
         raise TypeError(
             f"{function}: num_samples: expected an int, got {type(num_samples).__name__}"
         )
-    if num_samples < 1:
-        raise ValueError(f"{function}: num_samples: expected 1 or more, got {num_samples}")
+    if not 1 <= num_samples < 2**31:
+        raise ValueError(f"{function}: num_samples: expected 1 to 2^31 - 1, got {num_samples}")
 
 
 def _check_choice(function: str, argument: str, given: str, choices: tuple[str, ...]) -> None:

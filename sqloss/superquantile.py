@@ -73,9 +73,8 @@ def cvar(
         TypeError: ``losses``, ``weight`` or ``mask`` of a dtype other than the above, both or
             neither of ``alpha`` and ``tail_fraction``.
         ValueError: ``alpha`` or ``tail_fraction`` out of range, nothing to reduce, shapes that do
-            not broadcast, another device, weights that are negative, not finite or sum to 0 (these
-            are found by the operator, ``superquantile``, and on a device other than the CPU they
-            are assertions of the device).
+            not broadcast, another device, weights that are negative, not finite or sum to 0 (of
+            weights on a device other than the CPU these are assertions of the device).
         IndexError: ``dim`` out of range.
 
     Example::
@@ -90,7 +89,7 @@ def cvar(
     fraction, weight, mask, dims = checked_arguments(
         "cvar", losses, alpha, tail_fraction, dim, weight, mask
     )
-    return _op.cvar(losses, fraction, weight, mask, dims, keepdim)
+    return _op.cvar(losses, fraction, weight, mask, dims, keepdim, "cvar")
 
 
 superquantile = cvar
@@ -123,7 +122,7 @@ def value_at_risk(
     fraction, weight, mask, dims = checked_arguments(
         "value_at_risk", losses, alpha, tail_fraction, dim, weight, mask
     )
-    return _op.value_at_risk(losses, fraction, weight, mask, dims, keepdim)
+    return _op.value_at_risk(losses, fraction, weight, mask, dims, keepdim, "value_at_risk")
 
 
 def tail_weights(
@@ -157,7 +156,7 @@ def tail_weights(
         fraction, weight, mask, dims = checked_arguments(
             "tail_weights", losses, alpha, tail_fraction, dim, weight, mask
         )
-        return _op.tail_weights(losses, fraction, weight, mask, dims)
+        return _op.tail_weights(losses, fraction, weight, mask, dims, "tail_weights")
 
 
 def checked_arguments(

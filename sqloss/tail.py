@@ -115,7 +115,7 @@ def tail_indices(
         )
         if losses.dim() != 1:
             raise ValueError(f"tail_indices: losses: expected shape [N], got {tuple(losses.shape)}")
-        tail = _select(losses, fraction, mask)
+        tail = _select("tail_indices", losses, fraction, mask)
         return tail.indices, tail.weights.to(tail.value.dtype)
 
 
@@ -268,17 +268,20 @@ def _of_this_process(
 
     def select(losses: Tensor) -> Tail:
         _, _, kept, _ = checked_arguments(function, losses, None, fraction, None, None, mask)
-        return _select(losses, fraction, kept)
+        return _select(function, losses, fraction, kept)
 
     return Selection(
         function, mask, select, lambda number: number, contextlib.nullcontext, of_ranks=False
     )
 
 
-def _select(losses: Tensor, fraction: float, mask: Tensor | None) -> Tail:
+def _select(function: str, losses: Tensor, fraction: float, mask: Tensor | None) -> Tail:
     """The tail of losses [N], of which there are as many as the mask says."""
     losses = _op.out_of_autocast(losses)
-    value, threshold, counts = _op.superquantile(losses, fraction, None, mask, (), False)
+    none_counts = "mask: expected at least one row that counts, got none"
+    value, threshold, counts = _op.superquantile(
+        losses, fraction, None, mask, (), False, function, none_counts
+    )
     above, _, k = counts.unbind()
     n = losses.shape[0]
     size = max(math.ceil(fraction * n - n * ALPHA_ROUNDING), 1)

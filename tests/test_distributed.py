@@ -260,7 +260,7 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_all(ranks, of_ranks, message):
     ]
     for error in ranks.run(on_ranks.raises, calls):
         assert isinstance(error, ValueError)
-        with pytest.raises(ValueError, match=f"^distributed superquantile: {message}"):
+        with pytest.raises(ValueError, match=f"^distributed.cvar: {message}"):
             raise error
 
 
@@ -556,7 +556,7 @@ def test_kernel_and_reference_agree_bit_for_bit():
 def test_on_a_gpu_it_has_the_bits_of_the_kernel_and_the_host_does_not_wait(gpu):
     def found(losses, weight, mask):  # of one rank
         return op.distributed_superquantile(
-            losses, 0.2, weight, mask, [1, 2, 3], 1, 1, lambda sums: None, lambda equal: None
+            losses, 0.2, weight, mask, [1, 2, 3], 1, 1, lambda sums: None, lambda equal: None, "f"
         )
 
     weight, mask = torch.randn(700).exp(), torch.rand(700) < 0.7
@@ -583,7 +583,8 @@ def on_threads(losses, alpha, sizes, weight=None, mask=None, superquantile=None)
             assert equal.all()
 
         x, w, m = (None if tensor is None else tensor[rank] for tensor in shards)
-        return superquantile(x, 1 - alpha, w, m, [1, 2, 65535], len(sizes), 1, all_reduce, check)
+        config, ranks = [1, 2, 65535], len(sizes)
+        return superquantile(x, 1 - alpha, w, m, config, ranks, 1, all_reduce, check, "function")
 
     return on_ranks.in_threads(len(sizes), run)
 

@@ -171,11 +171,17 @@ def test_cross_entropy_by_hand():
                 torch.testing.assert_close(losses, expected)
 
                 grad = torch.randn_like(losses)
-                got = reference.cross_entropy_losses_backward(
-                    grad, x, target, w, log_sum_exp, *given[2:]
+                of_input, of_target = reference.cross_entropy_losses_backward(
+                    grad, x, target, w, log_sum_exp, *given[2:], [True, target is probabilities]
                 )
                 expected = grad[:, None] * (x.softmax(1) * t.sum(1, keepdim=True) - t)
-                torch.testing.assert_close(got, expected)
+                torch.testing.assert_close(of_input, expected)
+                if target is probabilities:
+                    expected = grad[:, None] * (1 - smoothing) * (log_sum_exp[:, None] - x)
+                    expected = expected if w is None else expected * w[:, None]
+                    torch.testing.assert_close(of_target, expected.float())
+                else:
+                    assert of_target.numel() == 0
 
 
 def test_samples_of_no_gradient_get_zeros():
@@ -187,7 +193,9 @@ def test_samples_of_no_gradient_get_zeros():
     assert of_target.tolist() == [[0, 0], [0, 0], [-1, -2]]
     target = torch.tensor([0, 0, 1])
     _, log_sum_exp = reference.cross_entropy_losses(x, target, None, -100, 0.0)
-    got = reference.cross_entropy_losses_backward(grad, x, target, None, log_sum_exp, -100, 0.0)
+    got, _ = reference.cross_entropy_losses_backward(
+        grad, x, target, None, log_sum_exp, -100, 0.0, [True, False]
+    )
     assert not got[:2].any() and got[2].sum().item() == pytest.approx(0, abs=1e-7)
 
 

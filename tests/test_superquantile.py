@@ -1158,8 +1158,9 @@ WEIGHT_ERRORS = [
 def test_errors_that_need_the_weights_values(weight, message, kernel_raises):
     """The same from the kernel and from the reference."""
     for dim in (None, 1):
-        with kernel_raises(ValueError, match=f"^superquantile: {message}"):
-            sqloss.cvar(X, 0.5, weight=weight, dim=dim)
+        for function in (sqloss.cvar, sqloss.value_at_risk, sqloss.tail_weights):
+            with kernel_raises(ValueError, match=f"^{function.__name__}: {message}"):
+                function(X, 0.5, weight=weight, dim=dim)
         with pytest.raises(ValueError, match=f"^superquantile: {message}"):
             reference.superquantile(
                 X, 0.5, weight.expand(2, 3), None, dim=() if dim is None else (1,)
@@ -1167,7 +1168,7 @@ def test_errors_that_need_the_weights_values(weight, message, kernel_raises):
     # in a thread of the pool, too
     many = torch.ones(70_000, 3, dtype=weight.dtype)
     many[-1] = weight
-    with kernel_raises(ValueError, match=f"^superquantile: {message}"):
+    with kernel_raises(ValueError, match=f"^cvar: {message}"):
         sqloss.cvar(torch.randn(70_000, 3), 0.5, weight=many, dim=1)
 
 
@@ -1201,7 +1202,11 @@ def test_the_operators_guard_their_memory():
         ((X, half.clone().requires_grad_(), None, None, [], False), ValueError, "without gradient"),
         ((X, half, X.clone().requires_grad_(), None, [], False), ValueError, "without gradient"),
         ((X[:, :0], half, None, None, [], False), ValueError, "at least one loss"),
-        ((X, half * 3, None, None, [], False), ValueError, r"tail_fraction: .*\(0, 1\], got 1.5"),
+        (
+            (X, half * 3, None, None, [], False),
+            ValueError,
+            r"tail_fraction in \(0, 1\], got .* = 1.5",
+        ),
         ((X, half.float(), None, None, [], False), TypeError, "one float64 on the CPU"),
     ]:
         with pytest.raises(error, match=f"^superquantile: .*{message}"):
@@ -1232,9 +1237,9 @@ def test_no_derivative_in_the_weights_is_taken_for_zero():
     def f(weight):
         return sqloss.cvar(losses, 0.5, weight=weight)
 
-    with pytest.raises(ValueError, match="weight: expected a tensor without gradient"):
+    with pytest.raises(ValueError, match=r"^cvar: weight: expected a tensor without gradient"):
         grad(f)(weight)
-    with pytest.raises(ValueError, match="weight: expected a tensor without gradient"):
+    with pytest.raises(ValueError, match=r"^cvar: weight: expected a tensor without gradient"):
         jvp(f, (weight,), (weight,))
 
 

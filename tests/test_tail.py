@@ -184,7 +184,7 @@ def test_autocast_gives_weights_in_float32():
         (
             lambda: sqloss.tail_indices(torch.randn(3), 0.5, mask=torch.zeros(3).bool()),
             ValueError,
-            "expected a positive sum of weights",
+            "mask: expected at least one row that counts",
         ),
     ],
 )

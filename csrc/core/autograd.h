@@ -14,6 +14,7 @@
 #include <initializer_list>
 #include <mutex>
 #include <optional>
+#include <string_view>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -94,7 +95,7 @@ inline void set_tangent(const at::Tensor& tensor, const at::Tensor& tangent) {
   tensor._set_fw_grad(tangent, /*level=*/0, /*is_inplace_op=*/false);
 }
 
-inline void refuse_gradient(const char* function, const char* argument,
+inline void refuse_gradient(std::string_view function, const char* argument,
                             const OptionalTensor& tensor) {
   TORCH_CHECK_VALUE(
       !torch::autograd::compute_requires_grad(tensor) && !torch::autograd::isFwGradDefined(tensor),

@@ -9,7 +9,8 @@
 //            both cases: it is the new term, or the rescaling of the sum if x is the new m.
 //
 // backward   softmax = exp(x - log_sum_exp), of the samples with gradient alone; by class these are
-//            picked out of the tile, where they are few.
+//            picked out of the tile, where they are few. The gradient of probabilities is one more
+//            pass over these samples' logits, and has no exp.
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
@@ -181,6 +182,22 @@ template <typename T>
   }
 }
 
+// The same of the gradients of probabilities.
+template <typename T>
+[[gnu::noinline]] void target_gradients(const T* __restrict x, const T* __restrict weight, T kept,
+                                        Scale<T> scale, int64_t count, T* __restrict grad) {
+  for (int64_t i = 0; i < count; ++i) grad[i] = scale.target_gradient(x[i], kept * weight[i]);
+}
+template <typename T>
+[[gnu::noinline]] void target_gradients(const T* __restrict x, T factor, const Scales<T>& scales,
+                                        int64_t count, T* __restrict grad) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Scale<T> scale = scales.get(i);
+    const T gradient = scale.target_gradient(x[i], factor);
+    grad[i] = scale.grad == T(0) ? T(0) : gradient;
+  }
+}
+
 // --- what the walks share ------------------------------------------------------------------------
 
 // The values at these offsets.
@@ -241,17 +258,21 @@ struct Coefficients {
   // Of the sample at this offset of the target.
   int64_t target(int64_t offset) const {
     const int64_t c = *reinterpret_cast<const int64_t*>(in.target.at(offset));
-    TORCH_CHECK_INDEX(is_ignored(c) || (0 <= c && c < in.classes),
-                      "cross_entropy: target: expected class indices in [0, ", in.classes,
-                      ") or ignore_index (", in.ignore_index, "), got ", c);
+    TORCH_CHECK_INDEX(is_ignored(c) || (0 <= c && c < in.classes), in.function,
+                      ": target: expected class indices in [0, ", in.classes, ") or ignore_index (",
+                      in.ignore_index, "), got ", c);
     return c;
+  }
+
+  // Of at most kTile adjacent classes.
+  const T* weights(int64_t c) const {
+    return in.weight == nullptr ? ones.data : static_cast<const T*>(in.weight) + c;
   }
 
   // Of adjacent classes of one sample, the target apart.
   const T* of_classes(const T* probabilities, int64_t c, int64_t count, Tile<T>& buffer) const {
     if (!any) return zeros.data;
-    const T* const weights = in.weight ? static_cast<const T*>(in.weight) + c : ones.data;
-    coefficients(probabilities, weights, static_cast<T>(kept), static_cast<T>(smoothing), count,
+    coefficients(probabilities, weights(c), static_cast<T>(kept), static_cast<T>(smoothing), count,
                  buffer.data);
     return buffer.data;
   }
@@ -277,8 +298,12 @@ class SampleTiles {
       : in_(in), coefficients_(coefficients) {}
 
   void read(int64_t sample, int64_t c, int64_t count) {
-    input = read(in_.input, sample, c, count, buffers_[0]);
+    input = read_input(sample, c, count);
     t = read_t(sample, c, count);
+  }
+
+  const T* read_input(int64_t sample, int64_t c, int64_t count) {
+    return read(in_.input, sample, c, count, buffers_[0]);
   }
 
   const T* read_t(int64_t sample, int64_t c, int64_t count) {
@@ -397,6 +422,37 @@ void backward_by_sample(const Inputs& in, const Coefficients<T>& coefficients, c
           grad[target - c] = scale.gradient(softmax, t);
         }
         write_tile(grad, grad_at(c), grad_input.first.dtype, grad_input.stride, count);
+      }
+    }
+  });
+}
+
+template <typename T>
+void target_backward_by_sample(const Inputs& in, const Coefficients<T>& coefficients,
+                               const T* grad_losses, const double* log_sum_exp,
+                               const Classes& grad_target) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / in.classes);
+  at::parallel_for(0, in.samples, grain, [&](int64_t begin, int64_t end) {
+    SampleTiles<T> tiles(in, coefficients);
+    Tile<T> buffer;
+    for (int64_t sample = begin; sample < end; ++sample) {
+      const int64_t grad_offset = grad_target.first.offset(sample);
+      const auto grad_at = [&](int64_t c) {
+        return grad_target.first.at(grad_offset + c * grad_target.stride);
+      };
+      if (grad_losses[sample] == T(0)) {
+        write_zeros(grad_at(0), grad_target.first.dtype, grad_target.stride, in.classes);
+        continue;
+      }
+      const Scale<T> scale(grad_losses[sample], /*sum_t=*/0, log_sum_exp[sample]);
+      for (int64_t c = 0; c < in.classes; c += kTile) {
+        const int64_t count = std::min(kTile, in.classes - c);
+        const T* const x = tiles.read_input(sample, c, count);
+        T* const grad =
+            tile_to_write<T>(grad_at(c), grad_target.first.dtype, grad_target.stride, buffer);
+        target_gradients(x, coefficients.weights(c), static_cast<T>(coefficients.kept), scale,
+                         count, grad);
+        write_tile(grad, grad_at(c), grad_target.first.dtype, grad_target.stride, count);
       }
     }
   });
@@ -633,6 +689,37 @@ void backward_by_class(const Inputs& in, const Coefficients<T>& coefficients, co
   });
 }
 
+template <typename T>
+void target_backward_by_class(const Inputs& in, const Coefficients<T>& coefficients,
+                              const T* grad_losses, const double* log_sum_exp,
+                              const Classes& grad_target) {
+  at::parallel_for(0, (in.samples + kTile - 1) / kTile, 1, [&](int64_t from, int64_t to) {
+    Tile<T> buffer, grads;
+    Tail tail;
+    Scales<T> scales;
+    Columns input(in.input), gradient(grad_target);
+    for (int64_t begin = from * kTile; begin < std::min(to * kTile, in.samples); begin += kTile) {
+      const int64_t size = std::min(kTile, in.samples - begin);
+      tail.find(begin, size, [&](int64_t i) { return grad_losses[begin + i] != T(0); });
+      if (tail.picked) write_zeros(grad_target, in.classes, begin, size);
+      if (tail.count == 0) continue;
+      input.point_at(tail);
+      gradient.point_at(tail);
+      for (int64_t j = 0; j < tail.count; ++j) {
+        const int64_t i = begin + tail.positions.data[j];
+        scales.put(j, Scale<T>(grad_losses[i], /*sum_t=*/0, log_sum_exp[i]));
+      }
+      for (int64_t c = 0; c < in.classes; ++c) {
+        const T* const x = input.read(tail, c, buffer);
+        T* const grad = gradient.place(tail, c, grads);
+        const auto factor = static_cast<T>(coefficients.kept * coefficients.weight(c));
+        target_gradients(x, factor, scales, tail.count, grad);
+        gradient.put(grad, tail, c);
+      }
+    }
+  });
+}
+
 // -------------------------------------------------------------------------------------------------
 
 template <typename T>
@@ -650,6 +737,14 @@ void backward_typed(const Inputs& in, const T* grad_losses, const double* log_su
                      : backward_by_class(in, coefficients, grad_losses, log_sum_exp, grad_input);
 }
 
+template <typename T>
+void target_backward_typed(const Inputs& in, const T* grad_losses, const double* log_sum_exp,
+                           const Classes& grad_target) {
+  const Coefficients<T> coefficients(in);
+  const auto walk = walk_by_sample(in) ? target_backward_by_sample<T> : target_backward_by_class<T>;
+  walk(in, coefficients, grad_losses, log_sum_exp, grad_target);
+}
+
 void forward(const Inputs& in, at::ScalarType dtype, void* losses, double* log_sum_exp,
              const superquantile::FusedTail*) {
   dtype == at::kDouble ? forward_typed(in, static_cast<double*>(losses), log_sum_exp)
@@ -663,8 +758,15 @@ void backward(const Inputs& in, at::ScalarType dtype, const void* grad_losses,
       : backward_typed(in, static_cast<const float*>(grad_losses), log_sum_exp, grad_input);
 }
 
+void target_backward(const Inputs& in, at::ScalarType dtype, const void* grad_losses,
+                     const double* log_sum_exp, const Classes& grad_target) {
+  dtype == at::kDouble
+      ? target_backward_typed(in, static_cast<const double*>(grad_losses), log_sum_exp, grad_target)
+      : target_backward_typed(in, static_cast<const float*>(grad_losses), log_sum_exp, grad_target);
+}
+
 }  // namespace
 
-const Kernels kernels{forward, backward};
+const Kernels kernels{forward, backward, target_backward};
 
 }  // namespace sqloss::cross_entropy_losses::CPU_CAPABILITY

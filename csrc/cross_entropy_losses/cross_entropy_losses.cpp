@@ -49,7 +49,7 @@ struct Samples {
   at::Tensor weight;  // owns inputs.weight
 
   Samples(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight_,
-          int64_t ignore_index, double label_smoothing) {
+          int64_t ignore_index, double label_smoothing, std::string_view function) {
     TORCH_CHECK_VALUE(input.dim() >= 2, "cross_entropy: input: expected shape [N, C, ...], got ",
                       input.sizes());
     sizes = sample_sizes(input);
@@ -88,15 +88,17 @@ struct Samples {
     inputs.weight = weight_ ? weight.data_ptr() : nullptr;
     inputs.ignore_index = ignore_index;
     inputs.label_smoothing = label_smoothing;
+    inputs.function = function;
   }
 };
 
 }  // namespace
 
 Outputs forward(const Kernels& kernels, const at::Tensor& input, const at::Tensor& target,
-                const OptionalTensor& weight, int64_t ignore_index, double label_smoothing) {
+                const OptionalTensor& weight, int64_t ignore_index, double label_smoothing,
+                std::string_view function) {
   const c10::OptionalDeviceGuard guard(input.device());
-  const Samples samples(input, target, weight, ignore_index, label_smoothing);
+  const Samples samples(input, target, weight, ignore_index, label_smoothing, function);
   Outputs outputs{core::empty(samples.sizes, samples.dtype, input),
                   core::empty(samples.sizes, at::kDouble, input)};
   const auto& [losses, log_sum_exp] = outputs;
@@ -112,38 +114,48 @@ CvarOutputs forward_cvar(const Kernels& kernels, const at::Tensor& tail_fraction
                          const at::Tensor& target, const OptionalTensor& weight,
                          int64_t ignore_index, double label_smoothing) {
   const c10::OptionalDeviceGuard guard(input.device());
-  const Samples samples(input, target, weight, ignore_index, label_smoothing);
+  constexpr const char* kName = "cross_entropy_losses_cvar";
+  const Samples samples(input, target, weight, ignore_index, label_smoothing, kName);
   at::Tensor losses = core::empty(samples.sizes, samples.dtype, input);
   at::Tensor log_sum_exp = core::empty(samples.sizes, at::kDouble, input);
-  const superquantile::FusedTailOutputs outputs("cross_entropy_losses_cvar", tail_fraction, extra,
-                                                losses);
+  const superquantile::FusedTailOutputs outputs(kName, tail_fraction, extra, losses);
   kernels.forward(samples.inputs, samples.dtype, losses.data_ptr(),
                   static_cast<double*>(log_sum_exp.data_ptr()), &outputs.tail);
   return {outputs.value, std::move(losses), std::move(log_sum_exp), outputs.threshold,
           outputs.counts};
 }
 
-at::Tensor backward(const Kernels& kernels, const at::Tensor& grad_losses, const at::Tensor& input,
-                    const at::Tensor& target, const OptionalTensor& weight,
-                    const at::Tensor& log_sum_exp, int64_t ignore_index, double label_smoothing) {
+InputGradients backward(const Kernels& kernels, const at::Tensor& grad_losses,
+                        const at::Tensor& input, const at::Tensor& target,
+                        const OptionalTensor& weight, const at::Tensor& log_sum_exp,
+                        int64_t ignore_index, double label_smoothing,
+                        std::array<bool, 2> output_mask) {
   const c10::OptionalDeviceGuard guard(input.device());
-  const Samples samples(input, target, weight, ignore_index, label_smoothing);
+  constexpr const char* kName = "cross_entropy_losses_backward";
+  const Samples samples(input, target, weight, ignore_index, label_smoothing, kName);
   const auto check = [&](const char* name, const at::Tensor& tensor, at::ScalarType dtype) {
     TORCH_CHECK_VALUE(tensor.sizes() == at::IntArrayRef(samples.sizes) &&
                           tensor.scalar_type() == dtype && tensor.device() == input.device(),
-                      "cross_entropy_losses_backward: ", name, ": expected ", dtype, " of shape ",
+                      kName, ": ", name, ": expected ", dtype, " of shape ",
                       at::IntArrayRef(samples.sizes), " on ", input.device(), ", got ",
                       tensor.scalar_type(), " of shape ", tensor.sizes(), " on ", tensor.device());
   };
   check("grad_losses", grad_losses, samples.dtype);
   check("log_sum_exp", log_sum_exp, at::kDouble);
-  const at::Tensor grad_input = core::empty_like(input);
-  if (grad_input.numel() > 0) {
-    const at::Tensor grads = grad_losses.contiguous(), exponents = log_sum_exp.contiguous();
-    kernels.backward(samples.inputs, samples.dtype, grads.data_ptr(),
-                     static_cast<const double*>(exponents.data_ptr()), by_class(grad_input));
-  }
-  return grad_input;
+  TORCH_CHECK_VALUE(!output_mask[1] || target.is_floating_point(), kName,
+                    ": output_mask: expected no gradient of classes");
+  const at::Tensor grads = grad_losses.contiguous(), exponents = log_sum_exp.contiguous();
+  const auto gradient = [&](const at::Tensor& of, bool wanted, const auto& kernel) {
+    if (!wanted) return core::empty({0}, input.scalar_type(), input);
+    at::Tensor grad = core::empty_like(of);
+    if (grad.numel() > 0) {
+      kernel(samples.inputs, samples.dtype, grads.data_ptr(),
+             static_cast<const double*>(exponents.data_ptr()), by_class(grad));
+    }
+    return grad;
+  };
+  return {gradient(input, output_mask[0], kernels.backward),
+          gradient(target, output_mask[1], kernels.target_backward)};
 }
 
 }  // namespace sqloss::cross_entropy_losses

@@ -48,6 +48,11 @@ struct Scale {
   SQLOSS_INLINE T exponent(T logit) const { return (logit - high) - low; }
 
   SQLOSS_INLINE T gradient(T softmax, T t) const { return grad * (sum * softmax - t); }
+
+  // Of a probability that its coefficient has times `factor`.
+  SQLOSS_INLINE T target_gradient(T logit, T factor) const {
+    return grad * (factor * -exponent(logit));
+  }
 };
 
 }  // namespace sqloss::cross_entropy_losses::CPU_CAPABILITY

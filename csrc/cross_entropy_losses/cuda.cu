@@ -6,7 +6,8 @@
 //            (label smoothing, probabilities) go in sums of t and of t * (m - x), whose terms have
 //            one sign, so that float holds them however large the logits are.
 // backward   softmax = exp(x - log_sum_exp). One write of the gradient; the logits of samples
-//            without gradient are not read.
+//            without gradient are not read. The gradient of probabilities is a kernel of its own,
+//            without any exp.
 //
 // Samples are walked in one of two ways, as memory has them:
 //
@@ -567,6 +568,49 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<T>(kAdjacent ? 4 : 2)
   }
 }
 
+template <typename T, bool kAdjacent>
+__global__ void __launch_bounds__(kThreads, blocks_at_once<T>(kAdjacent ? 4 : 2))
+    target_backward_by_class(const Arguments in, const Columns columns,
+                             const T* grad_losses,       // [samples]
+                             const double* log_sum_exp,  // [samples]
+                             const Numbers grad_target) {
+  const Share<kAdjacent> share(columns, in.samples, kBackwardClasses);
+  const int classes = static_cast<int>(in.classes);
+  const Column<kAdjacent> input(in.input, share);
+  const Column<kAdjacent> gradient(grad_target, share);
+  T grad_loss[kSamples];
+  read_each(grad_losses, share, grad_loss);
+  Scale<T> scales[kSamples];
+  bool any_gradient = false;
+#pragma unroll
+  for (int i = 0; i < kSamples; ++i) {
+    const bool has_gradient = grad_loss[i] != T(0);
+    any_gradient = any_gradient || has_gradient;
+    const double exponent = has_gradient ? log_sum_exp[share.sample(i)] : 0.0;
+    scales[i] = Scale<T>(grad_loss[i], /*sum_t=*/0, exponent);
+  }
+
+#pragma unroll 1
+  for (int c = share.begin; c < classes; c += share.step) {
+    const int count = classes - c;
+    T grad[kBackwardClasses][kSamples] = {};
+    if (any_gradient) {
+      T x[kBackwardClasses][kSamples];
+      input.read(c, count, T(0), x);
+#pragma unroll
+      for (int k = 0; k < kBackwardClasses; ++k) {
+        const T weight = k < count ? in.weight_of<T>(c + k) : T(0);
+        const T factor = static_cast<T>(in.kept) * weight;
+#pragma unroll
+        for (int i = 0; i < kSamples; ++i) {
+          if (grad_loss[i] != T(0)) grad[k][i] = scales[i].target_gradient(x[k][i], factor);
+        }
+      }
+    }
+    gradient.write(share, c, count, grad);
+  }
+}
+
 // --- by sample -----------------------------------------------------------------------------------
 
 // The threads that share a sample: 2^k lanes of a warp, or all of the block.
@@ -858,6 +902,37 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<T>(3))
   }
 }
 
+template <typename T, int kRun>
+__global__ void __launch_bounds__(kThreads, blocks_at_once<T>(3))
+    target_backward_by_sample(const Arguments in, int team_size, const T* grad_losses,  // [samples]
+                              const double* log_sum_exp,                                // [samples]
+                              const Numbers grad_target) {
+  const Team team(team_size);
+  const int64_t sample = team.number();
+  if (sample >= in.samples) return;
+  const Row input(in.input, sample);
+  const Row gradient(grad_target, sample);
+  const Runs<kRun> runs(team, in, input.at(0));
+  const T grad_loss = grad_losses[sample];
+  const bool has_gradient = grad_loss != T(0);
+  const Scale<T> scale(grad_loss, /*sum_t=*/0, has_gradient ? log_sum_exp[sample] : 0.0);
+
+#pragma unroll 1
+  for (int64_t c = runs.begin; c < in.classes; c += runs.step) {
+    T grad[kRuns * kRun] = {};
+    if (has_gradient) {
+      T x[kRuns * kRun];
+      input.read(runs, c, T(0), x);
+#pragma unroll
+      for (int i = 0; i < kRuns * kRun; ++i) {
+        const T weight = runs.counts(c, i) ? in.weight_of<T>(c + runs.place(i)) : T(0);
+        grad[i] = scale.target_gradient(x[i], static_cast<T>(in.kept) * weight);
+      }
+    }
+    gradient.write(runs, c, grad);
+  }
+}
+
 // --- host ----------------------------------------------------------------------------------------
 
 bool walk_by_sample(const Inputs& in) {
@@ -961,6 +1036,26 @@ void backward_typed(const Inputs& in, const T* grad_losses, const double* log_su
   }
 }
 
+template <typename T>
+void target_backward_typed(const Inputs& in, const T* grad_losses, const double* log_sum_exp,
+                           const Classes& grad_target) {
+  const Arguments arguments(in);
+  const Numbers gradient(grad_target);
+  if (walk_by_sample(in)) {
+    const int team = team_size_of(in);
+    launch(walk_in_runs(in) ? target_backward_by_sample<T, 4> : target_backward_by_sample<T, 1>,
+           grid(divide_up(in.samples, kThreads / team)), kThreads, 0, arguments, team, grad_losses,
+           log_sum_exp, gradient);
+  } else {
+    const bool adjacent =
+        in_vectors(in.input) && in_vectors(grad_target) && in_vectors(grad_losses);
+    const Columns columns = columns_of(in);
+    launch(adjacent ? target_backward_by_class<T, true> : target_backward_by_class<T, false>,
+           grid(divide_up(in.samples, columns.samples_of_block())), kThreads, 0, arguments, columns,
+           grad_losses, log_sum_exp, gradient);
+  }
+}
+
 void forward(const Inputs& in, at::ScalarType dtype, void* losses, double* log_sum_exp,
              const superquantile::FusedTail* tail) {
   dtype == at::kDouble ? forward_typed(in, static_cast<double*>(losses), log_sum_exp, tail)
@@ -974,8 +1069,15 @@ void backward(const Inputs& in, at::ScalarType dtype, const void* grad_losses,
       : backward_typed(in, static_cast<const float*>(grad_losses), log_sum_exp, grad_input);
 }
 
+void target_backward(const Inputs& in, at::ScalarType dtype, const void* grad_losses,
+                     const double* log_sum_exp, const Classes& grad_target) {
+  dtype == at::kDouble
+      ? target_backward_typed(in, static_cast<const double*>(grad_losses), log_sum_exp, grad_target)
+      : target_backward_typed(in, static_cast<const float*>(grad_losses), log_sum_exp, grad_target);
+}
+
 }  // namespace
 
-const Kernels kernels{forward, backward};
+const Kernels kernels{forward, backward, target_backward};
 
 }  // namespace sqloss::cross_entropy_losses::CUDA

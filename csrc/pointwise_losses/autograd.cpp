@@ -81,7 +81,9 @@ struct Call {
         // torch's sign of NaN is 0
         in_x = at::where(difference.isnan(), difference, difference.sign());
         if (parameter > 0) {
-          in_x = at::where(difference.abs() < parameter, difference / parameter, in_x);
+          // Elsewhere 0, because 0 times an infinite 1 / beta would be the derivative there
+          const at::Tensor near = difference.abs() < parameter;
+          in_x = at::where(near, difference.masked_fill(~near, 0) / parameter, in_x);
         }
         in_y = -in_x;
         break;

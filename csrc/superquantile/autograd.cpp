@@ -17,10 +17,10 @@ using torch::autograd::variable_list;
 
 Outputs call_forward(const at::Tensor& losses, const at::Tensor& tail_fraction,
                      const OptionalTensor& weight, const OptionalTensor& mask, at::IntArrayRef dim,
-                     bool keepdim) {
+                     bool keepdim, std::string_view function, std::string_view none_counts) {
   static const auto op =
       core::find_operator<core::Operator<decltype(forward)>>("sqloss::superquantile");
-  return op.call(losses, tail_fraction, weight, mask, dim, keepdim);
+  return op.call(losses, tail_fraction, weight, mask, dim, keepdim, function, none_counts);
 }
 
 at::Tensor call_backward(const OptionalTensor& grad_value, const OptionalTensor& grad_threshold,
@@ -116,14 +116,15 @@ struct SuperquantileBackwardBackward final : TailNode {
 
 Outputs forward_autograd(const at::Tensor& losses, const at::Tensor& tail_fraction,
                          const OptionalTensor& weight, const OptionalTensor& mask,
-                         at::IntArrayRef dim, bool keepdim) {
-  core::refuse_gradient("superquantile", "tail_fraction", tail_fraction);
-  core::refuse_gradient("superquantile", "weight", weight);
+                         at::IntArrayRef dim, bool keepdim, std::string_view function,
+                         std::string_view none_counts) {
+  core::refuse_gradient(function, "tail_fraction", tail_fraction);
+  core::refuse_gradient(function, "weight", weight);
   const bool reverse = torch::autograd::compute_requires_grad(losses);
   const OptionalTensor tangent = core::tangent(losses);
   Outputs outputs = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
-    return call_forward(losses, tail_fraction, weight, mask, dim, keepdim);
+    return call_forward(losses, tail_fraction, weight, mask, dim, keepdim, function, none_counts);
   }();
   if (!reverse && !tangent) return outputs;
 
@@ -174,11 +175,12 @@ at::Tensor backward_autograd(const OptionalTensor& grad_value, const OptionalTen
 template <at::DeviceType device>
 Outputs forward_autocast(const at::Tensor& losses, const at::Tensor& tail_fraction,
                          const OptionalTensor& weight, const OptionalTensor& mask,
-                         at::IntArrayRef dim, bool keepdim) {
+                         at::IntArrayRef dim, bool keepdim, std::string_view function,
+                         std::string_view none_counts) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(device));
   return call_forward(at::autocast::cached_cast(at::kFloat, losses, device), tail_fraction, weight,
-                      mask, dim, keepdim);
+                      mask, dim, keepdim, function, none_counts);
 }
 
 }  // namespace
@@ -187,7 +189,7 @@ at::Tensor distributed_with_gradient(const at::Tensor& value, const at::Tensor& 
                                      const OptionalTensor& weight, const OptionalTensor& mask,
                                      const at::Tensor& threshold, const at::Tensor& counts) {
   TORCH_CHECK_NOT_IMPLEMENTED(!core::tangent(losses),
-                              "distributed superquantile: losses: expected no tangent (forward "
+                              "distributed.cvar: losses: expected no tangent (forward "
                               "mode is not implemented), got one");
   if (!torch::autograd::compute_requires_grad(losses)) return value;
   const auto node = core::make_node<DistributedSuperquantileBackward>();

@@ -37,9 +37,13 @@ const uint8_t* mask_at(const Matrix& mask, int64_t row, int64_t i) {
   return static_cast<const uint8_t*>(at(mask, row, i));
 }
 
-void check_weight(double weight) {
-  TORCH_CHECK_VALUE(weight >= 0 && std::isfinite(weight),
-                    "superquantile: weight: expected finite values >= 0, got ", weight);
+template <typename W>
+void check_weights(const W* weights, int64_t count, const Caller& caller) {
+  for (int64_t i = 0; i < count; ++i) {
+    TORCH_CHECK_VALUE(weights[i] >= 0 && std::isfinite(weights[i]), caller.function,
+                      ": weight: expected finite values >= 0, got ",
+                      static_cast<double>(weights[i]));
+  }
 }
 
 // values[i] = 0 (or what `masked` is) where the mask is False. Returns how many it leaves.
@@ -138,7 +142,7 @@ class Row {
     items.size = size;
     if (in_.mask.data != nullptr) drop_masked(positions, items);
     if constexpr (kWeighted<W>) {
-      std::for_each_n(items.weights.data(), items.size, check_weight);
+      check_weights(items.weights.data(), items.size, in_.caller);
     }
   }
 
@@ -166,7 +170,7 @@ class Row {
     if constexpr (kWeighted<W>) {
       weights = read_weights(in_, row_, begin, count, buffer.weights);
       if (count % kLanes != 0) weights = padded(weights, count, buffer.weights, W(0));
-      some_weigh_nothing = check_weights(weights, count);
+      some_weigh_nothing = some_are_zero(weights, count);
     }
     const bool masked = !kWeighted<W> && in_.mask.data != nullptr;
     if (count % kLanes != 0 || masked || some_weigh_nothing) {
@@ -194,7 +198,7 @@ class Row {
 
   // Whether some are 0; raises for those that are no weights. By their bits, which order as the
   // numbers do, with all negative ones and NaN above +inf.
-  static bool check_weights(const W* weights, int64_t count) {
+  bool some_are_zero(const W* weights, int64_t count) const {
     using Bits = std::conditional_t<sizeof(W) == 8, uint64_t, uint32_t>;
     Bits least = ~Bits(0), largest = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -203,7 +207,7 @@ class Row {
       largest = std::max(largest, bits);
     }
     if (largest < c10::bit_cast<Bits>(kInfinity<W>)) return least == 0;
-    std::for_each_n(weights, count, check_weight);
+    check_weights(weights, count, in_.caller);
     return true;  // -0
   }
 
@@ -217,12 +221,9 @@ Result tail_of(const Losses& in, int64_t row, double tail_fraction) {
   const double rounding =
       kAlphaRounding + (kWeighted<W> ? static_cast<double>(in.n) * kSumRounding : 0.0);
   const auto target = [&](double total) {
-    TORCH_CHECK_VALUE(std::isfinite(total),
-                      "superquantile: weight: expected a finite sum in every reduction, got ",
-                      total);
-    TORCH_CHECK_VALUE(total > 0,
-                      "superquantile: weight, mask: expected a positive sum of weights in every "
-                      "reduction, got 0");
+    TORCH_CHECK_VALUE(std::isfinite(total), in.caller.function,
+                      ": weight: expected a finite sum in every reduction, got ", total);
+    TORCH_CHECK_VALUE(total > 0, in.caller.function, ": ", in.caller.none_counts);
     return tail_target(tail_fraction, total, rounding);
   };
   const Tail<T> tail = select(Row<T, W>(in, row), tail_fraction, target);

@@ -103,8 +103,10 @@ struct Histogram {
 // What ranks add up, one payload after another.
 class Payload {
  public:
-  explicit Payload(const std::function<void(const at::Tensor&)>& all_reduce)
-      : all_reduce_(all_reduce) {}
+  const std::string& function;  // that was called
+
+  Payload(const std::string& function, const std::function<void(const at::Tensor&)>& all_reduce)
+      : function(function), all_reduce_(all_reduce) {}
 
   // Zeros, of which this rank's own part is to be written before the sum. The last payload is gone.
   int64_t* begin(int64_t size) {
@@ -125,9 +127,15 @@ class Payload {
 // invalid weights, and a histogram.
 class Agreement {
  public:
+  const std::string& function;  // that was called
+
   Agreement(const std::vector<int64_t>& config, int64_t ranks, Payload& payload,
             const std::function<void(const at::Tensor&)>& disagree)
-      : config_(config), ranks_(ranks), payload_(payload), disagree_(disagree) {
+      : function(payload.function),
+        config_(config),
+        ranks_(ranks),
+        payload_(payload),
+        disagree_(disagree) {
     int64_t* data = payload.begin(2 * static_cast<int64_t>(config.size()) + 2 + kFirstBins);
     for (const int64_t number : config) *data++ = number;
     for (const int64_t number : config) *data++ = number * number;
@@ -150,8 +158,7 @@ class Agreement {
       for (const auto i : c10::irange(count)) equal.mutable_data_ptr<bool>()[i] = agree(i);
       disagree_(equal);
     }
-    TORCH_CHECK_VALUE(*losses <= kMostLosses,
-                      "distributed superquantile: losses: expected at most ", kMostLosses,
+    TORCH_CHECK_VALUE(*losses <= kMostLosses, function, ": losses: expected at most ", kMostLosses,
                       " on all ranks together, got ", *losses);
   }
 
@@ -249,8 +256,8 @@ struct Items {
       ++agreement.histogram[std::max(exponent, lowest) - lowest];
     }
     agreement.reduce();
-    TORCH_CHECK_VALUE(*agreement.invalid == 0,
-                      "distributed superquantile: weight: expected finite values >= 0");
+    TORCH_CHECK_VALUE(*agreement.invalid == 0, agreement.function,
+                      ": weight: expected finite values >= 0");
     for (const auto bin : c10::irange(kFirstBins)) {
       if (agreement.histogram[bin] > 0) unit = bin + lowest;
     }
@@ -313,11 +320,11 @@ class Search {
     Mass total;
     for (const auto bin : c10::irange(kFirstBins)) add(total, histogram.at(bin));
     total_ = total.real();
-    TORCH_CHECK_VALUE(total_ > 0,
-                      "distributed superquantile: losses: expected one that counts on any of the "
+    TORCH_CHECK_VALUE(total_ > 0, payload_.function,
+                      ": losses: expected one that counts on any of the "
                       "ranks, got none");
-    TORCH_CHECK_VALUE(std::isfinite(times_power_of_two(total_, items_.unit)),
-                      "distributed superquantile: weight: expected a finite sum over all ranks");
+    TORCH_CHECK_VALUE(std::isfinite(times_power_of_two(total_, items_.unit)), payload_.function,
+                      ": weight: expected a finite sum over all ranks");
     target_ = tail_target(fraction_, total_, rounding);
     descend(histogram, 0);
     exponent_ = std::numeric_limits<int64_t>::min();
@@ -428,12 +435,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> distributed(
     const at::Tensor& losses, double tail_fraction, const std::optional<at::Tensor>& weight,
     const std::optional<at::Tensor>& mask, const std::vector<int64_t>& config, int64_t ranks,
     int64_t scale, const std::function<void(const at::Tensor&)>& all_reduce,
-    const std::function<void(const at::Tensor&)>& disagree) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      losses.has_storage(),
-      "distributed superquantile: losses: expected a tensor of this process "
-      "(transforms of torch.func are not implemented), got one without "
-      "storage");
+    const std::function<void(const at::Tensor&)>& disagree, const std::string& function) {
+  TORCH_CHECK_NOT_IMPLEMENTED(losses.has_storage(), function,
+                              ": losses: expected a tensor of this process (transforms of "
+                              "torch.func are not implemented), got one without storage");
   const at::Tensor x = losses.contiguous();
   std::optional<at::Tensor> w, m;
   if (weight) w = weight->to(at::kDouble).contiguous();
@@ -444,7 +449,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> distributed(
   core::for_dtype(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const auto run = [&](auto mass) {
-      Payload payload(all_reduce);
+      Payload payload(function, all_reduce);
       Agreement agreement(config, ranks, payload, disagree);
       const Items<T, decltype(mass)> items(x, m, w, agreement);
       Search<T, decltype(mass)> found(items, tail_fraction, payload);

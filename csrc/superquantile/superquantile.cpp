@@ -84,8 +84,8 @@ struct Inputs {
     if (mask_) mask = MatrixView(reduction, *mask_);
   }
 
-  Losses view(const Reduction& reduction) const {
-    return {reduction.rows, reduction.n, losses.matrix, weight.matrix, mask.matrix};
+  Losses view(const Reduction& reduction, const Caller& caller = {}) const {
+    return {reduction.rows, reduction.n, losses.matrix, weight.matrix, mask.matrix, caller};
   }
 };
 
@@ -110,7 +110,8 @@ void check_inputs(const at::Tensor& losses, const OptionalTensor& weight,
                    "superquantile: mask: expected a bool tensor, got ", mask->scalar_type());
 }
 
-TailFraction read(const at::Tensor& tail_fraction, const at::Tensor& losses) {
+TailFraction read(const at::Tensor& tail_fraction, const at::Tensor& losses,
+                  std::string_view function) {
   TORCH_CHECK_TYPE(
       tail_fraction.scalar_type() == at::kDouble && tail_fraction.numel() == 1 &&
           (tail_fraction.is_cpu() || tail_fraction.device() == losses.device()),
@@ -119,8 +120,9 @@ TailFraction read(const at::Tensor& tail_fraction, const at::Tensor& losses) {
       tail_fraction.device());
   const double* const data = tail_fraction.const_data_ptr<double>();
   if (!tail_fraction.is_cpu()) return TailFraction(data);
-  TORCH_CHECK_VALUE(*data > 0 && *data <= 1,
-                    "superquantile: tail_fraction: expected a number in (0, 1], got ", *data);
+  TORCH_CHECK_VALUE(*data > 0 && *data <= 1, function,
+                    ": alpha, tail_fraction: expected alpha in [0, 1) or tail_fraction in (0, 1], ",
+                    "got alpha = ", 1 - *data, ", tail_fraction = ", *data);
   return *data;
 }
 
@@ -128,14 +130,14 @@ TailFraction read(const at::Tensor& tail_fraction, const at::Tensor& losses) {
 
 Outputs forward(const Kernels& kernels, const at::Tensor& losses, const at::Tensor& tail_fraction,
                 const OptionalTensor& weight, const OptionalTensor& mask, at::IntArrayRef dim,
-                bool keepdim) {
+                bool keepdim, std::string_view function, std::string_view none_counts) {
   check_inputs(losses, weight, mask);
   const c10::OptionalDeviceGuard guard(losses.device());
   const Reduction reduction(losses, dim, keepdim);
   TORCH_CHECK_VALUE(reduction.n > 0,
                     "superquantile: losses: expected at least one loss in every reduction, got ",
                     "shape ", losses.sizes());
-  const TailFraction fraction = read(tail_fraction, losses);
+  const TailFraction fraction = read(tail_fraction, losses, function);
 
   at::DimVector counts_sizes = reduction.output_sizes;
   counts_sizes.push_back(3);
@@ -148,7 +150,7 @@ Outputs forward(const Kernels& kernels, const at::Tensor& losses, const at::Tens
   const Inputs inputs(reduction, losses, weight, mask);
   const auto& [value, threshold, counts] = outputs;
   kernels.forward(
-      inputs.view(reduction), fraction,
+      inputs.view(reduction, {function, none_counts}), fraction,
       {value.data_ptr(), threshold.data_ptr(), static_cast<Counts*>(counts.data_ptr())});
   return outputs;
 }

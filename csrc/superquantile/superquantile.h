@@ -23,6 +23,7 @@
 
 #include <limits>
 #include <optional>
+#include <string_view>
 #include <tuple>
 
 #include "core/kernels.h"
@@ -42,12 +43,22 @@ struct Matrix {
   int64_t stride = 0;
 };
 
+// The public function that was called, as errors on the CPU name it, and what they say of its
+// arguments where no loss counts.
+constexpr std::string_view kNoneCounts =
+    "weight, mask: expected a positive sum of weights in every reduction, got 0";
+struct Caller {
+  std::string_view function = "superquantile";
+  std::string_view none_counts = kNoneCounts;
+};
+
 struct Losses {
   int64_t rows;
   int64_t n;  // at least 1
   Matrix losses;
   Matrix weight;  // float or double, or absent
   Matrix mask;    // bool, true: the loss counts; or absent
+  Caller caller = {};
 };
 
 // {weight above the threshold, weight at it, weight of the tail}
@@ -148,12 +159,13 @@ SQLOSS_DECLARE_KERNELS
 
 // From tensors to kernels. `dim` lists the reduced dimensions (non-negative, none twice; empty:
 // all); weight and mask have the shape of losses; tail_fraction is a 0-dim float64 tensor.
-// Returns value and threshold [kept dims] in the dtype of losses and counts [kept dims, 3] in
-// float64.
+// Errors name `function`, and read `none_counts` where no loss counts (struct Caller). Returns
+// value and threshold [kept dims] in the dtype of losses and counts [kept dims, 3] in float64.
 using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 Outputs forward(const Kernels&, const at::Tensor& losses, const at::Tensor& tail_fraction,
                 const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& mask,
-                at::IntArrayRef dim, bool keepdim);
+                at::IntArrayRef dim, bool keepdim, std::string_view function,
+                std::string_view none_counts);
 
 // The gradient of losses from those of value and threshold (either may be absent, not both).
 at::Tensor backward(const Kernels&, const std::optional<at::Tensor>& grad_value,

@@ -22,6 +22,7 @@ def distributed_superquantile(
     scale: int,
     all_reduce: Callable[[Tensor], None],
     check: Callable[[Tensor], None],
+    function: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """That of the reference, whose docstring tells the arguments."""
     losses = _in_memory(losses)
@@ -29,7 +30,9 @@ def distributed_superquantile(
     mask = None if mask is None else _in_memory(mask)
     on_cpu = losses.device.type == "cpu"
     select = _C.distributed_superquantile if on_cpu else reference.distributed_superquantile
-    return select(losses, tail_fraction, weight, mask, config, ranks, scale, all_reduce, check)
+    return select(
+        losses, tail_fraction, weight, mask, config, ranks, scale, all_reduce, check, function
+    )
 
 
 def _in_memory(tensor: Tensor) -> Tensor:

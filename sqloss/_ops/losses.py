@@ -13,7 +13,8 @@ from torch.compiler import is_compiling
 
 from sqloss import _C, reference
 from sqloss._ops import in_front, warn_without_kernel
-from sqloss._ops.superquantile import cvar
+from sqloss._ops.superquantile import superquantile
+from sqloss.reference import NONE_COUNTS
 
 _ops = torch.ops.sqloss
 
@@ -41,14 +42,21 @@ def pointwise_losses(
 
 
 def cross_entropy_losses(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    function: str,
 ) -> Tensor:
     """The losses of csrc/cross_entropy_losses/cross_entropy_losses.h."""
     if is_compiling():
         losses: Tensor
-        losses, _ = _ops.cross_entropy_losses(input, target, weight, ignore_index, label_smoothing)
+        losses, _ = _ops.cross_entropy_losses(
+            input, target, weight, ignore_index, label_smoothing, function
+        )
         return losses
-    return _C.cross_entropy_losses(input, target, weight, ignore_index, label_smoothing)
+    return _C.cross_entropy_losses(input, target, weight, ignore_index, label_smoothing, function)
 
 
 def cvar_pointwise(
@@ -64,6 +72,7 @@ def cvar_pointwise(
     sample_dims: int,
     mean: bool,
     return_losses: bool,
+    function: str,
 ) -> tuple[Tensor, Tensor | None]:
     """The superquantile of all pointwise losses + extra; and these, detached, if they are wanted:
     every tensor that reaches Python costs.
@@ -72,7 +81,7 @@ def cvar_pointwise(
         losses = pointwise_losses(
             loss, input, target, weight, other, parameter, full, sample_dims, mean
         )
-        return _cvar(tail_fraction, extra, losses, None, return_losses)
+        return _cvar(tail_fraction, extra, losses, None, return_losses, function, NONE_COUNTS)
     return _C.cvar_pointwise(
         tail_fraction,
         extra,
@@ -86,6 +95,7 @@ def cvar_pointwise(
         sample_dims,
         mean,
         return_losses,
+        function,
     )
 
 
@@ -98,12 +108,16 @@ def cvar_cross_entropy(
     ignore_index: int,
     label_smoothing: float,
     return_losses: bool,
+    function: str,
 ) -> tuple[Tensor, Tensor | None]:
     """As cvar_pointwise; targets equal to ignore_index are no losses."""
+    none_counts = "target, ignore_index: expected at least one target that is not ignored, got none"
     if is_compiling():
-        losses = cross_entropy_losses(input, target, weight, ignore_index, label_smoothing)
+        losses = cross_entropy_losses(
+            input, target, weight, ignore_index, label_smoothing, function
+        )
         mask = None if target.is_floating_point() else target != ignore_index
-        return _cvar(tail_fraction, extra, losses, mask, return_losses)
+        return _cvar(tail_fraction, extra, losses, mask, return_losses, function, none_counts)
     return _C.cvar_cross_entropy(
         tail_fraction,
         extra,
@@ -113,6 +127,8 @@ def cvar_cross_entropy(
         ignore_index,
         label_smoothing,
         return_losses,
+        function,
+        none_counts,
     )
 
 
@@ -122,10 +138,12 @@ def _cvar(
     losses: Tensor,
     mask: Tensor | None,
     return_losses: bool,
+    function: str,
+    none_counts: str,
 ) -> tuple[Tensor, Tensor | None]:
     if extra is not None:
         losses = losses + extra
-    value = cvar(losses, tail_fraction, None, mask, (), False)
+    value, _, _ = superquantile(losses, tail_fraction, None, mask, (), False, function, none_counts)
     return value, losses.detach() if return_losses else None
 
 
@@ -194,10 +212,10 @@ class _Folded:
         return tensor.reshape(self.info.batch_size, self.n, *tensor.shape[1:])
 
 
-def _check_weight(bdim: int | None) -> None:
+def _check_weight(function: str, bdim: int | None) -> None:
     if bdim is not None:
         raise ValueError(
-            "cross_entropy: weight: expected one for all of vmap's batch, got a batched tensor"
+            f"{function}: weight: expected one for all of vmap's batch, got a batched tensor"
         )
 
 
@@ -209,11 +227,17 @@ def _cross_entropy_losses_vmap(
     weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
+    function: str = "cross_entropy_losses",
 ) -> Any:
-    _check_weight(in_dims[2])
+    _check_weight(function, in_dims[2])
     folded = _Folded(info, input, in_dims[0])
     outputs = _ops.cross_entropy_losses(
-        folded(input, in_dims[0]), folded(target, in_dims[1]), weight, ignore_index, label_smoothing
+        folded(input, in_dims[0]),
+        folded(target, in_dims[1]),
+        weight,
+        ignore_index,
+        label_smoothing,
+        function,
     )
     return tuple(map(folded.unfold, outputs)), (0, 0)
 
@@ -228,10 +252,11 @@ def _cross_entropy_losses_backward_vmap(
     log_sum_exp: Tensor,
     ignore_index: int,
     label_smoothing: float,
+    output_mask: Sequence[bool],
 ) -> Any:
-    _check_weight(in_dims[3])
+    _check_weight("cross_entropy_losses_backward", in_dims[3])
     folded = _Folded(info, input, in_dims[1])
-    grad_input = _ops.cross_entropy_losses_backward(
+    gradients = _ops.cross_entropy_losses_backward(
         folded(grad_losses, in_dims[0]),
         folded(input, in_dims[1]),
         folded(target, in_dims[2]),
@@ -239,8 +264,13 @@ def _cross_entropy_losses_backward_vmap(
         folded(log_sum_exp, in_dims[4]),
         ignore_index,
         label_smoothing,
+        output_mask,
     )
-    return folded.unfold(grad_input), 0
+    unfolded = (
+        folded.unfold(gradient) if wanted else gradient
+        for gradient, wanted in zip(gradients, output_mask, strict=True)
+    )
+    return tuple(unfolded), tuple(0 if wanted else None for wanted in output_mask)
 
 
 torch.library.register_vmap("sqloss::pointwise_losses", _pointwise_losses_vmap)
@@ -289,15 +319,20 @@ def _pointwise_losses_backward_fake(
 
 
 def _cross_entropy_losses_fake(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+    input: Tensor, target: Tensor, weight: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
     shape = (input.shape[0], *input.shape[2:])
     dtype = reference.losses_dtype(input, target, weight)
     return input.new_empty(shape, dtype=dtype), input.new_empty(shape, dtype=torch.float64)
 
 
-def _cross_entropy_losses_backward_fake(grad_losses: Tensor, input: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(input)
+def _cross_entropy_losses_backward_fake(
+    grad_losses: Tensor, input: Tensor, target: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty_like(tensor) if wanted else input.new_empty(0)
+        for tensor, wanted in zip((input, target), args[-1], strict=True)
+    )
 
 
 torch.library.register_fake("sqloss::pointwise_losses", _pointwise_losses_fake)
@@ -350,11 +385,14 @@ def _cross_entropy_losses_reference(input: Tensor, *args: Any) -> tuple[Tensor, 
 
 
 def _cross_entropy_losses_backward_reference(
-    grad_losses: Tensor, input: Tensor, *args: Any
-) -> Tensor:
+    grad_losses: Tensor, input: Tensor, target: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     warn_without_kernel("losses", input.device)
-    gradient = reference.cross_entropy_losses_backward(grad_losses, input, *args)
-    return _as_empty_like(gradient, input)
+    gradients = reference.cross_entropy_losses_backward(grad_losses, input, target, *args)
+    return tuple(
+        _as_empty_like(gradient, tensor) if wanted else gradient
+        for gradient, tensor, wanted in zip(gradients, (input, target), args[-1], strict=True)
+    )
 
 
 _library = torch.library.Library("sqloss", "IMPL")

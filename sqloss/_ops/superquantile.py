@@ -14,6 +14,7 @@ from torch.compiler import is_compiling
 
 from sqloss import _C, reference
 from sqloss._ops import in_front, warn_without_kernel
+from sqloss.reference import NONE_COUNTS
 
 Outputs = tuple[Tensor, Tensor, Tensor]
 
@@ -25,11 +26,12 @@ def cvar(
     mask: Tensor | None,
     dim: Sequence[int],
     keepdim: bool,
+    function: str,
 ) -> Tensor:
     """The value of csrc/superquantile/superquantile.h."""
     if is_compiling():
-        return superquantile(losses, tail_fraction, weight, mask, dim, keepdim)[0]
-    return _C.cvar(losses, tail_fraction, weight, mask, dim, keepdim)
+        return superquantile(losses, tail_fraction, weight, mask, dim, keepdim, function)[0]
+    return _C.cvar(losses, tail_fraction, weight, mask, dim, keepdim, function)
 
 
 def value_at_risk(
@@ -39,11 +41,12 @@ def value_at_risk(
     mask: Tensor | None,
     dim: Sequence[int],
     keepdim: bool,
+    function: str,
 ) -> Tensor:
     """The threshold of csrc/superquantile/superquantile.h."""
     if is_compiling():
-        return superquantile(losses, tail_fraction, weight, mask, dim, keepdim)[1]
-    return _C.value_at_risk(losses, tail_fraction, weight, mask, dim, keepdim)
+        return superquantile(losses, tail_fraction, weight, mask, dim, keepdim, function)[1]
+    return _C.value_at_risk(losses, tail_fraction, weight, mask, dim, keepdim, function)
 
 
 def tail_weights(
@@ -52,10 +55,13 @@ def tail_weights(
     weight: Tensor | None,
     mask: Tensor | None,
     dim: Sequence[int],
+    function: str,
 ) -> Tensor:
     """The gradient of the value in the losses."""
     losses = out_of_autocast(losses)  # out of sight of the next operator's
-    value, threshold, counts = superquantile(losses, tail_fraction, weight, mask, dim, False)
+    value, threshold, counts = superquantile(
+        losses, tail_fraction, weight, mask, dim, False, function
+    )
     grad_losses: Tensor = torch.ops.sqloss.superquantile_backward(
         torch.ones_like(value), None, losses, weight, mask, threshold, counts, dim, False
     )
@@ -75,15 +81,21 @@ def superquantile(
     mask: Tensor | None,
     dim: Sequence[int],
     keepdim: bool,
+    function: str = "superquantile",
+    none_counts: str = NONE_COUNTS,
 ) -> Outputs:
     """(value, threshold, counts) of csrc/superquantile/superquantile.h, through torch.ops."""
     if is_compiling():
         # A tensor made by arithmetic: a float argument would be a constant of the graph, compiled
-        # again for every new alpha. On the device, so that the graph stays on one.
-        fraction = torch.ones((), dtype=torch.float64, device=losses.device) * tail_fraction
+        # again for every new alpha. On the device, so that the graph stays on one; but the operator
+        # refuses a number out of range, which while tracing cannot be refused, on the CPU.
+        device = losses.device if 0 < tail_fraction <= 1 else torch.device("cpu")
+        fraction = torch.ones((), dtype=torch.float64, device=device) * tail_fraction
     else:
         fraction = torch.tensor(tail_fraction, dtype=torch.float64, device="cpu")
-    outputs: Outputs = torch.ops.sqloss.superquantile(losses, fraction, weight, mask, dim, keepdim)
+    outputs: Outputs = torch.ops.sqloss.superquantile(
+        losses, fraction, weight, mask, dim, keepdim, function, none_counts
+    )
     return outputs
 
 
@@ -120,6 +132,8 @@ def _superquantile_vmap(
     mask: Tensor | None,
     dim: Sequence[int],
     keepdim: bool,
+    function: str = "superquantile",
+    none_counts: str = NONE_COUNTS,
 ) -> Any:
     batch = _Batch(info, _ndim(losses, in_dims[0]), dim, keepdim)
     outputs = torch.ops.sqloss.superquantile(
@@ -129,6 +143,8 @@ def _superquantile_vmap(
         batch.losses(mask, in_dims[3]),
         batch.dim,
         batch.keepdim,
+        function,
+        none_counts,
     )
     return outputs, (0, 0, 0)
 
@@ -175,6 +191,8 @@ def _superquantile_fake(
     mask: Tensor | None,
     dim: Sequence[int],
     keepdim: bool,
+    function: str = "superquantile",
+    none_counts: str = NONE_COUNTS,
 ) -> Outputs:
     shape = reference.output_shape(losses, dim, keepdim)
     return (
