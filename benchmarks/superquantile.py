@@ -64,26 +64,51 @@ def cvar_gpu_bars(n: int) -> dict[str, dict[str, float]]:
     }
 
 
-def batched(rows: int, n: int = 1024, **like: Any) -> Case:
+def batched(n: int, **like: Any) -> Case:
+    """Rows of n losses, each in one piece and, on the CPU, side by side as well (dim=0)."""
     k = tail_size(n)
-    row_twin = partial(twin, dim=[1])
     gpu = like["device"].type == "cuda"
+    rows = 2**16 if gpu else 2**12 if n >= 2**10 else 2**14
     modes = [FORWARD, BOTH]
     gpu_bars = {mode: {FLOOR: 1.3} for mode in map(in_graph, modes)}
+
+    def contenders(dim: int) -> list[Contender]:
+        name = ", dim=0" if dim == 0 else ""
+        topk = f"topk().mean(){name}"
+        bars = {FORWARD: {topk: 1.0}, BOTH: {topk: 1 / 8 if (n, dim) == (1024, 1) else 1.0}}
+        inputs = (lambda: [normal(n, rows, **like)]) if dim == 0 else None
+        row_twin = partial(twin, dim=[dim])
+        return [
+            Contender(
+                f"sqloss.cvar{name}",
+                lambda x: sqloss.cvar(x, ALPHA, dim=dim),
+                row_twin,
+                bars=gpu_bars if gpu else bars,
+                inputs=inputs,
+            ),
+            Contender(
+                topk,
+                lambda x: x.topk(k, dim).values.mean(dim),
+                row_twin,
+                exact=False,
+                inputs=inputs,
+            ),
+        ]
+
     return Case(
         shape=[rows, n],
         inputs=lambda: [normal(rows, n, **like)],
         contenders=[
             Contender("mean", lambda x: x.mean(-1)),
-            Contender(
-                "sqloss.cvar",
-                lambda x: sqloss.cvar(x, ALPHA, dim=-1),
-                row_twin,
-                bars=gpu_bars if gpu else {BOTH: {"topk().mean()": 1 / 8}},
-            ),
+            *contenders(1),
             Contender("sum", lambda x: x.sum(-1)),
-            Contender("topk().mean()", lambda x: x.topk(k).values.mean(-1), row_twin, exact=False),
-            Contender("kthvalue + relu", partial(kthvalue_and_relu, n), row_twin, exact=False),
+            Contender(
+                "kthvalue + relu",
+                partial(kthvalue_and_relu, n),
+                partial(twin, dim=[1]),
+                exact=False,
+            ),
+            *([] if gpu else contenders(0)),
         ],
         modes=[*modes, *map(in_graph, modes)] if gpu else modes,
         reads=2 if gpu else 1,  # by each pass once
@@ -190,7 +215,13 @@ OPERATIONS = {
         gpu_sizes=[2**7, 2**10, 2**12, 2**14, 2**16, 2**19, 2**20, 2**24, 2**28],
         plot="lines",
     ),
-    "batched": Operation("sqloss.cvar(dim=-1)", batched, [4096], gpu_sizes=[65536]),
+    "batched": Operation(
+        "sqloss.cvar of many rows, dim=1 and dim=0",
+        batched,
+        [1, 2, 3, 8, 64, 256, 1024, 4096],
+        quick=[8, 1024],
+        gpu_sizes=[1024],
+    ),
     "weighted": Operation("sqloss.cvar(weight=, mask=)", weighted, [2**20]),
     "value_at_risk": Operation("sqloss.value_at_risk", value_at_risk, [2**20]),
     "inputs": Operation(

@@ -107,9 +107,10 @@ def test_random_numbers_are_checked_where_they_are_known(run, tmp_path, monkeypa
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_dtypes(run, dtype):
-    operations = ("cvar", "batched", "weighted", "value_at_risk", "inputs")
+    operations = ("cvar", "weighted", "value_at_risk", "inputs")
     assert run("--dtype", dtype, "--sizes", 64, "--op", *operations) == 0
-    assert run("--dtype", dtype, "--sizes", 8, "--op", "rsample_kl", "kl_of_many_samples") == 0
+    operations = ("batched", "rsample_kl", "kl_of_many_samples")
+    assert run("--dtype", dtype, "--sizes", 8, "--op", *operations) == 0
 
 
 def test_what_was_measured_before_an_interrupt_is_written(benchmark, run, tmp_path, monkeypatch):

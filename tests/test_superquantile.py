@@ -317,7 +317,7 @@ def test_twin_on_adversarial_losses(device, case, dtype):
 
 
 def sampled_positions(n):
-    """Where the kernel looks for a first guess of the threshold of a row of n > 8192 losses."""
+    """Where the kernel looks for a first guess of the threshold of a row of n losses."""
 
     def scrambled(x):
         x = (x + 0x9E3779B97F4A7C15) % 2**64
@@ -325,8 +325,9 @@ def sampled_positions(n):
         x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
         return x ^ x >> 31
 
-    # all that it could look at: the first half of n^(2/3), and a few more
-    return torch.tensor([scrambled(i) * n >> 64 for i in range(int(n ** (2 / 3) / 2) + 2)])
+    # all that it could look at: 64, or the first half of n^(2/3) and a few more
+    size = max(64, int(n ** (2 / 3) / 2) + 2)
+    return torch.tensor([scrambled(i) * n >> 64 for i in range(size)])
 
 
 MISLEADING = {
@@ -343,22 +344,23 @@ MISLEADING = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [*MISLEADING, "not there"])
-def test_a_sample_that_misleads(case, dtype):
-    n = 40_003
-    losses, mask = torch.randn(n), torch.rand(n) < 0.9
-    weight = torch.randint(4, (n,)).double()  # whose sums are exact
-    losses[::7] = 0
+@pytest.mark.parametrize("shape", [(40_003,), (18, 700)])
+def test_a_sample_that_misleads(shape, case, dtype):
+    n = shape[-1]
+    losses, mask = torch.randn(shape), torch.rand(shape) < 0.9
+    weight = torch.randint(4, shape).double()  # whose sums are exact
+    losses[..., ::7] = 0
     sampled = sampled_positions(n)
     if case in MISLEADING:
-        losses[sampled] = MISLEADING[case](losses[sampled])
+        losses[..., sampled] = MISLEADING[case](losses[..., sampled])
     else:
-        weight[sampled], mask[sampled] = 0, False
+        weight[..., sampled], mask[..., sampled] = 0, False
     losses = losses.to(dtype)
     for alpha in (0.0, 0.05, 0.5, 0.9, 0.99, 1 - 2**-53):
-        assert_matches_twin(losses, alpha)
-        assert_matches_twin(losses, alpha, mask=mask)
-        assert_matches_twin(losses, alpha, weight=weight)
-        assert_matches_twin(losses, alpha, weight=weight, mask=mask)
+        assert_matches_twin(losses, alpha, dim=-1)
+        assert_matches_twin(losses, alpha, dim=-1, mask=mask)
+        assert_matches_twin(losses, alpha, dim=-1, weight=weight)
+        assert_matches_twin(losses, alpha, dim=-1, weight=weight, mask=mask)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-300])
@@ -646,7 +648,10 @@ def test_law_only_relative_weights_matter(losses, alpha, factor):
 # --- the same bits every time ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape, dim", [((300_001,), None), ((700, 301), 1), ((301, 700), 0)])
+MANY_ROWS = [((700, 301), 1), ((301, 700), 0), ((5000, 9), 1), ((9, 5000), 0)]
+
+
+@pytest.mark.parametrize("shape, dim", [((300_001,), None), *MANY_ROWS])
 def test_same_bits_for_any_number_of_threads(shape, dim):
     losses = torch.randn(shape)
     weight = torch.rand(shape)
@@ -666,6 +671,22 @@ def test_same_bits_for_any_number_of_threads(shape, dim):
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
 
 
+@pytest.mark.parametrize("n", [1, 2, 9, 40, 64, 65, 300, 1000, 8192])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_same_bits_of_a_row_alone_and_among_others(n, dtype):
+    """In either dimension, and whichever rows are its neighbours."""
+    losses = torch.randn(35, n).to(dtype)
+    weight, mask = torch.rand(35, n), torch.rand(35, n) < 0.8
+    mask[:, 0] = True
+    for given_ in ({}, {"weight": weight}, {"mask": mask}):
+        together = sqloss.cvar(losses, 0.7, dim=1, **given_)
+        columns = {name: x.t().contiguous() for name, x in given_.items()}
+        assert torch.equal(sqloss.cvar(losses.t().contiguous(), 0.7, dim=0, **columns), together)
+        for row in (0, 15, 16, 34):
+            own = {name: x[row] for name, x in given_.items()}
+            assert sqloss.cvar(losses[row], 0.7, **own) == together[row]
+
+
 def test_same_bits_on_every_repetition(device):
     losses = torch.randn(10_007, device=device)
     first = sqloss.cvar(losses, 0.9), sqloss.tail_weights(losses, 0.9)
@@ -681,12 +702,13 @@ out = []
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     for shape, dim in (
         ((9001,), 0), ((50, 301), 1), ((301, 50), 0), ((40_000,), 0), ((100_003,), 0),
-        ((40_000, 2), 0),
+        ((40_000, 2), 0), ((35, 1), 1), ((35, 9), 1), ((9, 35), 0), ((18, 64), 1), ((700, 18), 0),
     ):
         # not randn: torch's own normals depend on the capability
         x = torch.rand(shape, generator=g).sub(0.5).to(dtype).requires_grad_()
         w = torch.rand(shape, generator=g)
         m = torch.rand(shape, generator=g) < 0.7
+        m.select(dim, 0).fill_(True)
         for given in ({}, {"weight": w}, {"mask": m}, {"weight": w.double(), "mask": m}):
             y = sqloss.cvar(x, 0.77, dim=dim, **given)
             out += [y.detach(), *torch.autograd.grad(y.sum(), x)]
@@ -1297,6 +1319,23 @@ def test_twin_where_the_kernels_change(device, n, kind, dtype):
         assert_matches_twin(torch.stack([losses, losses.flip(0)]), 0.8, dim=1)
     weight = torch.arange(n, device=device) % 3 + 1
     assert_matches_twin(losses, 0.8, weight=weight, mask=weight != 3)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_twin_of_many_short_rows(device, dim, dtype):
+    """Rows of every kind in one batch: more than one for each lane of the CPU's vectors."""
+    for n in [*range(1, 71), 127, 128, 129, 300]:
+        rows = [losses_like(kind, n, device, dtype) for kind in KINDS + KINDS[:7]]
+        losses = torch.stack(rows, 1 - dim)
+        weight = torch.randint(4, losses.shape, device=device)
+        mask = torch.rand(losses.shape, device=device) < 0.7
+        for kept in (weight, mask):
+            kept.select(dim, n // 2).fill_(1)
+        alpha = ALPHAS[n % len(ALPHAS)]
+        assert_matches_twin(losses, alpha, dim=dim)
+        more = [{"weight": weight}, {"mask": mask}, {"weight": weight.double(), "mask": mask}]
+        assert_matches_twin(losses, alpha, dim=dim, **more[n % 3])
 
 
 @pytest.mark.parametrize("n", MANY)

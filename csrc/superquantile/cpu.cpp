@@ -1,35 +1,37 @@
 // CPU kernels of the superquantile; compiled once per CPU capability.
 //
-// forward   selection.h tells the algorithm. Rows are read through tiles that convert, gather and
-//           mask on the fly; threads take rows or, where there are fewer rows than threads, chunks
-//           of a row.
-// backward  one read of the losses, one write of the gradient, by the same tiles.
+// forward   short rows, up to kShort losses: short_rows.h tells the algorithm, sixteen rows at
+// once.
+//           Longer ones: selection.h. Rows are read through tiles that convert, gather and mask on
+//           the fly; threads take rows or, where there are fewer rows than threads, chunks of a
+//           row. Rows in cache are taken by sixteen: a sample of each, sorted like short rows,
+//           gives its selection a first guess; rows that lie side by side in memory are transposed
+//           first.
+// backward  one read of the losses, one write of the gradient, by the same tiles: of one row or,
+//           where rows are few losses long or lie side by side, of one loss each of many rows.
 #include <ATen/Parallel.h>
 #include <c10/util/bit_cast.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 
+#include "core/inline.h"
 #include "core/tile.h"
+#include "superquantile/panel.h"
 #include "superquantile/selection.h"
+#include "superquantile/short_rows.h"
 #include "superquantile/superquantile.h"
 
 namespace sqloss::superquantile::CPU_CAPABILITY {
 namespace {
 
-using core::for_dtype;
 using core::CPU_CAPABILITY::kTile;
 using core::CPU_CAPABILITY::read_tile;
 using core::CPU_CAPABILITY::Tile;
 using core::CPU_CAPABILITY::tile_to_write;
 using core::CPU_CAPABILITY::write_tile;
-
-// An element of a matrix.
-const void* at(const Matrix& matrix, int64_t row, int64_t i) {
-  const int64_t offset = row * matrix.row_stride + i * matrix.stride;
-  return static_cast<const char*>(matrix.data) + offset * at::elementSize(matrix.dtype);
-}
 
 // Masks are read as bytes: a bool tensor may hold others than 0 and 1 (a view of uint8, say), which
 // C++'s bool must not.
@@ -215,33 +217,200 @@ class Row {
   int64_t row_;
 };
 
-template <typename T, typename W>
-Result tail_of(const Losses& in, int64_t row, double tail_fraction) {
+// What the tail of a reduction has to weigh.
+template <typename W>
+SQLOSS_INLINE double target_of(const Losses& in, double tail_fraction, double total) {
+  TORCH_CHECK_VALUE(std::isfinite(total), in.caller.function,
+                    ": weight: expected a finite sum in every reduction, got ", total);
+  TORCH_CHECK_VALUE(total > 0, in.caller.function, ": ", in.caller.none_counts);
   // With weights, the sums that reach k are rounded as well
   const double rounding =
       kAlphaRounding + (kWeighted<W> ? static_cast<double>(in.n) * kSumRounding : 0.0);
-  const auto target = [&](double total) {
-    TORCH_CHECK_VALUE(std::isfinite(total), in.caller.function,
-                      ": weight: expected a finite sum in every reduction, got ", total);
-    TORCH_CHECK_VALUE(total > 0, in.caller.function, ": ", in.caller.none_counts);
-    return tail_target(tail_fraction, total, rounding);
-  };
-  const Tail<T> tail = select(Row<T, W>(in, row), tail_fraction, target);
+  return tail_target(tail_fraction, total, rounding);
+}
+
+// Writes the results of adjacent rows.
+void write_results(const Result* results, int64_t row, int64_t rows, at::ScalarType dtype,
+                   const Tails& tails) {
+  for_dtype(dtype, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    for (int64_t r = 0; r < rows; ++r) {
+      static_cast<scalar_t*>(tails.value)[row + r] = static_cast<scalar_t>(results[r].value);
+      static_cast<scalar_t*>(tails.threshold)[row + r] =
+          static_cast<scalar_t>(results[r].threshold);
+      tails.counts[row + r] = results[r].counts;
+    }
+  });
+}
+
+template <typename T, typename W>
+Result tail_of(const Losses& in, int64_t row, double tail_fraction, Bracket<T> guess) {
+  const auto target = [&](double total) { return target_of<W>(in, tail_fraction, total); };
+  const Tail<T> tail = select(Row<T, W>(in, row), tail_fraction, target, guess);
   return tail_result(tail_fraction, tail.total, static_cast<double>(tail.threshold), tail.above,
                      tail.at, tail.sum);
 }
 
+// The weights of some rows, 0 where masked.
+template <typename W>
+void read_weights(const Losses& in, int64_t row, int64_t rows, int64_t begin, int64_t count,
+                  Panel<W>& weights) {
+  read_panel(in.weight, row, rows, begin, count, weights);
+  if (in.mask.data == nullptr) return;
+  Panel<uint8_t> mask;
+  read_panel<uint8_t, uint8_t>(in.mask, row, rows, begin, count, mask.data);
+  apply_mask(mask.data, 1, count * kLanes, weights.data, W(0));
+}
+
+// Whole rows of up to kShort losses.
+template <typename T, typename W>
+void read_short_rows(const Losses& in, int64_t row, int64_t rows, ShortRows<T, W>& to) {
+  const int64_t size = in.n * kLanes;
+  T* const losses = to.losses.data;
+  read_panel(in.losses, row, rows, 0, in.n, to.losses);
+  if constexpr (kWeighted<W>) {
+    W* const weights = to.weights.data;
+    read_weights(in, row, rows, 0, in.n, to.weights);
+    bool valid = true;
+    for (int64_t i = 0; i < size; ++i) valid &= weights[i] >= 0 && weights[i] < kInfinity<W>;
+    if (!valid) check_weights(weights, size, in.caller);
+    for (int64_t i = 0; i < size; ++i) losses[i] = weights[i] > 0 ? losses[i] : -kInfinity<T>;
+  } else if (in.mask.data != nullptr) {
+    Panel<uint8_t> mask;
+    read_panel<uint8_t, uint8_t>(in.mask, row, rows, 0, in.n, mask.data);
+    std::fill_n(to.kept, kLanes, 0.0);
+    for (int64_t i = 0; i < size; i += kLanes) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const bool keep = mask.data[i + lane] != 0;
+        losses[i + lane] = keep ? losses[i + lane] : -kInfinity<T>;
+        to.kept[lane] += keep ? 1.0 : 0.0;
+      }
+    }
+  } else {
+    std::fill_n(to.kept, kLanes, static_cast<double>(in.n));
+  }
+}
+
+template <typename T, typename W>
+void forward_short_rows(const Losses& in, double tail_fraction, const Tails& tails) {
+  const Comparators comparators = comparators_of(in.n);
+  const int64_t panels = (in.rows + kLanes - 1) / kLanes;
+  const int64_t grain = std::max<int64_t>(1, kChunk / (in.n * kLanes));
+  at::parallel_for(0, panels, grain, [&](int64_t first, int64_t last) {
+    ShortRows<T, W> side_by_side;
+    for (int64_t panel = first; panel < last; ++panel) {
+      const int64_t row = panel * kLanes, rows = std::min(kLanes, in.rows - row);
+      read_short_rows(in, row, rows, side_by_side);
+      const auto target = [&](int64_t lane, double total) {
+        return lane < rows ? target_of<W>(in, tail_fraction, total) : 0.0;
+      };
+      const ShortTails found = short_tails(side_by_side, in.n, comparators, target);
+      Result results[kLanes];
+      for (int64_t r = 0; r < kLanes; ++r) {
+        results[r] = tail_result(tail_fraction, found.total[r], found.threshold[r], found.above[r],
+                                 found.at[r], found.sum[r]);
+      }
+      write_results(results, row, rows, in.losses.dtype, tails);
+    }
+  });
+}
+
+// Guesses the brackets of the thresholds of kLanes rows in cache from the same positions of each.
+template <typename T>
+class Guess {
+ public:
+  Guess(int64_t n, double tail_fraction)
+      : share_(tail_fraction), comparators_(comparators_of(kSample)) {
+    for (int64_t i = 0; i < kSample; ++i) positions_[i] = hashed_position(i, n);
+  }
+
+  void brackets(const Losses& in, int64_t row, int64_t rows, Bracket<T> (&brackets)[kLanes]) const {
+    Panel<T> sample;
+    if (rows < kLanes) std::fill_n(sample.data, kSample * kLanes, T(0));
+    for_dtype(in.losses.dtype, [&](auto zero) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const auto* losses = static_cast<const decltype(zero)*>(at(in.losses, row + r, 0));
+        for (int64_t i = 0; i < kSample; ++i) {
+          sample.data[i * kLanes + r] = static_cast<T>(losses[positions_[i] * in.losses.stride]);
+        }
+      }
+    });
+    guess_brackets(sample, kSample, comparators_, share_, brackets);
+  }
+
+ private:
+  static constexpr int64_t kSample = kShort;
+
+  double share_;
+  Comparators comparators_;
+  int64_t positions_[kSample];
+};
+
+// Copies of up to kLanes rows, each in one piece.
+template <typename T, typename W>
+class RowsInOnePiece {
+ public:
+  Losses copy(const Losses& in, int64_t row, int64_t rows) {
+    Losses copies{rows, in.n, {}, {}, {}, in.caller};
+    copies.losses = copy<T>(in.losses, row, rows, in.n, losses_);
+    if constexpr (kWeighted<W>) copies.weight = copy<W>(in.weight, row, rows, in.n, weights_);
+    if (in.mask.data != nullptr) copies.mask = copy<bool>(in.mask, row, rows, in.n, mask_);
+    return copies;
+  }
+
+ private:
+  template <typename V, typename Stored>
+  Matrix copy(const Matrix& from, int64_t row, int64_t rows, int64_t n, Scratch<Stored>& room) {
+    static_assert(sizeof(V) == sizeof(Stored));
+    // Rows of 2^i numbers would lie in few sets of the cache
+    const int64_t row_stride = n + kLanes;
+    Stored* const copies = room.reserve(kLanes * row_stride);
+    Panel<Stored> panel;
+    for (int64_t begin = 0; begin < n; begin += kPanel) {
+      const int64_t count = std::min(kPanel, n - begin);
+      if constexpr (std::is_same_v<V, bool>) {
+        read_panel<Stored, Stored>(from, row, rows, begin, count, panel.data);
+      } else {
+        read_panel(from, row, rows, begin, count, panel);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        Stored* const to = copies + r * row_stride + begin;
+        for (int64_t i = 0; i < count; ++i) to[i] = panel.data[i * kLanes + r];
+      }
+    }
+    return {copies, c10::CppTypeToScalarType<V>::value, row_stride, 1};
+  }
+
+  Scratch<T> losses_;
+  Scratch<std::conditional_t<kWeighted<W>, W, uint8_t>> weights_;
+  Scratch<uint8_t> mask_;
+};
+
+// Whether the rows of a matrix lie side by side in memory, rather than each in one piece.
+bool side_by_side(const Matrix& matrix) { return matrix.row_stride < matrix.stride; }
+
 template <typename T, typename W>
 void forward_rows(const Losses& in, double tail_fraction, const Tails& tails) {
+  if (in.n <= kShort) return forward_short_rows<T, W>(in, tail_fraction, tails);
+  const bool in_cache = in.n <= kInCache;
+  // Not worth it for fewer losses; of no use where they weigh unlike each other
+  const bool alike = !kWeighted<W> && in.mask.data == nullptr;
+  std::optional<Guess<T>> guess;
+  if (in_cache && alike && in.rows * in.n >= kInCache) guess.emplace(in.n, tail_fraction);
+  const bool gathered = in_cache && side_by_side(in.losses) && in.rows >= kLanes;
   const auto rows = [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const Result result = tail_of<T, W>(in, r, tail_fraction);
-      for_dtype(in.losses.dtype, [&](auto zero) {
-        using scalar_t = decltype(zero);
-        static_cast<scalar_t*>(tails.value)[r] = static_cast<scalar_t>(result.value);
-        static_cast<scalar_t*>(tails.threshold)[r] = static_cast<scalar_t>(result.threshold);
-      });
-      tails.counts[r] = result.counts;
+    RowsInOnePiece<T, W> pieces;
+    for (int64_t row = begin; row < end; row += kLanes) {
+      const int64_t count = std::min(kLanes, end - row);
+      const Losses nearby = gathered ? pieces.copy(in, row, count) : in;
+      const int64_t first = gathered ? 0 : row;
+      Bracket<T> brackets[kLanes];
+      if (guess) guess->brackets(nearby, first, count, brackets);
+      Result results[kLanes];
+      for (int64_t r = 0; r < count; ++r) {
+        results[r] = tail_of<T, W>(nearby, first + r, tail_fraction, brackets[r]);
+      }
+      write_results(results, row, count, in.losses.dtype, tails);
     }
   };
   // Threads over rows; over the chunks of a row where rows would leave threads without work.
@@ -271,82 +440,156 @@ void forward(const Losses& in, const TailFraction& tail_fraction, const Tails& t
   });
 }
 
-// The gradient of losses that count and weigh 1.
-template <typename T>
-void backward_tile(const T* losses, int64_t count, T threshold, Density density, T* grad) {
-  const T above = static_cast<T>(density.above), at = static_cast<T>(density.at);
-  if (core::is_nan(threshold)) {
-    for (int64_t i = 0; i < count; ++i) grad[i] = core::is_nan(losses[i]) ? at : T(0);
-    return;
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const T reached = losses[i] == threshold ? at : T(0);
-    grad[i] = !(losses[i] <= threshold) ? above : reached;
-  }
-}
-
-// The same times their weights, as doubles. A loss below the threshold, or of weight 0, gets 0
-// whatever gradient comes in. Losses at the threshold are rare, and take a loop of their own.
+// What the losses of a row get by their rank, per unit of weight: those above the threshold, which
+// is no NaN, those at it; the others get 0.
 template <typename T, typename W>
-void backward_tile(const T* losses, const W* weights, int64_t count, T threshold, Density density,
-                   T* grad) {
-  const bool nan = core::is_nan(threshold);
-  const T bound = nan ? kInfinity<T> : threshold;
-  const double above = nan ? density.at : density.above;
-  int32_t ties = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const T product = static_cast<T>(above * static_cast<double>(weights[i]));
-    grad[i] = !(losses[i] <= bound) && weights[i] > 0 ? product : T(0);
-    ties |= losses[i] == bound;
+struct Slope {
+  using Number = std::conditional_t<kWeighted<W>, double, T>;  // double if weights multiply it
+  T threshold;
+  Number above, at;
+};
+
+// Those of up to kTile adjacent rows.
+template <typename T, typename W>
+class Slopes {
+ public:
+  using Number = typename Slope<T, W>::Number;
+
+  void read(const Tails& tails, const Gradients& gradients, at::ScalarType dtype, int64_t row,
+            int64_t rows) {
+    const auto numbers = [&](const void* source, Tile<double>& room) {
+      if (source == nullptr) std::fill_n(room.data, rows, 0.0);
+      return source == nullptr ? room.data
+                               : read_tile(at({const_cast<void*>(source), dtype, 1, 0}, row, 0),
+                                           dtype, 1, rows, room);
+    };
+    const double* const of_value = numbers(gradients.value, of_value_);
+    const double* const of_threshold = numbers(gradients.threshold, of_threshold_);
+    const double* const thresholds = numbers(tails.threshold, thresholds_);
+    for (int64_t r = 0; r < rows; ++r) {
+      const Density density = gradient_density(of_value[r], of_threshold[r], tails.counts[row + r]);
+      // Above +inf are the NaNs alone, which a threshold of NaN means
+      const bool nan = core::is_nan(thresholds[r]);
+      threshold_.data[r] = nan ? kInfinity<T> : static_cast<T>(thresholds[r]);
+      above_.data[r] = static_cast<Number>(nan ? density.at : density.above);
+      at_.data[r] = static_cast<Number>(nan ? 0.0 : density.at);
+    }
   }
-  if (nan || ties == 0) return;
-  for (int64_t i = 0; i < count; ++i) {
-    const T product = static_cast<T>(density.at * static_cast<double>(weights[i]));
-    grad[i] = losses[i] == bound && weights[i] > 0 ? product : grad[i];
+
+  Slope<T, W> operator[](int64_t r) const {
+    return {threshold_.data[r], above_.data[r], at_.data[r]};
+  }
+
+ private:
+  Tile<double> of_value_, of_threshold_, thresholds_;
+  Tile<T> threshold_;
+  Tile<Number> above_, at_;
+};
+
+// The gradient of `count` losses; slope_of(i) is that of the row of loss i. With weights, a loss
+// below the threshold, or of weight 0, gets 0 whatever gradient comes in, and losses at the
+// threshold, which are rare in long rows, take a loop of their own.
+template <typename T, typename W, typename SlopeOf>
+void backward_tile(const T* losses, const W* weights, int64_t count, const SlopeOf& slope_of,
+                   T* __restrict grad) {
+  if constexpr (kWeighted<W>) {
+    const auto product = [&](double density, int64_t i) {
+      return static_cast<T>(density * static_cast<double>(weights[i]));
+    };
+    int32_t ties = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const Slope<T, W> slope = slope_of(i);
+      const T above = product(slope.above, i);
+      grad[i] = !(losses[i] <= slope.threshold) && weights[i] > 0 ? above : T(0);
+      ties |= losses[i] == slope.threshold;
+    }
+    for (int64_t i = 0; i < (ties ? count : 0); ++i) {
+      const Slope<T, W> slope = slope_of(i);
+      const T at = product(slope.at, i);
+      grad[i] = losses[i] == slope.threshold && weights[i] > 0 ? at : grad[i];
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      const Slope<T, W> slope = slope_of(i);
+      const T reached = losses[i] == slope.threshold ? slope.at : T(0);
+      grad[i] = !(losses[i] <= slope.threshold) ? slope.above : reached;
+    }
   }
 }
 
-double read(const void* data, at::ScalarType dtype, int64_t row) {
-  double number = 0;
-  if (data == nullptr) return number;
-  for_dtype(dtype, [&](auto zero) {
-    number = static_cast<double>(static_cast<const decltype(zero)*>(data)[row]);
-  });
-  return number;
-}
+// Reads and writes tiles of rows.
+template <typename T, typename W>
+class BackwardTiles {
+ public:
+  BackwardTiles(const Losses& in, const Matrix& grad_losses) : in_(in), grad_losses_(grad_losses) {}
+
+  // Up to kTile losses of a row.
+  template <typename SlopeOf>
+  void write(int64_t row, int64_t begin, int64_t count, const SlopeOf& slope_of) {
+    const Matrix& from = in_.losses;
+    const T* losses = read_tile(at(from, row, begin), from.dtype, from.stride, count, losses_);
+    void* target = const_cast<void*>(at(grad_losses_, row, begin));
+    T* grad = tile_to_write(target, grad_losses_.dtype, grad_losses_.stride, grad_);
+    const W* weights = nullptr;
+    if constexpr (kWeighted<W>) weights = read_weights(in_, row, begin, count, weights_);
+    backward_tile(losses, weights, count, slope_of, grad);
+    if (!kWeighted<W> && in_.mask.data != nullptr) {
+      apply_mask(mask_at(in_.mask, row, begin), in_.mask.stride, count, grad, T(0));
+    }
+    write_tile(grad, target, grad_losses_.dtype, grad_losses_.stride, count);
+  }
+
+ private:
+  Losses in_;
+  Matrix grad_losses_;
+  Tile<T> losses_, grad_;
+  Tile<W> weights_;
+};
 
 template <typename T, typename W>
 void backward_rows(const Losses& in, const Tails& tails, const Gradients& gradients,
                    const Matrix& grad_losses) {
-  const at::ScalarType dtype = in.losses.dtype;
   const int64_t chunks = (in.n + kChunk - 1) / kChunk;
   const int64_t grain = std::max<int64_t>(1, kChunk / in.n);
   at::parallel_for(0, in.rows * chunks, grain, [&](int64_t first, int64_t last) {
-    Tile<T> losses_room, grad_room;
-    Tile<W> weights_room;
+    BackwardTiles<T, W> tiles(in, grad_losses);
+    Slopes<T, W> slopes;
     for (int64_t task = first; task < last; ++task) {
       const int64_t row = task / chunks, chunk = task % chunks;
-      const T threshold = static_cast<T>(read(tails.threshold, dtype, row));
-      const Density density =
-          gradient_density(read(gradients.value, dtype, row), read(gradients.threshold, dtype, row),
-                           tails.counts[row]);
+      slopes.read(tails, gradients, in.losses.dtype, row, 1);
       const int64_t end = std::min(in.n, (chunk + 1) * kChunk);
       for (int64_t begin = chunk * kChunk; begin < end; begin += kTile) {
-        const int64_t count = std::min(kTile, end - begin);
-        const T* losses =
-            read_tile(at(in.losses, row, begin), dtype, in.losses.stride, count, losses_room);
-        void* target = const_cast<void*>(at(grad_losses, row, begin));
-        T* grad = tile_to_write(target, dtype, grad_losses.stride, grad_room);
-        if constexpr (kWeighted<W>) {
-          const W* weights = read_weights(in, row, begin, count, weights_room);
-          backward_tile(losses, weights, count, threshold, density, grad);
-        } else {
-          backward_tile(losses, count, threshold, density, grad);
-          if (in.mask.data != nullptr) {
-            apply_mask(mask_at(in.mask, row, begin), in.mask.stride, count, grad, T(0));
-          }
-        }
-        write_tile(grad, target, dtype, grad_losses.stride, count);
+        tiles.write(row, begin, std::min(kTile, end - begin),
+                    [slope = slopes[0]](int64_t) { return slope; });
+      }
+    }
+  });
+}
+
+// The same by tiles of one loss each of many rows.
+template <typename T, typename W>
+void backward_columns(const Losses& in, const Tails& tails, const Gradients& gradients,
+                      const Matrix& grad_losses) {
+  constexpr int64_t kPositions = 128;  // share the slopes of their rows
+  // Rows that lie one after the other must not fall out of the first-level cache between two
+  const int64_t width = side_by_side(grad_losses) ? kTile : kTile / 8;
+  const auto transposed = [](const Matrix& m) {
+    return Matrix{m.data, m.dtype, m.stride, m.row_stride};
+  };
+  const Losses columns{
+      in.n, in.rows, transposed(in.losses), transposed(in.weight), transposed(in.mask), in.caller};
+  const int64_t strips = (in.rows + width - 1) / width;
+  const int64_t chunks = (in.n + kPositions - 1) / kPositions;
+  const int64_t grain = std::max<int64_t>(1, kChunk / (width * std::min(in.n, kPositions)));
+  at::parallel_for(0, strips * chunks, grain, [&](int64_t first, int64_t last) {
+    BackwardTiles<T, W> tiles(columns, transposed(grad_losses));
+    Slopes<T, W> slopes;
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t row = task % strips * width, rows = std::min(width, in.rows - row);
+      slopes.read(tails, gradients, in.losses.dtype, row, rows);
+      const int64_t begin = task / strips * kPositions;
+      for (int64_t i = begin; i < std::min(in.n, begin + kPositions); ++i) {
+        tiles.write(i, row, rows, [&](int64_t r) { return slopes[r]; });
       }
     }
   });
@@ -354,8 +597,13 @@ void backward_rows(const Losses& in, const Tails& tails, const Gradients& gradie
 
 void backward(const Losses& in, const Tails& tails, const Gradients& gradients,
               const Matrix& grad_losses) {
+  constexpr int64_t kFewLosses = 32;  // a row of them is not worth a tile
+  const bool by_columns = in.n <= kFewLosses || (side_by_side(grad_losses) && in.rows >= kLanes);
   for_types(in, [&](auto loss, auto weight) {
-    backward_rows<decltype(loss), decltype(weight)>(in, tails, gradients, grad_losses);
+    using T = decltype(loss);
+    using W = decltype(weight);
+    by_columns ? backward_columns<T, W>(in, tails, gradients, grad_losses)
+               : backward_rows<T, W>(in, tails, gradients, grad_losses);
   });
 }
 

@@ -5,8 +5,10 @@
 //
 //   in cache   (up to kInCache items) bisection of the ordered keys, in every other step at the key
 //              of an item: a step is one vectorised count without branches, so that no order of the
-//              losses is slow; every few steps the items outside the remaining range are dropped.
-//              Then one pass sums above the threshold.
+//              losses is slow; every few steps the items outside the remaining range are dropped,
+//              and the last few are each tried. The ends of a guessed bracket, where there is one,
+//              are the first steps: it changes how long the threshold is looked for, and no bit of
+//              the result. Then one pass sums above the threshold.
 //   long rows  1. a sample at hashed positions gives a bracket [lo, hi] that holds the threshold
 //                 all but surely;
 //              2. one read of the row sums and counts what lies above hi, and notes the blocks that
@@ -185,26 +187,40 @@ double mass_from(const Run<T, W>& run, ordered_key_t<T> key) {
   return mass.total();
 }
 
-// The threshold, known to be in `range`, as are all items.
+// Bounds of the threshold, lo <= hi, that are never NaN: where it is NaN, hi is +inf.
+template <typename T>
+struct Bracket {
+  T lo = -kInfinity<T>, hi = kInfinity<T>;
+};
+
+// The threshold, known to be in `range`, as are all items. Where it is in the bracket `guess`, few
+// steps find it.
 template <typename T, typename W>
-T bisect(Run<T, W> run, double target, KeyRange<T> range) {
+T bisect(Run<T, W> run, double target, KeyRange<T> range, Bracket<T> guess = {}) {
   constexpr int64_t kStepsToDrop = 2;
-  constexpr int64_t kFew = 2 * kLanes;  // not worth dropping
+  constexpr int64_t kFew = 2 * kLanes;  // every one is tried
   using Keys = KeyRange<T>;
   Items<T, W> left;
   double above = 0;  // the mass of the run above range.hi
-  for (int64_t step = 1; range.lo < range.hi && !Keys::is_nan(range.lo); ++step) {
-    auto middle = range.lo + (range.hi - range.lo) / 2 + 1;
-    // Keys are dense near 0, and losses elsewhere: halving the keys alone leaves all items in the
-    // range for many steps
-    const auto pivot = Keys::key(run.losses[run.positions / 2]);
-    if (step % 2 == 1 && range.lo < pivot && pivot <= range.hi) middle = pivot;
+  const auto split = [&](typename Keys::Key middle) {
     const double mass = mass_from(run, middle);
     const bool reached = mass >= target;
     range.lo = reached ? middle : range.lo;
     range.hi = reached ? range.hi : middle - 1;
     above = reached ? above : mass;
-    if (step % kStepsToDrop == 0 && run.positions > kFew && range.hi < Keys::key(kInfinity<T>)) {
+  };
+  const auto guessed_step = [&](T bound) {
+    const auto key = Keys::key(bound);
+    if (range.lo < key && key <= range.hi) split(key);
+  };
+  const bool guessed = guess.lo > -kInfinity<T> || guess.hi < kInfinity<T>;
+  if (guessed) {
+    guessed_step(guess.hi);
+    guessed_step(guess.lo);
+  }
+  int64_t steps = guessed ? kStepsToDrop : 0;  // since items were dropped
+  for (bool at_item = true; range.lo < range.hi && !Keys::is_nan(range.lo); at_item = !at_item) {
+    if (steps >= kStepsToDrop && run.positions > kFew && range.hi < Keys::key(kInfinity<T>)) {
       // By the comparison that counted `above`: `beyond` may tie with hi (0 and -0, or denormals
       // where the processor takes them for 0)
       const T lo = Keys::loss(range.lo), beyond = Keys::loss(range.hi + 1);
@@ -218,7 +234,26 @@ T bisect(Run<T, W> run, double target, KeyRange<T> range) {
       above = 0;
       // lo was reached, which sums that round in another order must not deny
       if (kWeighted<W>) target = std::min(target, run.total());
+      if (run.positions <= kFew) {
+        T threshold = lo;
+        for (int64_t i = 0; i < run.positions; ++i) {
+          const T loss = run.losses[i];
+          Mass<T, W> mass;
+          run.for_blocks([&](const Block<T>& block, const W* weight) {
+            mass.add(block.reaches(loss), weight);
+          });
+          threshold = mass.total() >= target ? std::max(threshold, loss) : threshold;
+        }
+        return threshold + T(0);
+      }
+      steps = 0;
     }
+    // Keys are dense near 0, and losses elsewhere: halving the keys alone leaves all items in the
+    // range for many steps
+    const auto item = Keys::key(run.losses[run.positions / 2]);
+    const bool to_item = at_item && range.lo < item && item <= range.hi;
+    split(to_item ? item : range.lo + (range.hi - range.lo) / 2 + 1);
+    ++steps;
   }
   return Keys::loss(range.lo) + T(0);  // never -0, nor a denormal that ties with 0
 }
@@ -258,12 +293,6 @@ Tail<T> tail_at(const Run<T, W>& run, T threshold, double total) {
   const bool all = bound == -kInfinity<T>;
   return {threshold, lanes.total(), above.total(), all ? total - above.total() : at.total(), total};
 }
-
-// Bounds of the threshold, lo <= hi, that are never NaN: where it is NaN, hi is +inf.
-template <typename T>
-struct Bracket {
-  T lo, hi;
-};
 
 // The masses of a row by a bracket, and the sum above it.
 struct Partition {
@@ -412,6 +441,11 @@ inline uint64_t hash(uint64_t x) {
   return x ^ (x >> 31);
 }
 
+// The i-th position of a sample of n.
+inline int64_t hashed_position(int64_t i, int64_t n) {
+  return static_cast<int64_t>(static_cast<unsigned __int128>(hash(i)) * n >> 64);
+}
+
 // Narrows the bracket to a share of the mass, give or take `deviations` standard deviations of the
 // sample's.
 template <typename Source, typename T = typename Source::Loss, typename W = typename Source::Weight>
@@ -420,8 +454,7 @@ Bracket<T> sampled_bracket(const Source& source, double share, int64_t sample_si
   Scratch<int64_t> positions;
   positions.reserve(sample_size);
   for (int64_t i = 0; i < sample_size; ++i) {
-    const auto scaled = static_cast<unsigned __int128>(hash(i)) * source.size();
-    positions.data()[i] = static_cast<int64_t>(scaled >> 64);
+    positions.data()[i] = hashed_position(i, source.size());
   }
   Items<T, W> sample;
   sample.reserve(sample_size);
@@ -460,13 +493,14 @@ inline int64_t sample_size(int64_t n) {
   return static_cast<int64_t>(size) / 2;
 }
 
-// The tail of a row that holds about `share` of its mass, and target(total mass) exactly.
+// The tail of a row that holds about `share` of its mass, and target(total mass) exactly. A row in
+// cache begins with the guess.
 template <typename Source, typename Target, typename T = typename Source::Loss,
           typename W = typename Source::Weight>
-Tail<T> select(const Source& source, double share, const Target& target) {
+Tail<T> select(const Source& source, double share, const Target& target, Bracket<T> guess) {
   using Keys = KeyRange<T>;
   if (source.size() > kInCache) {
-    Bracket<T> known{-kInfinity<T>, kInfinity<T>};
+    Bracket<T> known;
     // The narrower, the fewer candidates: at 3.3 one row in a thousand is read again
     for (const double deviations : {3.3, 8.0, 16.0}) {
       const Bracket<T> bracket =
@@ -501,7 +535,7 @@ Tail<T> select(const Source& source, double share, const Target& target) {
   Items<T, W> room;
   const Run<T, W> run = source.whole(room);
   const double total = run.total();
-  return tail_at(run, bisect(run, target(total), Keys()), total);
+  return tail_at(run, bisect(run, target(total), Keys(), guess), total);
 }
 
 }  // namespace sqloss::superquantile::CPU_CAPABILITY
