@@ -43,6 +43,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ]
 
 
+# Of one core of an AMD EPYC (Zen 3): for the CPU, and for each architecture of a GPU
+CPU_MINUTES, CUDA_MINUTES = 7, 4
+
+
 class NoCuda(Exception):
     """Why the CUDA sources are not compiled."""
 
@@ -132,15 +136,30 @@ def cuda_settings():
 
 
 def torch_cuda_arch_list(home):
-    """The architectures that torch was built for and this nvcc knows, with PTX of the last."""
+    """Of the architectures that torch was built for and this nvcc knows, the first of each major
+    version, whose code the later ones of it run; with PTX of the last for what is newer.
+    """
     import torch
 
     known = subprocess.run([f"{home}/bin/nvcc", "--list-gpu-code"], capture_output=True, text=True)
-    built = re.findall(r"sm_(\d+)(\d)\b", torch._C._cuda_getArchFlags() or "")
-    archs = [f"{m}.{n}" for m, n in built if f"sm_{m}{n}" in known.stdout.split()]
-    if not archs:
+    built = torch._C._cuda_getArchFlags() or ""
+    architectures = first_of_each_major(built, known.stdout)
+    if not architectures:
         raise NoCuda(f"{home}/bin/nvcc knows none of torch's architectures: {built}")
-    return ";".join(archs) + "+PTX"
+    return architectures
+
+
+def first_of_each_major(built, known):
+    """Like "8.0;9.0+PTX" for "sm_80 sm_86 sm_90"; nothing if none is known."""
+    versions = sorted(
+        (int(major), int(minor))
+        for major, minor in re.findall(r"\bsm_(\d+)(\d)\b", built)
+        if f"sm_{major}{minor}" in known.split()
+    )
+    firsts = {}
+    for major, minor in versions:
+        firsts.setdefault(major, f"{major}.{minor}")
+    return ";".join(firsts.values()) + "+PTX" if firsts else ""
 
 
 def cudart_folders(home):
@@ -171,6 +190,40 @@ def limit_jobs():
         if available:
             jobs = min(jobs, int(available[1]) >> 21)
     os.environ["MAX_JOBS"] = str(max(1, jobs))
+
+
+def compile_architectures_in_parallel(sources):
+    """Where there are more jobs than CUDA files. By the environment, and not as a flag: ninja
+    compiles again what has other flags, and free memory differs from build to build.
+    """
+    files = sum(source.endswith(".cu") for source in sources)
+    threads = int(os.environ["MAX_JOBS"]) // files
+    if threads > 1:
+        flags = os.environ.get("NVCC_APPEND_FLAGS", "")
+        os.environ["NVCC_APPEND_FLAGS"] = f"{flags} --threads={threads}".strip()
+
+
+def what_is_built(build_info):
+    """What is compiled, for how long, and how to compile less."""
+    jobs = int(os.environ["MAX_JOBS"])
+    cpu = CPU_MINUTES / jobs
+    cpus = ", ".join(build_info["cpu_capabilities"])
+    if not build_info["cuda_toolkit"]:
+        return f"compiling for the CPU ({cpus}): {duration(cpu)} with {jobs} jobs"
+    import torch
+
+    archs = build_info["cuda_archs"]
+    count = archs.count(".") + archs.count("PTX") or torch.cuda.device_count()
+    return (
+        f"compiling for the CPU ({cpus}) and for CUDA ({archs}): "
+        f"{duration(cpu + count * CUDA_MINUTES / jobs)} with {jobs} jobs. SQLOSS_CUDA=0 leaves out "
+        f"CUDA ({duration(cpu)}); TORCH_CUDA_ARCH_LIST=9.0 compiles for one kind of GPU "
+        f"({duration(cpu + CUDA_MINUTES / jobs)}). A build that is interrupted goes on from there."
+    )
+
+
+def duration(minutes):
+    return f"about {max(1, round(minutes))} min"
 
 
 def extension_and_command():
@@ -240,6 +293,9 @@ def extension_and_command():
             self.force = True
 
         def build_extension(self, ext):
+            print(f"sqloss: {what_is_built(build_info)}", file=sys.stderr, flush=True)
+            if cuda:
+                compile_architectures_in_parallel(sources)
             # After the other objects, narrowest first: where two objects hold the same inline
             # function the linker keeps the first, so code for a newer CPU is never called on an
             # older one.

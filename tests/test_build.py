@@ -13,7 +13,7 @@ import pytest
 import setuptools
 import torch
 
-from sqloss import _C
+from sqloss import _C, _build_info
 
 ROOT = Path(__file__).parents[1]
 
@@ -96,6 +96,15 @@ def test_sqloss_cuda_takes_0_and_1():
     assert said.returncode == 0 and "building for the CPU only: SQLOSS_CUDA=0" in said.stderr
 
 
+def test_one_cuda_architecture_of_each_major_version():
+    of = runpy.run_path(str(ROOT / "setup.py"))["first_of_each_major"]
+    torchs = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"
+    assert of(torchs, "sm_75 sm_80 sm_86 sm_90 sm_120") == "7.5;8.0;9.0;12.0+PTX"
+    assert of("sm_50 sm_60 sm_70 sm_86 sm_90a", "sm_70\nsm_86\nsm_90") == "7.0;8.6+PTX"
+    assert of("sm_120 sm_86 sm_80", "sm_80 sm_86 sm_120") == "8.0;12.0+PTX"
+    assert of("sm_50 compute_50", "sm_75 sm_80") == ""
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch was built with CUDA")
 def test_cuda_on_a_cpu_torch_fails_with_the_reason():
     said = setup(SQLOSS_CUDA="1")
@@ -128,6 +137,73 @@ def test_cuda_of_another_major_version_fails_with_the_reason(tmp_path):
     assert why + "an nvcc that does not run" in said.stderr
     nvcc.unlink()
     assert why + "no nvcc" in setup(SQLOSS_CUDA="", CUDA_HOME=str(tmp_path)).stderr
+
+
+@pytest.fixture
+def compiler(tmp_path):
+    """A compiler that compiles nothing: it writes empty files, and what it was asked for."""
+    script, log = tmp_path / "c++", tmp_path / "log"
+    script.write_text(
+        f"""#!/bin/sh
+        case " $* " in *" -o "*) ;; *) exec {os.environ.get("CXX", "c++")} "$@";; esac
+        echo "$@" >> {log}
+        while [ $# -gt 1 ]; do
+            case $1 in
+                -o) out=$2;;
+                -c) source=$2;;
+                -MF) depfile=$2;;
+            esac
+            shift
+        done
+        case $source in *"$SPOILED") exit 1;; esac
+        [ -z "$depfile" ] || echo "$out: $source" > "$depfile"
+        echo > "$out"
+        """
+    )
+    script.chmod(0o755)
+
+    def build(spoiled, *path):
+        """The commands of a build, in which this source does not compile."""
+        log.unlink(missing_ok=True)
+        said = run(
+            sys.executable,
+            "import sys; sys.argv = ['setup.py', 'build_ext', "
+            f"'--build-temp', {str(tmp_path / 'temp')!r}, '--build-lib', {str(tmp_path / 'lib')!r}]"
+            "; exec(open('setup.py').read())",
+            SQLOSS_CUDA="0",
+            MAX_JOBS="1",
+            CXX=str(script),
+            TORCH_NO_COMPILER_WRAPPER="1",
+            SPOILED=spoiled,
+            PYTHONPATH=os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")]),
+        )
+        return said, log.read_text().splitlines()
+
+    return build
+
+
+def test_an_interrupted_build_goes_on_from_the_objects_that_are_there(compiler, tmp_path):
+    said, first = compiler("csrc/sqloss.cpp")
+    assert said.returncode != 0
+    cpus = ", ".join(_build_info.cpu_capabilities)
+    assert f"sqloss: compiling for the CPU ({cpus}): about " in said.stderr
+    # pip isolates each build by another folder in front of sys.path
+    said, then = compiler("nothing", str(tmp_path / "pip-build-env"))
+    assert said.returncode == 0, said.stderr
+    *compiled, link = then
+    sources = [re.search(r" -c (\S+) -o (\S+)", command).groups() for command in first]
+    again = [re.search(r" -c (\S+) -o (\S+)", command).groups() for command in compiled]
+    assert {*sources} & {*again} == {sources[-1]}
+    # Of equal inline functions the linker keeps the first, and code for a wider CPU must not run
+    # on a narrower one
+    objects = [Path(word).parts for word in link.split() if word.endswith(".o")]
+    assert len(objects) == len(sources) + len(again) - 1
+    capabilities = list(_build_info.cpu_capabilities)
+    width = [
+        max((capabilities.index(p) for p in path if p in capabilities), default=-1)
+        for path in objects
+    ]
+    assert width == sorted(width) and {*width} == {*range(-1, len(capabilities))}
 
 
 PTXAS = """\

@@ -643,7 +643,7 @@ def test_what_is_huge_but_finite_stays_so(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("of_df", [(), (125,)])
 def test_gradient_of_a_df_of_many_rows(device, dtype, of_df):
-    tensors = parameters(9001, 125, dtype=dtype, device=device)
+    tensors = parameters(4501, 125, dtype=dtype, device=device)
     for name in ("df", "prior_df"):
         tensors[name] = tensors[name][0, : math.prod(of_df)].reshape(of_df)
     assert_matches_twin(tensors, seed_of(6, device))
@@ -834,7 +834,7 @@ ESTIMATORS = [("mc", True), ("analytic_entropy", True), ("mc", False), ("closed_
 @pytest.mark.parametrize("estimator, student", ESTIMATORS)
 @pytest.mark.parametrize("num_samples, reduction", [(1, "mean"), (3, "mean"), (3, "none")])
 def test_gradcheck_and_gradgradcheck(device, form, estimator, student, num_samples, reduction):
-    tensors = parameters(2, 3, form=form, df=(1.5, 6.0), device=device)
+    tensors = parameters(2, 2, form=form, df=(1.5, 6.0), device=device)
     tensors = tensors if student else normal(tensors)
     names = list(tensors)
 
