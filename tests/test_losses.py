@@ -1822,7 +1822,7 @@ def test_func_of_the_cross_entropy(device):
         hessian(f, argnums=(0, 1))(x[0], y), jacrev(jacrev(f, argnums=(0, 1)), (0, 1))(x[0], y)
     )
     with pytest.raises(ValueError, match=r"^cross_entropy: weight: expected one for all of vmap's"):
-        vmap(sqloss.losses.cross_entropy)(x[:, 0], classes[:, 0, 0], torch.rand(6, 4))
+        vmap(sqloss.losses.cross_entropy)(x, classes, torch.rand(6, 4))
     # a row of logits each, without a batch dimension of their own
     rows, labels = torch.randn(7, 4, device=device), torch.randint(4, (7,), device=device)
     per_row = vmap(lambda row, label: sqloss.losses.cross_entropy(row, label))(rows, labels)
