@@ -62,10 +62,11 @@ struct Float<float> {
   static constexpr Bits kExponentOfOne = 127;
   // ln 2 in two parts, the first so short that its products with exponents are exact
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  // Below, exp is taken for 0: nearly all of that has no normal value. Above, it is infinite.
-  static constexpr float kExpOfLessIsZero = -87.0f, kExpOfMoreIsInfinite = 89.0f;
+  // A number that exp_small takes for 0, and what is below with it: the 2^n of all of them has an
+  // exponent of no bits. Above the other, exp is infinite.
+  static constexpr float kExpIsZero = -88.0f, kExpOfMoreIsInfinite = 89.0f;
   // Terms of the series below whose remainder is under half a unit in the last place
-  static constexpr int kExpTerms = 8, kLogTerms = 5, kLog1pTerms = 7, kSineTerms = 7;
+  static constexpr int kExpTerms = 8, kExpm1Terms = 10, kLogTerms = 5, kSineTerms = 7;
 };
 
 template <>
@@ -75,32 +76,63 @@ struct Float<double> {
   static constexpr Bits kExponentOfOne = 1023;
   static constexpr double kLn2High = 6.93147180369123816490e-01,
                           kLn2Low = 1.90821492927058770002e-10;
-  static constexpr double kExpOfLessIsZero = -708.0, kExpOfMoreIsInfinite = 710.0;
-  static constexpr int kExpTerms = 14, kLogTerms = 11, kLog1pTerms = 17, kSineTerms = 12;
+  static constexpr double kExpIsZero = -709.0, kExpOfMoreIsInfinite = 710.0;
+  static constexpr int kExpTerms = 14, kExpm1Terms = 17, kLogTerms = 11, kLog1pTerms = 17,
+                       kSineTerms = 12;
 };
 
-// sum of x^k / k! for k < kTerms, by Horner's rule; factor is 1 / k!
-template <int kTerms, int k = 0, typename T>
-SQLOSS_INLINE T exp_series(T x, double factor = 1.0) {
-  if constexpr (k + 1 == kTerms) {
-    return T(factor);
+// sum of of[k] * x^k by Estrin's scheme: neighbours are joined by x, pairs of them by x^2, and so
+// on. A CPU waits for the longest chain of operations, not for their number, and this chain is half
+// as long as Horner's.
+template <int kCount, typename T>
+struct Coefficients {
+  T of[kCount];
+};
+
+template <int kCount, typename T>
+SQLOSS_INLINE T polynomial(const Coefficients<kCount, T>& coefficients, T x) {
+  if constexpr (kCount == 1) {
+    return coefficients.of[0];
   } else {
-    return multiply_add(x, exp_series<kTerms, k + 1>(x, factor / (k + 1)), T(factor));
+    Coefficients<(kCount + 1) / 2, T> joined;
+    for (int k = 0; k < kCount / 2; ++k) {
+      joined.of[k] = multiply_add(coefficients.of[2 * k + 1], x, coefficients.of[2 * k]);
+    }
+    if constexpr (kCount % 2 == 1) joined.of[kCount / 2] = coefficients.of[kCount - 1];
+    return polynomial(joined, x * x);
   }
 }
 
-// sum of z^k / (2 k + 1) for k < kTerms
-template <int kTerms, int k = 0, typename T>
+// sum of x^k / (k + kFrom)! for k < kCount
+template <int kCount, int kFrom = 0, typename T>
+SQLOSS_INLINE T exp_series(T x) {
+  constexpr auto coefficients = [] {
+    Coefficients<kCount, T> result{};
+    double factor = 1.0;
+    for (int k = 1; k < kCount + kFrom; ++k) {
+      if (k - 1 >= kFrom) result.of[k - 1 - kFrom] = T(factor);
+      factor /= k;
+    }
+    result.of[kCount - 1] = T(factor);
+    return result;
+  }();
+  return polynomial(coefficients, x);
+}
+
+// sum of z^k / (2 (k + kFrom) + 1) for k < kCount
+template <int kCount, int kFrom = 0, typename T>
 SQLOSS_INLINE T atanh_series(T z) {
-  if constexpr (k + 1 == kTerms) {
-    return T(1.0 / (2 * k + 1));
-  } else {
-    return multiply_add(z, atanh_series<kTerms, k + 1>(z), T(1.0 / (2 * k + 1)));
-  }
+  constexpr auto coefficients = [] {
+    Coefficients<kCount, T> result{};
+    for (int k = 0; k < kCount; ++k) result.of[k] = T(1.0 / (2 * (k + kFrom) + 1));
+    return result;
+  }();
+  return polynomial(coefficients, z);
 }
 
 // exp(x), not of numbers near kExpOfMoreIsInfinite, as 2^n * exp(x - n ln 2), |x - n ln 2| <= ln 2
-// / 2; below kExpOfLessIsZero 0, or of float on a GPU less than a normal number.
+// / 2; of what is less than kExpIsZero 0, and about there, or of float on a GPU, less than a normal
+// number.
 template <typename T>
 SQLOSS_INLINE T exp_small(T x) {
 #ifdef __CUDA_ARCH__
@@ -108,6 +140,8 @@ SQLOSS_INLINE T exp_small(T x) {
 #endif
   using Type = Float<T>;
   using Bits = typename Type::Bits;
+  // The number is limited, not the result selected: the compiler would select in all that follows.
+  x = x < Type::kExpIsZero ? Type::kExpIsZero : x;
   // Added to a number, this leaves it rounded to an integer in the lowest bits of the sum.
   constexpr T rounder = T(Bits(3) << (Type::kMantissaBits - 1));
   const T rounded = multiply_add(x, T(1.44269504088896340736), rounder);
@@ -116,8 +150,7 @@ SQLOSS_INLINE T exp_small(T x) {
   // Multiplied, not added to the exponent of the series: that would make numbers of some NaNs.
   const T two_to_n =
       bits_as<T>(Bits((bits_as<Bits>(rounded) + Type::kExponentOfOne) << Type::kMantissaBits));
-  const T result = exp_series<Type::kExpTerms>(rest) * two_to_n;
-  return x < Type::kExpOfLessIsZero ? T(0) : result;
+  return exp_series<Type::kExpTerms>(rest) * two_to_n;
 }
 
 // exp(x) of any x
@@ -132,28 +165,56 @@ SQLOSS_INLINE T exp(T x) {
 }
 
 // sin(pi / 2 * s) / s for s^2 <= 1, given s^2: the series of sine
-template <int kTerms, int k = 0, typename T>
-SQLOSS_INLINE T sine_series(T s2, double factor = 1.57079632679489661923) {
-  if constexpr (k + 1 == kTerms) {
-    return T(factor);
-  } else {
+template <int kCount, typename T>
+SQLOSS_INLINE T sine_series(T s2) {
+  constexpr auto coefficients = [] {
     constexpr double kQuarterTurnSquared = 2.46740110027233965471;  // (pi / 2)^2
-    const double next = -factor * kQuarterTurnSquared / ((2 * k + 2) * (2 * k + 3));
-    return multiply_add(s2, sine_series<kTerms, k + 1>(s2, next), T(factor));
-  }
+    Coefficients<kCount, T> result{};
+    double factor = 1.57079632679489661923;
+    for (int k = 0; k < kCount; ++k) {
+      result.of[k] = T(factor);
+      factor *= -kQuarterTurnSquared / ((2 * k + 2) * (2 * k + 3));
+    }
+    return result;
+  }();
+  return polynomial(coefficients, s2);
 }
 
-// log(1 + t) for t in [0, 1], as 2 atanh(t / (2 + t))
-template <typename T>
-SQLOSS_INLINE T log1p_of_fraction(T t) {
-  const T s = quotient(t, T(2) + t);
-  return T(2) * s * atanh_series<Float<T>::kLog1pTerms>(s * s);
+// log(1 + t) for t in [0, 1]: of float t + t times the polynomial in t - 1/2 that comes closest, of
+// double 2 atanh(t / (2 + t)).
+SQLOSS_INLINE float log1p_of_fraction(float t) {
+  constexpr Coefficients<9, float> kNearest = {
+      {-0.189069780624f, -0.288526665362f, 0.132609084538f, -0.0677114468585f, 0.0366338597588f,
+       -0.0202282468878f, 0.0115864779813f, -0.00857445980935f, 0.00523269002747f}};
+  return multiply_add(t, polynomial(kNearest, t - 0.5f), t);
+}
+SQLOSS_INLINE double log1p_of_fraction(double t) {
+  const double s = t / (2.0 + t);
+  return 2.0 * s * atanh_series<Float<double>::kLog1pTerms>(s * s);
 }
 
-// log(w) = e ln 2 + 2 atanh((m - 1) / (m + 1)) for w = m 2^e, m in [sqrt(1/2), sqrt(2)); w a normal
-// positive number. With x, w = 1 + x rounded and this is log(1 + x), with all digits of a small x.
+// log(1 + r) for r from sqrt(1/2) - 1 to sqrt(2) - 1: of float r - r^2 / 2 + r^3 times the
+// polynomial that comes closest, of double 2 atanh(r / (2 + r)). The polynomial needs no division,
+// but in double so many terms that the division is faster.
+SQLOSS_INLINE float log1p_near_0(float r) {
+  constexpr Coefficients<8, float> kNearest = {{-0.5f, 0.333339107072f, -0.250013370468f,
+                                                0.199630648559f, -0.165775846267f, 0.149147574269f,
+                                                -0.142674854578f, 0.0870046356657f}};
+  return multiply_add(r * r, polynomial(kNearest, r), r);
+}
+SQLOSS_INLINE double log1p_near_0(double r) {
+  const double s = r / (r + 2.0);
+  return 2.0 * s * atanh_series<Float<double>::kLogTerms>(s * s);
+}
+
+// w = (1 + m_less_1) 2^e with 1 + m_less_1 in [sqrt(1/2), sqrt(2)), of a normal positive w.
 template <typename T>
-SQLOSS_INLINE T log1p_of_normal(T x, T w, T shift = T(0)) {
+struct Scaled {
+  T e, m_less_1;
+};
+
+template <typename T>
+SQLOSS_INLINE Scaled<T> scaled(T w) {
   using Type = Float<T>;
   using Bits = typename Type::Bits;
   constexpr T kTwoToMantissaBits = T(Bits(1) << Type::kMantissaBits);
@@ -164,17 +225,29 @@ SQLOSS_INLINE T log1p_of_normal(T x, T w, T shift = T(0)) {
   // The biased exponent as the lowest bits of a number 2^kMantissaBits
   const T biased =
       bits_as<T>(Bits((shifted >> Type::kMantissaBits) | bits_as<Bits>(kTwoToMantissaBits)));
-  const T e = biased - (kTwoToMantissaBits + T(Type::kExponentOfOne)) + shift;
-  const T m_less_1 = m - T(1), numerator = e == T(0) ? x : m_less_1;
-  const T s = quotient(numerator, numerator + T(2));
-  const T log_m = T(2) * s * atanh_series<Type::kLogTerms>(s * s);
+  return {biased - (kTwoToMantissaBits + T(Type::kExponentOfOne)), m - T(1)};
+}
+
+// log(w), given its e and m_less_1
+template <typename T>
+SQLOSS_INLINE T log_of_scaled(T e, T m_less_1) {
+  using Type = Float<T>;
+  const T log_m = log1p_near_0(m_less_1);
   return multiply_add(e, Type::kLn2High, multiply_add(e, Type::kLn2Low, log_m));
 }
 
-// log(w) of a normal positive number, of which w is 2^-shift times too much
+// log(w) of a normal positive number
 template <typename T>
-SQLOSS_INLINE T log_of_normal(T w, T shift = T(0)) {
-  return log1p_of_normal(w - T(1), w, shift);
+SQLOSS_INLINE T log_of_normal(T w) {
+  const Scaled<T> number = scaled(w);
+  return log_of_scaled(number.e, number.m_less_1);
+}
+
+// log(1 + x), with all digits of a small x, given w = 1 + x rounded, a normal positive number
+template <typename T>
+SQLOSS_INLINE T log1p_of_normal(T x, T w) {
+  const Scaled<T> number = scaled(w);
+  return log_of_scaled(number.e, number.e == T(0) ? x : number.m_less_1);
 }
 
 // log(x) of any x
@@ -183,8 +256,9 @@ SQLOSS_INLINE T log(T x) {
   constexpr int kMantissaBits = Float<T>::kMantissaBits;
   constexpr T kTwoToMantissaBits = T(typename Float<T>::Bits(1) << kMantissaBits);
   const bool subnormal = x < std::numeric_limits<T>::min();
+  const Scaled<T> number = scaled(subnormal ? x * kTwoToMantissaBits : x);
   const T finite =
-      log_of_normal(subnormal ? x * kTwoToMantissaBits : x, subnormal ? T(-kMantissaBits) : T(0));
+      log_of_scaled(number.e + (subnormal ? T(-kMantissaBits) : T(0)), number.m_less_1);
 
   constexpr T infinity = std::numeric_limits<T>::infinity();
   const T positive = x < infinity ? finite : x;  // also NaN

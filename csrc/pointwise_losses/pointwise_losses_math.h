@@ -33,9 +33,10 @@ struct BinaryCrossEntropyWithLogits {
 
   // softplus(x) = max(x, 0) + log(1 + exp(-|x|)): nothing cancels where y is 0 or 1
   SQLOSS_INLINE static T loss(T x, T y, T pos_weight) {
-    const T log_term = log1p_of_fraction(exp_small(-std::abs(x)));
-    return (T(1) - y) * (positive_part(x) + log_term) +
-           pos_weight * y * (positive_part(-x) + log_term);
+    const T size = std::abs(x), log_term = log1p_of_fraction(exp_small(-size));
+    const T negative = T(1) - y, positive = pos_weight * y;
+    const T linear = (x > T(0) ? negative : positive) * size;  // of one softplus: the other's is 0
+    return core::CPU_CAPABILITY::multiply_add(negative + positive, log_term, linear);
   }
   SQLOSS_INLINE static Derivatives<T> derivatives(T x, T y, T pos_weight) {
     const T e = exp_small(-std::abs(x));

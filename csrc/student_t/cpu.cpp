@@ -27,8 +27,9 @@ using core::CPU_CAPABILITY::kLanes;
 using core::CPU_CAPABILITY::OrderedSum;
 using core::CPU_CAPABILITY::Words;
 
-// Elements that are worked on at a time. A dozen arrays of them have to stay in the caches.
-constexpr int64_t kElements = 512;
+// Elements that are worked on at a time: 17 arrays of them are read and written in turns, and 32 KiB
+// of first-level cache hold those.
+constexpr int64_t kElements = 256;
 // Fewer elements than this are not worth another thread.
 constexpr int64_t kGrain = 4096;
 // Philox blocks at a time: two vectors, which wait for a multiplication in turns.
@@ -55,7 +56,7 @@ struct Tiling {
         tiles((in.rows + rows_per_tile - 1) / rows_per_tile * parts_per_row) {}
 
   Extent whole(const Inputs& in) const {
-    return {0, rows_per_tile, 0, std::min(kElements, in.columns)};
+    return {0, std::min(rows_per_tile, in.rows), 0, std::min(kElements, in.columns)};
   }
   Extent extent(const Inputs& in, int64_t tile) const {
     const int64_t row = tile / parts_per_row * rows_per_tile;
@@ -72,8 +73,10 @@ struct Tiling {
   }
 };
 
+// A cache line longer than its elements: a CPU takes a load for one of what was just stored if the
+// lowest 12 bits of both addresses agree, as at the same index of arrays of a power of two bytes.
 template <typename T>
-using Array = T[kElements];
+using Array = T[kElements + 16];
 
 template <typename T>
 struct Densities {
@@ -90,8 +93,8 @@ struct alignas(64) Tile {
   Densities<T> posterior, prior;
   Array<T> constant;  // of the KL of an element, and its derivatives:
   Array<T> constant_in_df, constant_in_prior_df;
-  Array<T> energy, cosine, t, root_of_g;  // of a sample
-  Array<T> z, kl;                         // and backward their gradients
+  Array<T> energy, cosine, t;  // of a sample
+  Array<T> z, kl;              // and backward their gradients
   Array<T> in_loc, in_scale, in_df, in_prior_df;
   Array<double> kl_sum;  // over samples
   // Random words, of the elements from first_word on; part 1, of the lower bits, for double only.
@@ -206,10 +209,8 @@ __attribute__((noinline)) void noise_of_words(int64_t count, Tile<T>& tile) {
 template <typename T>
 __attribute__((noinline)) void student_t_samples(int64_t count, Tile<T>& tile) {
   for (int64_t i = 0; i < count; ++i) {
-    const auto sample = student_t_sample(Noise<T>{tile.energy[i], tile.cosine[i]},
-                                         tile.posterior.df[i], tile.posterior.inverse[i]);
-    tile.t[i] = sample.t;
-    tile.root_of_g[i] = sample.root_of_g;
+    tile.t[i] = student_t_sample(Noise<T>{tile.energy[i], tile.cosine[i]}, tile.posterior.df[i],
+                                 tile.posterior.inverse[i]);
   }
 }
 
@@ -315,6 +316,14 @@ bool same_in_all_tiles(const Inputs& in, const Tiling& tiling) {
 
 // --- forward -------------------------------------------------------------------------------------
 
+// Of its own, because the compiler keeps these sums in memory where they are a part of more.
+template <typename Number>
+__attribute__((noinline)) double ordered_sum(const Number* values, int64_t count) {
+  OrderedSum sum;
+  sum.add(values, count);
+  return sum.total();
+}
+
 template <typename T>
 __attribute__((noinline)) void student_t_cross_term(int64_t count, Tile<T>& tile) {
   for (int64_t i = 0; i < count; ++i) {
@@ -374,9 +383,7 @@ void forward(const Inputs& in, const Outputs& out) {
 
       const auto finish = [&](const auto& elements, int64_t sample, double divisor) {
         for (int64_t r = 0; r < extent.rows; ++r) {
-          OrderedSum sum;
-          sum.add(elements + r * extent.columns, extent.columns);
-          const double total = sum.total() / divisor;
+          const double total = ordered_sum(elements + r * extent.columns, extent.columns) / divisor;
           const int64_t row = sample * in.rows + extent.row + r;
           if (parts.empty()) {
             kl[row] = static_cast<T>(total);
@@ -409,9 +416,8 @@ void forward(const Inputs& in, const Outputs& out) {
   });
 
   for (size_t row = 0; row * tiling.parts_per_row < parts.size(); ++row) {
-    OrderedSum sum;
-    sum.add(parts.data() + row * tiling.parts_per_row, tiling.parts_per_row);
-    kl[row] = static_cast<T>(sum.total());
+    kl[row] = static_cast<T>(
+        ordered_sum(parts.data() + row * tiling.parts_per_row, tiling.parts_per_row));
   }
 }
 
@@ -455,9 +461,7 @@ class Summed {
     if (!target_.data) return;
     double* const sums = sums_.data() + index * width_;
     if (shape_ == DfShape::kScalar) {
-      OrderedSum sum;
-      sum.add(values, extent.count());
-      *sums = sum.total();
+      *sums = ordered_sum(values, extent.count());
       return;
     }
     for (int64_t row = 0; row < extent.rows; ++row) {
@@ -470,9 +474,7 @@ class Summed {
   void finish() {
     if (sums_.empty()) return;
     if (shape_ == DfShape::kScalar) {
-      OrderedSum sum;
-      sum.add(sums_.data(), tiling_.tiles);
-      const T total = static_cast<T>(sum.total());
+      const T total = static_cast<T>(ordered_sum(sums_.data(), tiling_.tiles));
       core::CPU_CAPABILITY::write_tile<T>(&total, target_, 0, 1);
       return;
     }
@@ -517,8 +519,7 @@ __attribute__((noinline)) void student_t_backward(int64_t count, Tile<T>& tile) 
 template <bool kOwnTerm, typename T>
 __attribute__((noinline)) void posterior_in_df(int64_t count, Tile<T>& tile) {
   for (int64_t i = 0; i < count; ++i) {
-    const Sample<T> sample{tile.t[i], tile.root_of_g[i]};
-    tile.in_df[i] += gradient_of_df<kOwnTerm>(tile.posterior.at(i), sample, tile.energy[i],
+    tile.in_df[i] += gradient_of_df<kOwnTerm>(tile.posterior.at(i), tile.t[i], tile.energy[i],
                                               tile.scale[i], tile.z[i], tile.kl[i]);
   }
 }

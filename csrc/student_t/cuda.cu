@@ -400,8 +400,8 @@ struct Parameters {
 
 // A standard sample of an element.
 template <Df kDf, typename T>
-__device__ __forceinline__ Sample<T> sample_of(const Noise<T>& noise, const Density<T>& posterior) {
-  if constexpr (kDf == Df::kNone) return {normal_sample(noise), T(1)};
+__device__ __forceinline__ T sample_of(const Noise<T>& noise, const Density<T>& posterior) {
+  if constexpr (kDf == Df::kNone) return normal_sample(noise);
   return student_t_sample(noise, posterior.df, posterior.inverse);
 }
 
@@ -457,7 +457,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<T, kDf>)
       T t[kColumns<T>], z[kColumns<T>];
 #pragma unroll
       for (int i = 0; i < kColumns<T>; ++i) {
-        t[i] = sample_of<kDf>(noise[i], df.posterior[df.of(i)]).t;
+        t[i] = sample_of<kDf>(noise[i], df.posterior[df.of(i)]);
         z[i] = given.loc[i] + given.scale[i] * t[i];
       }
       const int64_t index = sample * in.rows + place.row;
@@ -640,12 +640,11 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, kDf>)
       const T in_kl = !sampled_kl ? T(0) : in.mean ? in_mean_kl : read_in_kl(sample);
       Noise<T> noise[kColumns<T>];
       source.draw(static_cast<uint32_t>(sample), noise);
-      Sample<T> drawn[kColumns<T>];
-      T z[kColumns<T>];
+      T t[kColumns<T>], z[kColumns<T>];
 #pragma unroll
       for (int i = 0; i < kColumns<T>; ++i) {
-        drawn[i] = sample_of<kDf>(noise[i], df.posterior[df.of(i)]);
-        z[i] = given.loc[i] + given.scale[i] * drawn[i].t;
+        t[i] = sample_of<kDf>(noise[i], df.posterior[df.of(i)]);
+        z[i] = given.loc[i] + given.scale[i] * t[i];
       }
       if (sampled_kl) {
 #pragma unroll
@@ -660,7 +659,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, kDf>)
 #pragma unroll
       for (int i = 0; i < kColumns<T>; ++i) {
         in_loc[i] += in_z[i];
-        in_scale[i] += in_z[i] * drawn[i].t;
+        in_scale[i] += in_z[i] * t[i];
       }
       if constexpr (kDf != Df::kNone) {
         if (!in_df) continue;
@@ -668,7 +667,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<T, kDf>)
 #pragma unroll
           for (int i = 0; i < kColumns<T>; ++i) {
             in_posterior_df[i] += gradient_of_df<own_term.value>(
-                df.posterior[df.of(i)], drawn[i], noise[i].energy, given.scale[i], in_z[i], in_kl);
+                df.posterior[df.of(i)], t[i], noise[i].energy, given.scale[i], in_z[i], in_kl);
           }
         };
         in.kl == Kl::kMc ? add(std::true_type()) : add(std::false_type());

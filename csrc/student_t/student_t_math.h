@@ -6,13 +6,7 @@
 //   e = -2 log(u) / df,   t = sqrt(df * expm1(e)) * cos(2 pi v)
 //
 // t is Student-t with df degrees of freedom, exactly and for every df > 0; of infinite df it is the
-// normal sample of Box and Muller. What follows is written in
-//
-//   g = exp(-e) and psi = (1 - g) / e, both in (0, 1], so that
-//   t = sqrt(-2 log(u) * psi / g) * cos(2 pi v) = sqrt(df * (1 - g) / g) * cos(2 pi v)
-//
-// of which the first form loses no digits where e is tiny, and the second needs no series where it
-// is not. The root of g alone is computed, so that nothing overflows before t does.
+// normal sample of Box and Muller.
 //
 // In the namespace of who includes it: a csrc/*/cpu.cpp, once per CPU capability, or a cuda.cu.
 #pragma once
@@ -100,38 +94,43 @@ SQLOSS_INLINE T normal_sample(const Noise<T>& noise) {
   return near_root(noise.energy) * noise.cosine;
 }
 
+// Of e = r + 2 j ln 2 with an integer j and |r| <= ln 2,
+//
+//   sqrt(expm1(e)) = 2^j sqrt(expm1(r) + (1 - 2^-2j))
+//
+// in which nothing cancels, also where e is tiny and j is 0, and nothing overflows before t does.
 template <typename T>
-struct Sample {
-  T t, root_of_g;
-};
+SQLOSS_INLINE T student_t_sample(const Noise<T>& noise, T df, T inverse_df) {
+  using core::CPU_CAPABILITY::bits_as, core::CPU_CAPABILITY::multiply_add;
+  using Type = Float<T>;
+  using Bits = typename Type::Bits;
+  constexpr T rounder = T(Bits(3) << (Type::kMantissaBits - 1));  // as in exp_small
 
-// Where e is below, series in it are summed; elsewhere nothing cancels.
-template <typename T>
-constexpr T kSmall = T(0.5);
-
-// psi - 1 of a small e: psi = sum of (-e)^k / (k + 1)!
-template <typename T>
-SQLOSS_INLINE T psi_less_1(T e) {
-  return -e * core::CPU_CAPABILITY::exp_series<Float<T>::kExpTerms + 2, 2>(-e, 0.5);
-}
-
-template <typename T>
-SQLOSS_INLINE Sample<T> student_t_sample(const Noise<T>& noise, T df, T inverse_df) {
   const T e = noise.energy * inverse_df;
-  const T root = core::CPU_CAPABILITY::exp_small(T(-0.5) * e);
-  // -2 log(u) * psi
-  const T of_small = core::CPU_CAPABILITY::multiply_add(noise.energy, psi_less_1(e), noise.energy);
-  const T of_large = df * (T(1) - root * root);
-  const T size = near_root(e < kSmall<T> ? of_small : of_large);
-  return {near_quotient(size, root) * noise.cosine, root};
+  const T rounded = multiply_add(e, T(0.5 * 1.44269504088896340736), rounder);
+  const T j = rounded - rounder;
+  const T r = multiply_add(j, T(-2) * Type::kLn2Low, multiply_add(j, T(-2) * Type::kLn2High, e));
+  const auto power_of_2 = [](Bits exponent) {
+    return bits_as<T>(Bits((Type::kExponentOfOne + exponent) << Type::kMantissaBits));
+  };
+  const T two_to_j = power_of_2(bits_as<Bits>(rounded));
+  const T two_to_minus_j = power_of_2(Bits(0) - bits_as<Bits>(rounded));
+  const T rest = multiply_add(-two_to_minus_j, two_to_minus_j, T(1));
+  const T series = core::CPU_CAPABILITY::exp_series<Type::kExpm1Terms, 1>(r);
+  const T finite = near_root(df * multiply_add(r, series, rest)) * two_to_j;
+  const bool is_infinite = e > T(-2) * (Type::kExpIsZero + T(1));
+  return (is_infinite ? std::numeric_limits<T>::infinity() : finite) * noise.cosine;
 }
 
-// 1 - 1 / psi, from which d t / d df = t * (1 - 1 / psi) / (2 df)
+// With g = exp(-e) and psi = (1 - g) / e, 1 - 1 / psi, from which
+// d t / d df = t * (1 - 1 / psi) / (2 df)
 template <typename T>
-SQLOSS_INLINE T one_less_inverse_psi(T e, T root_of_g) {
-  const bool small = e < kSmall<T>;
-  const T series = psi_less_1(e), psi = T(1) + series;
-  const T rest = T(1) - root_of_g * root_of_g, rest_less_e = rest - e;
+SQLOSS_INLINE T one_less_inverse_psi(T e) {
+  // Below, psi - 1 is summed as its series, sum of (-e)^k / (k + 1)!; elsewhere nothing cancels.
+  const bool small = e < T(0.5);
+  const T series = -e * core::CPU_CAPABILITY::exp_series<Float<T>::kExpTerms, 2>(-e);
+  const T psi = T(1) + series;
+  const T rest = T(1) - core::CPU_CAPABILITY::exp_small(-e), rest_less_e = rest - e;
   return near_quotient(small ? series : rest_less_e, small ? psi : rest);
 }
 
@@ -203,18 +202,18 @@ template <typename T>
 SQLOSS_INLINE T log1p_less_ratio(Square<T> y, T ratio) {
   constexpr T kSmallSquare = T(0.25);
   const T s = near_quotient(y.value, T(2) + y.value), s2 = s * s;
-  const T series = core::CPU_CAPABILITY::atanh_series<Float<T>::kLogTerms + 1, 1>(s2);
+  const T series = core::CPU_CAPABILITY::atanh_series<Float<T>::kLogTerms, 1>(s2);
   const T of_small = s * ratio + T(2) * s * s2 * series;
   const T of_large = log1p_of_square(y) - ratio;
   return y.value < kSmallSquare ? of_small : of_large;
 }
 
-// |y| / (1 + y^2)
+// y / (1 + y^2)
 template <typename T>
-SQLOSS_INLINE T over_1_plus_square(Square<T> y) {
-  const bool large = y.size > kLarge<T>;
-  const T plus_1 = T(1) + y.value;
-  return near_quotient(large ? T(1) : y.size, large ? y.size : plus_1);
+SQLOSS_INLINE T over_1_plus_square(T y) {
+  const bool large = std::abs(y) > kLarge<T>;
+  const T plus_1 = T(1) + y * y;
+  return near_quotient(large ? T(1) : y, large ? y : plus_1);
 }
 
 // --- normalising constants -----------------------------------------------------------------------
@@ -317,19 +316,18 @@ SQLOSS_INLINE T normal_kl_in_closed_form(T loc, T scale, T log_scale) {
 // The derivative of the KL's cross term, -log p(z), in z.
 template <typename T>
 SQLOSS_INLINE T cross_term_in_z(const Density<T>& prior, T z) {
-  const T slope = over_1_plus_square(square_over_df(z, prior.root));
   const T power = T(2) * prior.half_power * prior.root;
-  return power * std::copysign(slope, z);
+  return power * over_1_plus_square(z * prior.root);
 }
 
 // What a sample gives to the gradient of df, but for the constants of the KL; with in_z the whole
 // gradient of z. At large df, terms of the order 1 / df cancel to one of the order 1 / df^2; so
 // that its digits stay, log1p_less_ratio takes their difference as a series.
 template <bool kOwnTerm, typename T>
-SQLOSS_INLINE T gradient_of_df(const Density<T>& posterior, const Sample<T>& sample, T energy,
-                               T scale, T in_z, T in_kl) {
-  const T inverse = posterior.inverse, t = sample.t;
-  const T psi_term = one_less_inverse_psi(energy * inverse, sample.root_of_g);
+SQLOSS_INLINE T gradient_of_df(const Density<T>& posterior, T t, T energy, T scale, T in_z,
+                               T in_kl) {
+  const T inverse = posterior.inverse;
+  const T psi_term = one_less_inverse_psi(energy * inverse);
   T in_df = in_z * scale * t * inverse * psi_term;
   if constexpr (kOwnTerm) {
     const auto square = square_over_df(t, posterior.root);
