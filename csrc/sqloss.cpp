@@ -1,8 +1,9 @@
 // The front door: every operator's schema, its kernels by device, and its pybind11 binding.
 // Autograd, and autocast where it matters, are registered by each operation's autograd.cpp; fake
 // tensors, vmap and the reference for other devices in sqloss/_ops/.
-#include <ATen/ATen.h>
 #include <ATen/ScalarOps.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/functional.h>
 #include <torch/csrc/Exceptions.h>

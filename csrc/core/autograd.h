@@ -4,7 +4,7 @@
 // for forward mode, and not as a torch::autograd::Function: that one torch.func transforms refuse.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/edge.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>

@@ -2,7 +2,6 @@
 // kernel nor autograd.
 #include "cross_entropy_losses/cross_entropy_losses.h"
 
-#include <ATen/ATen.h>
 #include <c10/util/irange.h>
 
 #include "core/allocate.h"

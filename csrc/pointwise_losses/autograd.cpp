@@ -6,6 +6,13 @@
 // mode take the same formulas.
 #include "core/autograd.h"
 
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/clamp.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/log_sigmoid.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/where.h>
 #include <torch/library.h>
 
 #include <array>

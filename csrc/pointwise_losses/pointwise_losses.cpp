@@ -2,7 +2,6 @@
 // nor autograd.
 #include "pointwise_losses/pointwise_losses.h"
 
-#include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <numeric>

@@ -2,8 +2,8 @@
 // nor autograd.
 #include "student_t/student_t.h"
 
-#include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
+#include <ATen/ops/randint.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <limits>

@@ -1,8 +1,8 @@
 // Autograd and autocast of the superquantile operators. The only file that knows both directions.
 #include "core/autograd.h"
 
-#include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/ones_like.h>
 #include <torch/library.h>
 
 #include "core/on.h"

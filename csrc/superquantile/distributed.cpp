@@ -1,6 +1,6 @@
 #include "superquantile/distributed.h"
 
-#include <ATen/ATen.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <array>

@@ -2,9 +2,9 @@
 // nor autograd.
 #include "superquantile/superquantile.h"
 
-#include <ATen/ATen.h>
 #include <ATen/TensorUtils.h>
 #include <ATen/WrapDimUtilsMulti.h>
+#include <ATen/ops/empty.h>
 
 #include "core/allocate.h"
 #include "core/dtype.h"
