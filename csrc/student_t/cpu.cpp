@@ -27,8 +27,8 @@ using core::CPU_CAPABILITY::kLanes;
 using core::CPU_CAPABILITY::OrderedSum;
 using core::CPU_CAPABILITY::Words;
 
-// Elements that are worked on at a time: 17 arrays of them are read and written in turns, and 32 KiB
-// of first-level cache hold those.
+// Elements that are worked on at a time: 17 arrays of them are read and written in turns, and 32
+// KiB of first-level cache hold those.
 constexpr int64_t kElements = 256;
 // Fewer elements than this are not worth another thread.
 constexpr int64_t kGrain = 4096;
