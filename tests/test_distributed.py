@@ -668,8 +668,12 @@ WAY = {
 def on_equal_ranks(losses, alpha, ranks, way, weight=None):
     """(value, threshold, counts) of as many ranks that all have these losses."""
     config = [1, 2, 3]
+
+    def all_reduce(sums):
+        sums.mul_(ranks)
+
     return WAY[way](
-        losses, 1 - alpha, weight, None, config, ranks, ranks, lambda x: x.mul_(ranks), print
+        losses, 1 - alpha, weight, None, config, ranks, ranks, all_reduce, print, "function"
     )
 
 

@@ -123,7 +123,7 @@ void run(const char* types) {
       }
       for (const double share : {0.001, 0.25}) {
         const auto target = [=](double total) { return share * total; };
-        const Tail<T> tail = select(row, share, target);
+        const Tail<T> tail = select(row, share, target, Bracket<T>{});
         if constexpr (!kWeighted<W>) check(row.losses, n, share, tail);
         std::printf("%s, %s, n = %" PRId64 ", %g:", types, name, n, share);
         for (const double number :
