@@ -611,13 +611,22 @@ def _var(function: str, var: Tensor | float, input: Tensor) -> Tensor:
 
 def _broadcast(function: str, input: Tensor, target: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """Input, target and tensors that broadcast with input, in one shape."""
+    tensors = (input, target, *others)
     try:
-        return tuple(torch.broadcast_tensors(input, target, *others))
+        shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
     except RuntimeError:
         raise ValueError(
             f"{function}: target: expected a shape that broadcasts with that of input, "
             f"{tuple(input.shape)}, got {tuple(target.shape)}"
         ) from None
+
+    def expanded(tensor: Tensor) -> Tensor:
+        # The gradient is a sum, whose parts half precision may not hold
+        if tensor.shape != shape and tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor = tensor.float()
+        return tensor.expand(shape)
+
+    return tuple(map(expanded, tensors))
 
 
 def _cross_entropy(

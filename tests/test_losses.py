@@ -400,6 +400,14 @@ def test_a_tail_of_what_is_broadcast(device):
     torch.testing.assert_close(torch.func.vmap(value)(*rows), alone)
 
 
+def test_gradients_of_what_is_broadcast_are_summed_in_float32():
+    """In half precision their parts overflow, and cancel to NaN."""
+    x = torch.zeros(1, 1, dtype=torch.float16, requires_grad=True)
+    target, var = torch.tensor([[1.0], [-1.0], [0.01]]), torch.full((1, 1), 1e-5)
+    (gradient,) = torch.autograd.grad(sqloss.losses.gaussian_nll_loss(x, target, var).sum(), x)
+    torch.testing.assert_close(gradient, torch.full_like(x, -1000.0))
+
+
 def test_what_is_broadcast_is_not_copied(peak_memory):
     x, y = torch.randn(64, 4096), torch.randn(64, 1)
     step = lambda: sqloss.cvar_gaussian_nll_loss(x, y, x.new_ones(64), alpha=0.5)  # noqa: E731
