@@ -47,7 +47,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 
 # Of one core of an AMD EPYC (Zen 3): for the CPU, and for each architecture of a GPU
-CPU_MINUTES, CUDA_MINUTES = 7, 4
+CPU_MINUTES, CUDA_MINUTES = 7, 3
 
 
 class NoCuda(Exception):
