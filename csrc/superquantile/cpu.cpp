@@ -1,7 +1,6 @@
 // CPU kernels of the superquantile; compiled once per CPU capability.
 //
-// forward   short rows, up to kShort losses: short_rows.h tells the algorithm, sixteen rows at
-// once.
+// forward   short rows, up to kShort losses: short_rows.h tells the algorithm, for sixteen at once.
 //           Longer ones: selection.h. Rows are read through tiles that convert, gather and mask on
 //           the fly; threads take rows or, where there are fewer rows than threads, chunks of a
 //           row. Rows in cache are taken by sixteen: a sample of each, sorted like short rows,
