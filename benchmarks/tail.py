@@ -25,6 +25,7 @@ from vae import mean_loss, training_step
 import sqloss
 from sqloss.models import VAE
 from sqloss.training.files import write_atomically
+from sqloss.training.flags import configure
 from sqloss.training.vae.backends import Torch
 from sqloss.training.vae.config import VAEConfig
 
@@ -175,7 +176,7 @@ def size_table(threads: Sequence[int], seconds: float) -> Iterator[str]:
         torch.set_num_threads(count)
         for shape, options, batches, alphas in SIZES:
             for batch, alpha in itertools.product(batches, alphas):
-                config = VAEConfig(batch_size=batch, alpha=alpha, **options)
+                config = configure(VAEConfig, batch_size=batch, alpha=alpha, **options)
                 say(f"threads {count}: {shape}, {config.architecture}, {batch:,}, {alpha}")
                 yield f"| {count} {size_row(shape, config, seconds)}"
 

@@ -16,6 +16,7 @@ from sqloss import cli
 from sqloss.models import classifier
 from sqloss.training import files, pictures
 from sqloss.training.data import Dataset
+from sqloss.training.flags import configure
 from sqloss.training.threads import set_threads
 from sqloss.training.vae import loop as vae_loop
 from sqloss.training.vae import report as vae_report
@@ -562,7 +563,7 @@ def test_threads(threads, side, expected, backend):
     torch.set_num_threads(2)
     images = torch.zeros(1, 1, side, side, dtype=torch.uint8)
     labels = torch.zeros(1, dtype=torch.int64)
-    config = VAEConfig(threads=threads, backend=backend)
+    config = configure(VAEConfig, threads=threads, backend=backend)
     with threadpoolctl.threadpool_limits(2, "blas"):
         set_threads(config, Dataset("d", ("a",), images, labels, images, labels))
         blas = threadpoolctl.ThreadpoolController().select(user_api="blas").info()

@@ -1,27 +1,37 @@
 """What every run is: hyper-parameters with their defaults, their meaning and their valid range.
 
-The fields of a configuration are flags of the command line and keys of ``config.json``.
+The settings of a configuration are flags of the command line and keys of ``config.json``.
 """
 
 import dataclasses
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from sqloss.training.data import READERS, SAMPLINGS, Source, parse_imbalance
+from sqloss.training import ranks
+from sqloss.training.data import READERS, Source, parse_imbalance, refuse_output_among_data
 from sqloss.training.errors import UserError
+from sqloss.training.flags import (
+    LARGEST,
+    as_flag,
+    choice,
+    configure,
+    expect,
+    flag,
+    flat,
+    settings_chosen,
+    settings_of,
+)
+from sqloss.training.risks import RISKS, CVaR, Mean, Risk
+from sqloss.training.samplers import SAMPLERS, Sampler
 
 METRIC_ALPHA = 0.8  # of the tail reported where training has none
-LARGEST = 2**31 - 1  # of the numbers that become sizes of tensors
 THREADS_PER_CPU = 16  # more than anyone has a use for, and few enough to be made
-
-
-def flag(default: Any, meaning: str, **options: Any) -> Any:
-    """A field that is a flag: ``options`` go to argparse."""
-    return field(default=default, metadata={"help": meaning, **options})
+FORMAT = 1  # of config.json; runs of before there was a format have none
+STANDARD = "standard"  # the model that is trained on the mean
 
 
 @dataclass(frozen=True)
@@ -29,9 +39,153 @@ class RunConfig:
     """The hyper-parameters that runs of every command have, valid by construction."""
 
     command: ClassVar[str]
-    paths: ClassVar[tuple[str, ...]] = ("data_dir",)  # the fields that name files and folders
-    # On resuming: what does not make it another run.
-    may_change: ClassVar[tuple[str, ...]] = ("epochs", "device", "threads", "data_dir", "download")
+    paths: ClassVar[tuple[str, ...]] = ()  # the settings that name files and folders
+    of_machine: ClassVar[tuple[str, ...]] = ("device", "threads")
+    """The settings of where and how it is computed, not of what."""
+    more_may_change: ClassVar[tuple[str, ...]] = ()
+    """On resuming, beside those of the machine and the epochs."""
+
+    risk: Risk = choice(RISKS, "cvar", "what is minimised of the losses of a batch")
+    alone: bool = flag(False, "train no standard model beside the one of the risk")
+    sampling: Sampler = choice(
+        SAMPLERS,
+        "shuffle",
+        "an epoch is " + ", or ".join(f"{each.about} ({name})" for name, each in SAMPLERS.items()),
+    )
+    epochs: int = flag(200, "passes over the training data", metavar="N")
+    batch_size: int = flag(128, "samples per step, of all processes together", metavar="N")
+    seed: int = flag(0, "seed of everything random", metavar="N")
+    device: str = flag("auto", "auto, cpu or cuda; auto is cuda where there is one")
+    threads: int = flag(
+        0, "CPU threads; 0: torch's own choice, or 1 for images of up to 256 values", metavar="N"
+    )
+    checkpoint_every: int = flag(1, "epochs between checkpoints", metavar="N")
+
+    @classmethod
+    def may_change(cls) -> tuple[str, ...]:
+        """The settings that do not make a run that is resumed another run."""
+        return ("epochs", *cls.of_machine, *cls.more_may_change)
+
+    def __post_init__(self) -> None:
+        self._expect_choices()
+        if self.alone and self.risk.is_mean:
+            raise UserError(
+                f"--alone: expected another risk than the mean with it, got {self.risk.flags}"
+            )
+        if self.risk.name == STANDARD:
+            raise UserError(f"--risk: expected another name than that of the {STANDARD} model")
+        self._expect_whole(1, "epochs", "batch_size", "checkpoint_every")
+        for name in ("seed", "threads"):
+            self._expect(name, getattr(self, name) >= 0, "a whole number from 0 up")
+
+    def _expect_choices(self) -> None:
+        for each in dataclasses.fields(self):
+            choices = each.metadata.get("choices")
+            if choices:
+                value = getattr(self, each.name)
+                self._expect(each.name, value in choices, f"one of {', '.join(choices)}")
+
+    def _expect_whole(self, least: int, *names: str) -> None:
+        for name in names:
+            in_range = least <= getattr(self, name) <= LARGEST
+            self._expect(name, in_range, f"a whole number from {least} to {LARGEST}")
+
+    def _expect(self, name: str, valid: bool, expected: str) -> None:
+        expect(self, name, valid, expected)
+
+    @property
+    def risks(self) -> dict[str, Risk]:
+        """The models to train side by side, with the risk that each is trained on."""
+        if self.risk.is_mean:
+            return {STANDARD: Mean()}
+        return {self.risk.name: self.risk} if self.alone else self.measured_risks
+
+    @property
+    def contenders(self) -> tuple[str, ...]:
+        """The models to train side by side."""
+        return tuple(self.risks)
+
+    @property
+    def measured_risks(self) -> dict[str, Risk]:
+        """Those that every model is measured by: the mean and the run's own, or else the usual."""
+        own = CVaR(METRIC_ALPHA) if self.risk.is_mean else self.risk
+        return {STANDARD: Mean(), own.name: own}
+
+    @property
+    def metric_alpha(self) -> float:
+        """The alpha of the tail that is measured, which even a mean-trained model has."""
+        return self.risk.tail_alpha or METRIC_ALPHA
+
+    @property
+    def torch_device(self) -> torch.device:
+        cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        here = ["cpu", "cuda", *cuda] if cuda else ["cpu"]
+        self._expect(
+            "device", self.device in ["auto", *here], f"auto or, on this machine, {', '.join(here)}"
+        )
+        return torch.device(self.best_device if self.device == "auto" else self.device)
+
+    @property
+    def cpu_threads(self) -> int:
+        """The threads asked for, where this machine can be asked for them."""
+        most = THREADS_PER_CPU * (os.cpu_count() or 1)
+        self._expect("threads", self.threads <= most, f"at most {most} on this machine")
+        return self.threads
+
+    def check_machine(self) -> None:
+        """Raise for a device, or for threads, that this machine has not."""
+        _ = self.torch_device, self.cpu_threads
+
+    def check_ranks(self) -> None:
+        """Raise for what several ranks cannot train, or not so."""
+        count = ranks.count()
+        if count == 1:
+            return
+        if self.uses_numpy:
+            raise UserError(
+                f"--backend: expected torch with several processes, got numpy with {count}"
+            )
+        if self.batch_size < count:
+            raise UserError(
+                f"--batch-size: expected an image at least for each of {count} processes, got "
+                f"{self.batch_size}"
+            )
+        if ":" in self.device:
+            raise UserError(
+                "--device: expected auto, cpu or cuda with several processes, each of which has a "
+                f"GPU of its own, got {self.device}"
+            )
+        if self.torch_device.type == "cuda" and ranks.local() >= torch.cuda.device_count():
+            raise UserError(
+                f"--device: expected a GPU for every process of a machine, or cpu, got "
+                f"{torch.cuda.device_count()} and a process with the number {ranks.local()}"
+            )
+
+    @property
+    def title(self) -> str:
+        """What its directory is called, before the time."""
+        return self.command
+
+    def check_place(self, directory: Path) -> None:
+        """Raise for a directory where what is written would be read as data."""
+
+    @property
+    def uses_numpy(self) -> bool:
+        """Whether NumPy computes, beside torch."""
+        return False
+
+    @property
+    def best_device(self) -> str:
+        """What auto is."""
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class ImageConfig(RunConfig):
+    """The hyper-parameters of runs on images of classes."""
+
+    paths: ClassVar[tuple[str, ...]] = ("data_dir",)
+    of_machine: ClassVar[tuple[str, ...]] = (*RunConfig.of_machine, "data_dir", "download")
 
     dataset: str = flag("digits", "the data set", choices=tuple(READERS))
     data_dir: str = flag("data", "the folder with the data", metavar="DIR")
@@ -53,70 +207,20 @@ class RunConfig:
         "share above 0 keeps one image at least; the test images stay as they are",
         metavar="CLASS:SHARE,...",
     )
-    sampling: str = flag(
-        "shuffle",
-        "an epoch is every training image once, in random order, or as many random ones with "
-        "every class as often as any other (oversampling)",
-        choices=SAMPLINGS,
-    )
-    alpha: float = flag(
-        0.8,
-        "confidence level: train on the mean of the worst 1-ALPHA share of a batch, beside a "
-        "standard model trained on the mean; 0: the standard model only",
-    )
-    alone: bool = flag(False, "train no standard model beside the one of the tail")
-    epochs: int = flag(200, "passes over the training images", metavar="N")
-    batch_size: int = flag(128, "images per step, of all processes together", metavar="N")
-    seed: int = flag(0, "seed of everything random", metavar="N")
-    device: str = flag("auto", "auto, cpu or cuda; auto is cuda where there is one")
-    threads: int = flag(
-        0, "CPU threads; 0: torch's own choice, or 1 for images of up to 256 values", metavar="N"
-    )
     num_samples: int = flag(10_000, "generated images to classify for the report", metavar="N")
-    checkpoint_every: int = flag(1, "epochs between checkpoints", metavar="N")
 
     def __post_init__(self) -> None:
-        self._expect_choices()
-        self._expect("alpha", 0 <= self.alpha < 1, "a number in [0, 1)")
-        if self.alone and self.alpha == 0:
-            raise UserError("--alone: expected an --alpha above 0 with it, got --alpha 0")
-        self._expect_whole(1, "epochs", "batch_size", "num_samples", "checkpoint_every")
+        super().__post_init__()
+        self._expect_whole(1, "num_samples")
         self._expect_whole(0, "image_size", "limit")
-        for name in ("seed", "threads"):
-            self._expect(name, getattr(self, name) >= 0, "a whole number from 0 up")
         parse_imbalance(self.imbalance)
 
-    def _expect_choices(self) -> None:
-        for each in dataclasses.fields(self):
-            choices = each.metadata.get("choices")
-            if choices:
-                value = getattr(self, each.name)
-                self._expect(each.name, value in choices, f"one of {', '.join(choices)}")
-
-    def _expect_whole(self, least: int, *names: str) -> None:
-        for name in names:
-            in_range = least <= getattr(self, name) <= LARGEST
-            self._expect(name, in_range, f"a whole number from {least} to {LARGEST}")
-
-    def _expect(self, name: str, valid: bool, expected: str) -> None:
-        expect(self, name, valid, expected)
-
     @property
-    def contenders(self) -> tuple[str, ...]:
-        """The models to train side by side; each is trained on the risk of its name."""
-        if self.alone:
-            return ("cvar",)
-        return ("standard", "cvar") if self.alpha > 0 else ("standard",)
+    def title(self) -> str:
+        return f"{self.command}-{self.dataset}"
 
-    @property
-    def alphas(self) -> dict[str, float]:
-        """The confidence levels of the contenders' risks."""
-        return {"standard": 0.0, "cvar": self.metric_alpha}
-
-    @property
-    def metric_alpha(self) -> float:
-        """The alpha of the tail that is measured, which even a mean-trained model has."""
-        return self.alpha or METRIC_ALPHA
+    def check_place(self, directory: Path) -> None:
+        refuse_output_among_data(self.dataset, self.source, directory)
 
     @property
     def source(self) -> Source:
@@ -127,36 +231,6 @@ class RunConfig:
             limit=self.limit,
             celeba_attribute=self.celeba_attribute,
         )
-
-    @property
-    def torch_device(self) -> torch.device:
-        cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        here = ["cpu", "cuda", *cuda] if cuda else ["cpu"]
-        self._expect(
-            "device", self.device in ["auto", *here], f"auto or, on this machine, {', '.join(here)}"
-        )
-        return torch.device(self.best_device if self.device == "auto" else self.device)
-
-    @property
-    def cpu_threads(self) -> int:
-        """The threads asked for, where this machine can be asked for them."""
-        most = THREADS_PER_CPU * (os.cpu_count() or 1)
-        self._expect("threads", self.threads <= most, f"at most {most} on this machine")
-        return self.threads
-
-    def refuse_other_machine(self) -> None:
-        """Raise for a device, or for threads, that this machine has not."""
-        _ = self.torch_device, self.cpu_threads
-
-    @property
-    def uses_numpy(self) -> bool:
-        """Whether NumPy computes, beside torch."""
-        return False
-
-    @property
-    def best_device(self) -> str:
-        """What auto is."""
-        return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -176,16 +250,6 @@ def parse_sizes(name: str, text: str) -> tuple[int, ...]:
     return sizes
 
 
-def expect(config: object, name: str, valid: bool, expected: str) -> None:
-    """Refuse the value that a configuration has in one of its fields."""
-    if not valid:
-        raise UserError(f"{as_flag(name)}: expected {expected}, got {getattr(config, name)}")
-
-
-def as_flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def expanded(path: str) -> Path:
     """A path as a user writes it, ``~`` included."""
     return Path(os.path.expanduser(path))
@@ -195,24 +259,33 @@ def to_stored(config: RunConfig) -> dict[str, Any]:
     """What ``config.json`` stores, which means the same from every working directory."""
     named = {name: getattr(config, name) for name in config.paths}
     absolute = {name: str(expanded(path).absolute()) for name, path in named.items() if path}
-    return {"command": config.command} | dataclasses.asdict(config) | absolute
+    return {"format": FORMAT, "command": config.command} | flat(config) | absolute
 
 
 def from_stored(values: dict[str, Any], kind: type[Config]) -> Config:
-    """The configuration that a ``config.json`` stores."""
-    command = values.get("command", kind.command)
+    """The configuration that a ``config.json`` stores.
+
+    A setting that there was not yet has the value that does what the run did.
+    """
+    values = dict(values)
+    version, command = values.pop("format", 0), values.pop("command", kind.command)
+    if version not in range(FORMAT + 1):
+        raise UserError(
+            f"expected a run of a format up to {FORMAT}, got {version!r}, of a later sqloss"
+        )
     if command != kind.command:
         raise UserError(f"expected a run of sqloss {kind.command}, got one of sqloss {command}")
-    hints = get_type_hints(kind)
-    types = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-    differing = values.keys() ^ {"command", *types}
-    if differing:
-        listed = ", ".join(sorted(differing))
-        raise UserError(f"missing or unknown in this version of sqloss: {listed}")
-    values = {name: value for name, value in values.items() if name != "command"}
+    settings = settings_of(kind)
+    if unknown := values.keys() - settings:
+        raise UserError(f"unknown in this version of sqloss: {', '.join(sorted(unknown))}")
     for name, value in values.items():
         # JSON writes a float that is whole as it came; a bool is an int to Python, but not here.
-        allowed = (int, float) if types[name] is float else (types[name],)
+        expected = settings[name].type
+        allowed = (int, float) if expected is float else (expected,)
         if type(value) not in allowed:
-            raise UserError(f"{name}: expected {types[name].__name__}, got {value!r}")
-    return kind(**values)
+            raise UserError(f"{name}: expected {expected.__name__}, got {value!r}")
+    added = {name: s.before for name, s in settings.items() if "before" in s.metadata}
+    chosen = settings_chosen(kind, values)
+    if version == 0:  # when all settings were those of every choice
+        values = {name: value for name, value in values.items() if name in chosen}
+    return configure(kind, **{k: v for k, v in added.items() if k in chosen} | values)

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,6 @@ from sqloss.training.text import printable
 DEFAULT_SIZE = 32  # of faces, and of folders whose images differ in size
 TEST_SHARE = 0.2  # where a data set brings no split of its own
 GREY_MODES = {"1", "L", "LA"}  # as Pillow calls them
-SAMPLINGS = ("shuffle", "balanced")
 # Folders that systems make beside the images, and fill with copies of them or with nothing.
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 CLASSES_TOLD = 20  # in an error that lists them
@@ -91,16 +90,19 @@ class Dataset:
             f"{len(self.test_images)} test images"
         )
 
-    def order(self, sampling: str, draws: torch.Generator) -> Tensor:
-        """The indices of the training images of an epoch.
+    def __len__(self) -> int:
+        return len(self.train_images)
 
-        "shuffle": each once; "balanced": as many, with replacement, of equally likely classes.
-        """
-        labels = self.train_labels.cpu()
-        if sampling == "shuffle":
-            return torch.randperm(len(labels), generator=draws)
-        shares = 1 / torch.bincount(labels, minlength=len(self.class_names)).double()
-        return torch.multinomial(shares[labels], len(labels), replacement=True, generator=draws)
+    @property
+    def labels(self) -> Tensor:
+        """Those of the training images, on the CPU."""
+        return self.train_labels.cpu()
+
+    def batches(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The training images and labels of these rows, [B] each, on the device of the data."""
+        for batch in rows:
+            there = batch.to(self.train_images.device)
+            yield self.train_images[there], self.train_labels[there]
 
     def fingerprint(self) -> str:
         """Equal for equal images and labels, of training and test, only."""

@@ -6,8 +6,8 @@ anywhere and resumed is, on the CPU, bit for bit the run that was not.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from sqloss.models.seeding import generator
 from sqloss.training import ranks
 from sqloss.training.config import RunConfig
-from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError
 from sqloss.training.progress import Progress, counted
 from sqloss.training.stop import StopSignal
@@ -26,6 +25,23 @@ CHECKED_EVERY = 100  # steps: so long may a model be broken before that is told
 
 class NonFiniteError(UserError):
     """A model that has lost its footing."""
+
+
+class TrainingData(Protocol):
+    """What the loop wants of the data."""
+
+    def __len__(self) -> int:
+        """How many samples an epoch has."""
+
+    @property
+    def labels(self) -> Tensor | None:
+        """The classes of the samples, int64 [N] on the CPU, where they have any."""
+
+    def batches(self, rows: Iterable[Tensor]) -> Iterator[Any]:
+        """A batch for each of these tensors of sample numbers, as the trainer takes it."""
+
+    def fingerprint(self) -> str:
+        """Equal for equal data only."""
 
 
 class Training(ABC):
@@ -44,11 +60,11 @@ class Training(ABC):
         self.history: list[Row] = []
 
     @abstractmethod
-    def train_step(self, images: Tensor, labels: Tensor) -> None:
-        """One step of every model on the same uint8 images and the same noise."""
+    def train_step(self, batch: Any) -> None:
+        """One step of every model on the same batch and the same noise."""
 
     @abstractmethod
-    def measure(self, data: Dataset) -> list[Row]:
+    def measure(self, data: Any) -> list[Row]:
         """The metrics of the epoch that has ended, one row per model; be ready for the next."""
 
     @abstractmethod
@@ -113,9 +129,9 @@ class Training(ABC):
 
 def fit(
     training: Training,
-    data: Dataset,
+    data: TrainingData,
     config: RunConfig,
-    save: Callable[[Training], None],
+    save: Callable[[], None],
     progress: Progress,
 ) -> bool:
     """Train until ``config.epochs``, saving at epochs' ends; False where told to stop."""
@@ -131,7 +147,7 @@ def fit(
             stopping = stop.agreed()
             due = training.epoch % config.checkpoint_every == 0 or training.epoch == config.epochs
             if due or stopping:
-                save(training)
+                save()
                 saved = training.done()
             if ended:
                 kept = f"saved is what it was after {saved}" if saved else "nothing is saved yet"
@@ -143,15 +159,15 @@ def fit(
 
 
 def train_epoch(
-    training: Training, data: Dataset, config: RunConfig, progress: Progress, stop: StopSignal
+    training: Training, data: TrainingData, config: RunConfig, progress: Progress, stop: StopSignal
 ) -> bool:
     """Run the epoch under way; False where a stop is requested before its end."""
-    images, labels = data.train_images, data.train_labels
-    order = data.order(config.sampling, generator(config.seed, "order", training.epoch))
-    for batch in order.to(images.device).split(config.batch_size)[training.step :]:
+    draws = generator(config.seed, "order", training.epoch)
+    rows = config.sampling.order(data, draws, training).split(config.batch_size)[training.step :]
+    for batch in data.batches(rows):
         if stop.agreed():
             return False
-        training.train_step(images[batch], labels[batch])
+        training.train_step(batch)
         training.step += 1
         if training.step % CHECKED_EVERY == 0:
             refuse_non_finite(training)
@@ -159,11 +175,11 @@ def train_epoch(
     return True
 
 
-def steps_per_epoch(data: Dataset, config: RunConfig) -> int:
-    return math.ceil(len(data.train_images) / config.batch_size)
+def steps_per_epoch(data: TrainingData, config: RunConfig) -> int:
+    return math.ceil(len(data) / config.batch_size)
 
 
-def close_epoch(training: Training, data: Dataset) -> None:
+def close_epoch(training: Training, data: TrainingData) -> None:
     """Measure every model, and be ready for the next epoch."""
     training.epoch += 1
     training.step = 0

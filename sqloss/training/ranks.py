@@ -23,7 +23,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sqloss.training.config import RunConfig
 from sqloss.training.errors import UserError
 from sqloss.training.streams import tell
 
@@ -143,6 +142,12 @@ def disband() -> bool:
     return was_first
 
 
+def say(line: str) -> None:
+    """Tell on stderr how the work goes: once, whatever the number of ranks."""
+    if is_first():
+        tell(line)
+
+
 def tell_error(line: str) -> None:
     """Tell on stderr why this rank ends: where the first does not, at the end, as the first has."""
     if _untold is None or is_first():
@@ -227,30 +232,6 @@ def refuse_differing(given: Mapping[str, Any]) -> None:
                 )
 
 
-def refuse(config: RunConfig) -> None:
-    """Raise for what several ranks cannot train, or not so."""
-    ranks = count()
-    if ranks == 1:
-        return
-    if config.uses_numpy:
-        raise UserError(f"--backend: expected torch with several processes, got numpy with {ranks}")
-    if config.batch_size < ranks:
-        raise UserError(
-            f"--batch-size: expected an image at least for each of {ranks} processes, got "
-            f"{config.batch_size}"
-        )
-    if ":" in config.device:
-        raise UserError(
-            "--device: expected auto, cpu or cuda with several processes, each of which has a GPU "
-            f"of its own, got {config.device}"
-        )
-    if config.torch_device.type == "cuda" and local() >= torch.cuda.device_count():
-        raise UserError(
-            f"--device: expected a GPU for every process of a machine, or cpu, got "
-            f"{torch.cuda.device_count()} and a process with the number {local()}"
-        )
-
-
 # parts of a batch
 
 
@@ -269,6 +250,24 @@ def whole(values: Tensor, size: int) -> Tensor:
     all_values[..., part(size)] = values
     dist.all_reduce(all_values)
     return all_values
+
+
+def gathered(values: Tensor) -> Tensor:
+    """The values of all ranks, [sum of N], from those of each, [N]; the same on all ranks.
+
+    The gradient carries a factor of the number of ranks, as ``parallel`` takes means.
+    """
+    if count() == 1:
+        return values
+    from torch.distributed.nn.functional import all_gather
+
+    sizes = torch.zeros(count(), dtype=torch.int64)
+    sizes[number()] = len(values)
+    dist.all_reduce(sizes)
+    padded = nn.functional.pad(values, (0, int(sizes.max()) - len(values)))
+    of_ranks = all_gather(padded)
+    parts = [each[:size] for each, size in zip(of_ranks, sizes.tolist(), strict=True)]
+    return torch.cat(parts)
 
 
 def summed(values: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from sqloss.models.gan_losses import (
     gradient_penalty,
     real_losses,
 )
-from sqloss.training.risk import risk
+from sqloss.training.risks import CVaR
 
 LOSSES = {"real": real_losses, "fake": fake_losses, "generator": generator_losses}
 
@@ -82,7 +82,7 @@ def test_losses_and_gradients_are_those_of_the_formula(kind, of, formula, dtype)
 def test_the_risk_of_losses(kind, of, formula, alpha):
     """Value and gradient, against the sorted losses of the formula: 0.25 * 32 is whole"""
     logits = torch.randn(32, dtype=torch.float64, requires_grad=True)
-    value = risk(alpha)(LOSSES[of](kind, logits))
+    value = CVaR(alpha)(LOSSES[of](kind, logits))
     expected = formula(logits).sort(descending=True).values[: round((1 - alpha) * 32)].mean()
     torch.testing.assert_close(value, expected)
     gradients = [torch.autograd.grad(each, logits)[0] for each in (value, expected)]
@@ -202,7 +202,7 @@ def test_the_tail_of_the_penalty_of_fused_losses(discriminator, kind, alpha):
     penalty = gradient_penalty(lambda x: real_losses(kind, 5 * discriminator(x)), *images)
     twin = gradient_penalty(lambda x: FORMULAS[kind]["real"](5 * discriminator(x)), *images)
     torch.testing.assert_close(penalty, twin)
-    found, expected = risk(alpha)(penalty), tail_mean(twin, alpha)
+    found, expected = CVaR(alpha)(penalty), tail_mean(twin, alpha)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradients(found, discriminator), gradients(expected, discriminator))
 

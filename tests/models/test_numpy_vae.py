@@ -20,7 +20,8 @@ from sqloss.models.numpy_vae import (
     superquantile,
     train_step,
 )
-from sqloss.training.risk import TAILS, vae_objective
+from sqloss.training.risks import CVaR
+from sqloss.training.vae.objective import TAILS, vae_objective
 
 BATCH, LATENT, SHAPE = 13, 5, (1, 7, 4)
 DFS = [None, 0.5, 5.0, 1e4]
@@ -202,7 +203,7 @@ def test_objectives_are_those_of_the_torch_trainer(tail, alpha):
         name: torch.rand(9, generator=draws).double().requires_grad_()
         for name in ("reconstruction", "kl")
     }
-    expected = vae_objective(alpha, tail, 0.3, 0)(losses)
+    expected = vae_objective(CVaR(alpha), tail, 0.3, 0)(losses)
     expected.backward()
     arrays = {name: tensor.detach().numpy() for name, tensor in losses.items()}
     value, gradients = objective(arrays, alpha, tail, 0.3)

@@ -1,4 +1,3 @@
-import dataclasses
 import os
 import shutil
 import signal
@@ -12,7 +11,8 @@ from sqloss.training import checkpoint
 from sqloss.training.config import RunConfig
 from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError, require
-from sqloss.training.loop import Training, fit
+from sqloss.training.flags import changed, configure
+from sqloss.training.loop import Training
 from sqloss.training.progress import Progress
 from sqloss.training.run import Run
 from sqloss.training.vae.config import VAEConfig
@@ -120,10 +120,8 @@ class Trainer:
     def train(self, run: Run, progress: Progress | None = None) -> tuple[Training, bool]:
         """Start or resume a run as the command line does; also, whether it came to its end."""
         training = self.begin(run.config)
-        recorder = run.start(training, self.data)
-        with recorder, progress or Progress(0, 0, run.config.epochs) as shown:
-            finished = fit(training, self.data, run.config, recorder.save, shown)
-        return training, finished
+        run.start(training, self.data)
+        return training, run.fit(progress or Progress(0, 0, run.config.epochs))
 
     def run(self, directory: Path) -> Run:
         return Run.new(directory, self.config)
@@ -136,8 +134,8 @@ def make_trainer() -> type[Trainer]:
 
 @pytest.fixture
 def trainer(make_trainer) -> Trainer:
-    config = VAEConfig(
-        epochs=4, batch_size=20, hidden="8", latent=3, num_samples=40, imbalance="none"
+    config = configure(
+        VAEConfig, epochs=4, batch_size=20, hidden="8", latent=3, num_samples=40, imbalance="none"
     )
     return make_trainer(begin, config, (4, 3))
 
@@ -147,7 +145,7 @@ def stops_without_saving(trainer, tmp_path, assert_same):
     """That a training that ``breaks(training)`` breaks is told with ``advice``, and not saved."""
 
     def check(breaks: Callable[[Training], None], advice: str) -> None:
-        trainer.train(Run.new(tmp_path, dataclasses.replace(trainer.config, epochs=1)))
+        trainer.train(Run.new(tmp_path, changed(trainer.config, epochs=1)))
         good = checkpoint.load(tmp_path / "checkpoints")
         run = Run.resumed(type(trainer.config), tmp_path, {"epochs": 2})
         training = trainer.begin(run.config)

@@ -21,13 +21,14 @@ from sqloss.models import GAN
 from sqloss.models.augment import draw_augmentation
 from sqloss.training import checkpoint, ranks
 from sqloss.training.errors import UserError
+from sqloss.training.flags import configure
 from sqloss.training.gan.batch_norm import over_ranks
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import draw_noise
 from sqloss.training.gan.loop import Contender, own_part
 from sqloss.training.progress import Progress, Silence
-from sqloss.training.run import Run
-from sqloss.training.trainers import TRAINERS, RunUnderWay, refuse_differing_ranks
+from sqloss.training.run import Run, refuse_differing_ranks
+from sqloss.training.trainers import TRAINERS
 from sqloss.training.vae.config import VAEConfig
 
 # Looking up the name of a machine takes 5 s where nobody knows it.
@@ -91,20 +92,20 @@ def train(command, directory, given, whole, interrupted=(None, 0)):
     kind = TRAINERS[command].config
     mine = directory if ranks.is_first() else Path("/nowhere/at/all")
     is_resumed = (directory / "config.json").exists()
-    run = Run.resumed(kind, mine, given) if is_resumed else Run.new(mine, kind(**given))
+    run = Run.resumed(kind, mine, given) if is_resumed else Run.new(mine, configure(kind, **given))
     with contextlib.redirect_stderr(io.StringIO()) as told:
-        work = RunUnderWay(TRAINERS[command], run, whole)
-        progress = Progress(*work.steps(), run.config.epochs) if ranks.is_first() else Silence()
+        run.begin(TRAINERS[command], whole)
+        progress = Progress(*run.steps(), run.config.epochs) if ranks.is_first() else Silence()
         rank, after = interrupted
         if rank == ranks.number():
             progress = Interrupting(after)
-        finished = work.fit(progress)
-    return finished, work.training.state_dict(), told.getvalue()
+        finished = run.fit(progress)
+    return finished, run.training.state_dict(), told.getvalue()
 
 
 def gan_gradients(given, batch, sides):
     """Of both players after a step of each, in float64; and the state of the model."""
-    config = GANConfig(**given)
+    config = configure(GANConfig, **given)
     torch.manual_seed(0)
     classes = 3 if config.conditional else 0
     model = GAN(
@@ -190,7 +191,7 @@ def differ(name, same, values):
 def differ_in_device(data):
     device = torch.device(["cpu", "cuda"][ranks.number()])
     with mock.patch.object(VAEConfig, "torch_device", device):
-        refuse_differing_ranks(VAEConfig(), data)
+        refuse_differing_ranks(VAEConfig(), data.fingerprint())
 
 
 # the command line

@@ -17,6 +17,7 @@ import on_ranks
 
 from sqloss.training import checkpoint, ranks
 from sqloss.training.errors import UserError
+from sqloss.training.flags import configure
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.vae.config import VAEConfig
 
@@ -307,7 +308,7 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch, device, gpus, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    config = GANConfig(device=device)
+    config = configure(GANConfig, device=device)
     if message is None:
         ranks.refuse(config)
         return
@@ -321,7 +322,7 @@ def test_one_process_of_torchrun_joins_nobody(monkeypatch):
         monkeypatch.setenv(name, "1")
     with ranks.joined():
         assert (ranks.count(), ranks.number(), ranks.is_first()) == (1, 0, True)
-        ranks.refuse(VAEConfig(backend="numpy"))
+        ranks.refuse(configure(VAEConfig, backend="numpy"))
 
 
 def test_one_process_needs_no_torch_distributed(monkeypatch):

@@ -16,7 +16,8 @@ from sqloss.training import files
 from sqloss.training.config import to_stored
 from sqloss.training.errors import UserError
 from sqloss.training.files import create_atomically, write_atomically
-from sqloss.training.run import Recorder, Run
+from sqloss.training.flags import changed
+from sqloss.training.run import Run
 from sqloss.training.vae.config import VAEConfig
 
 
@@ -28,7 +29,7 @@ def test_a_run_is_never_overwritten(trainer, tmp_path):
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
-def start(trainer, run: Run) -> Recorder:
+def start(trainer, run: Run) -> Run:
     return run.start(trainer.begin(run.config), trainer.data)
 
 
@@ -43,7 +44,7 @@ def test_the_default_directory_tells_the_data_set_and_the_time(trainer, tmp_path
 
 def test_runs_of_the_same_second_get_directories_of_their_own(trainer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sqloss.training.run.datetime", StoppedClock)
+    monkeypatch.setattr("sqloss.training.run_directory.datetime", StoppedClock)
     runs = [Run.new(None, trainer.config) for _ in range(3)]
     directories = [start(trainer, run).directory.name for run in runs]
     first = "vae-digits-20260102-030405"
@@ -141,12 +142,12 @@ def test_the_configuration_comes_back_as_it_was(trainer, tmp_path):
 
 
 def stored(config: VAEConfig) -> VAEConfig:
-    return dataclasses.replace(config, data_dir=str(Path(config.data_dir).absolute()))
+    return changed(config, data_dir=str(Path(config.data_dir).absolute()))
 
 
 def test_the_data_are_found_from_every_working_directory(trainer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    trainer.config = dataclasses.replace(trainer.config, data_dir="here")
+    trainer.config = changed(trainer.config, data_dir="here")
     start(trainer, trainer.run(tmp_path / "run"))
     assert Run.resumed(VAEConfig, tmp_path / "run", {}).config.source.data_dir == tmp_path / "here"
 
@@ -156,7 +157,7 @@ def test_some_flags_may_change(trainer, tmp_path):
     changes = {"epochs": 6, "device": "cpu", "threads": 2, "data_dir": "there", "download": True}
     changes |= {"backward": "tail", "microbatch_size": 8}
     run = Run.resumed(VAEConfig, tmp_path, changes)
-    assert run.config == dataclasses.replace(trainer.config, **changes)
+    assert run.config == changed(trainer.config, **changes)
     run.start(trainer.begin(run.config), trainer.data)
     assert Run.resumed(VAEConfig, tmp_path, {}).config == stored(run.config), "the change is kept"
 
@@ -289,7 +290,7 @@ def test_tensorboard_gets_every_row_once(trainer, tmp_path, monkeypatch):
 
     stand_in = types.SimpleNamespace(SummaryWriter=SummaryWriter)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
-    trainer.train(Run.new(tmp_path, dataclasses.replace(trainer.config, epochs=2)))
+    trainer.train(Run.new(tmp_path, changed(trainer.config, epochs=2)))
     training, _ = trainer.train(Run.resumed(VAEConfig, tmp_path, {"epochs": 3}))
     assert sorted(written) == sorted(
         (f"{metric}/{row['model']}", value, row["epoch"])

@@ -1,25 +1,29 @@
 """What a run of ``sqloss gan`` is."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from torch import Tensor
+
 from sqloss.models.gan_losses import GAN_LOSSES
-from sqloss.training.config import RunConfig, as_flag, expanded, flag
+from sqloss.training.config import ImageConfig, expanded
 from sqloss.training.errors import UserError
-from sqloss.training.risk import Risk, risk_name, risk_over_ranks
+from sqloss.training.flags import as_flag, flag
+from sqloss.training.risks import Mean, Risk
 
 TAILS_OF = {"d": ("d",), "g": ("g",), "both": ("d", "g")}  # the players that train on a tail
 
 
 @dataclass(frozen=True)
-class GANConfig(RunConfig):
+class GANConfig(ImageConfig):
     """The hyper-parameters of a run, valid by construction."""
 
     command: ClassVar[str] = "gan"
-    paths: ClassVar[tuple[str, ...]] = (*RunConfig.paths, "classifier", "fid_weights")
-    may_change: ClassVar[tuple[str, ...]] = (*RunConfig.may_change, "classifier", "fid_weights")
+    paths: ClassVar[tuple[str, ...]] = (*ImageConfig.paths, "classifier", "fid_weights")
+    more_may_change: ClassVar[tuple[str, ...]] = ("classifier", "fid_weights")
 
     epochs: int = flag(50, "passes over the training images", metavar="N")
     batch_size: int = flag(32, "images per step", metavar="N")
@@ -81,28 +85,29 @@ class GANConfig(RunConfig):
         for name, is_used, needed in (
             ("penalty", self.loss == "wgan-gp", "--loss wgan-gp"),
             ("info_weight", self.info_codes > 0, "--info-codes above 0"),
-            ("tail_of", self.alpha > 0, "--alpha above 0"),
+            ("tail_of", not self.risk.is_mean, "another risk than the mean"),
         ):
             if not is_used and getattr(self, name) != getattr(GANConfig, name):
                 raise UserError(f"{as_flag(name)}: expected {needed} with it, got none")
 
-    def risks(self, contender: str) -> dict[str, Risk]:
-        """The risk that each player of a contender minimises, of the losses of all ranks."""
-        alpha = self.alphas[contender]
-        return {
-            p: risk_over_ranks(alpha if p in TAILS_OF[self.tail_of] else 0.0) for p in ("d", "g")
-        }
+    def players_risks(self, contender: str) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What each player of a contender minimises, of the losses of all ranks."""
+        risk = self.risks[contender]
+        return {player: self._of(player, risk).over_ranks for player in ("d", "g")}
+
+    def _of(self, player: str, risk: Risk) -> Risk:
+        return risk if player in TAILS_OF[self.tail_of] else Mean()
 
     @property
     def risk_names(self) -> dict[str, str]:
         """The contenders' risks in words."""
         return {
             name: " and the ".join(
-                f"{risk_name(alpha if player in TAILS_OF[self.tail_of] else 0.0)} of the {words}'s"
+                f"{self._of(player, risk).words} of the {words}'s"
                 for player, words in (("d", "discriminator"), ("g", "generator"))
             )
             + " losses"
-            for name, alpha in self.alphas.items()
+            for name, risk in self.measured_risks.items()
         }
 
     @property

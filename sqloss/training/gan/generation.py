@@ -1,6 +1,6 @@
 """What generators make their images of, and the images that they make."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -8,7 +8,10 @@ from torch import Tensor
 
 from sqloss.models.gan import Generator
 from sqloss.models.pixels import from_signed
+from sqloss.models.seeding import generator
 from sqloss.training.shares import batch_sizes
+
+FIRST_SAMPLES = 16
 
 
 class Noise(NamedTuple):
@@ -53,3 +56,11 @@ def generate_many(
     for size in batch_sizes(count):
         noise = draw_noise(size, model, draws)
         yield generate(model, noise), noise
+
+
+def first_samples(generators: Mapping[str, Generator], seed: int) -> dict[str, Tensor]:
+    """Some images by each generator, of the noise that the seed gives all of them."""
+    return {
+        name: generate(model, draw_noise(FIRST_SAMPLES, model, generator(seed, "samples")))
+        for name, model in generators.items()
+    }

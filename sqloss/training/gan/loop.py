@@ -27,7 +27,7 @@ from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import Noise, draw_noise
 from sqloss.training.gan.stability import alarms
 from sqloss.training.loop import Row, Training, steps_per_epoch
-from sqloss.training.risk import risk_over_ranks
+from sqloss.training.risks import Mean
 
 # Means over the steps of an epoch, each weighted by its images; of both models alike, whatever they
 # are trained on.
@@ -84,7 +84,7 @@ class Contender:
     def __init__(self, model: GAN, name: str, config: GANConfig) -> None:
         self.model = model
         self.config = config
-        self.risks, self.mean = config.risks(name), risk_over_ranks(0.0)
+        self.risks, self.mean = config.players_risks(name), Mean().over_ranks
         self.judging = ranks.parallel(Judging(model.discriminator, config.loss))
         self.generating = ranks.parallel(model.generator)
         self.players = {"d": model.discriminator, "g": model.generator}
@@ -230,7 +230,8 @@ class GANTraining(Training):
         """Those to draw samples from."""
         return {name: contender.generator for name, contender in self.contenders.items()}
 
-    def train_step(self, images: Tensor, labels: Tensor) -> None:
+    def train_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        images, labels = batch
         size, part = len(images), ranks.part(len(images))
         real = signed_pixels(images[part])
         # All is drawn, used or not: with any --loss and --augment a seed gives the same noise.

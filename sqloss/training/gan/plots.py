@@ -12,19 +12,19 @@ from sqloss.models.gan_losses import fake_losses, real_losses
 from sqloss.models.pixels import pixels, signed_pixels, to_signed
 from sqloss.models.seeding import generator as stream
 from sqloss.training.data import Dataset
-from sqloss.training.gan.config import GANConfig
-from sqloss.training.gan.generation import Noise, draw_noise, generate
-from sqloss.training.gan.metrics import nearest_neighbours
-from sqloss.training.loop import Row
-from sqloss.training.pictures import (
-    STYLES,
+from sqloss.training.figures import (
     edges,
     label_rows,
     mosaic,
     new_figure,
     save_picture,
     show,
+    style,
 )
+from sqloss.training.gan.config import GANConfig
+from sqloss.training.gan.generation import Noise, draw_noise, generate
+from sqloss.training.gan.metrics import nearest_neighbours
+from sqloss.training.loop import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,10 +68,10 @@ def loss_curves(history: Sequence[Row], config: GANConfig) -> "Figure":
     ):
         for axes, (words, suffix) in zip(row, (("mean", "mean"), (tail, "cvar")), strict=True):
             metric = f"{prefix}_loss_{suffix}"
-            for name in dict.fromkeys(row["model"] for row in history):
+            for name in (names := list(dict.fromkeys(row["model"] for row in history))):
                 rows = [row for row in history if row["model"] == name]
                 curve = [row["epoch"] for row in rows], [row[metric] for row in rows]
-                axes.plot(*curve, label=name, **STYLES[name])
+                axes.plot(*curve, label=name, **style(name, names))
             axes.set(xlabel="epoch", title=f"{player}: {words} of the losses")
             axes.locator_params("x", integer=True)
             axes.legend()
@@ -106,7 +106,7 @@ def loss_distribution(
         bins = edges(together.min().item(), together.max().item())
         draw_shares(axes, of_real, bins, color="0.8", label="test images, as real")
         for name, (label, values) in zip(images, losses.items(), strict=True):
-            draw_shares(axes, values, bins, histtype="step", label=label, **STYLES[name])
+            draw_shares(axes, values, bins, histtype="step", label=label, **style(name, images))
         title = f"before {judge}'s discriminator"
         axes.set(title=title, xlabel="its loss", ylabel="share of the images")
         axes.legend(loc="upper right")  # to look for the best place takes longer than all else

@@ -1,6 +1,5 @@
 """What a run of ``sqloss gan`` has come to: how good its images are, and what classes they show."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from sqloss.models.seeding import generator as stream
 from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError
 from sqloss.training.files import write_atomically, write_json
+from sqloss.training.flags import configure, flat
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import generate_many
 from sqloss.training.gan.loop import D_METRICS, G_METRICS
@@ -35,7 +35,7 @@ QUALITY = {
 }
 
 
-def refuse_what_cannot_be_reported(whole: Dataset, config: GANConfig) -> None:
+def check_data(whole: Dataset, config: GANConfig) -> None:
     """Fail before the training where the report would fail after it."""
     for kind, images in (("training", whole.train_images), ("test", whole.test_images)):
         if len(images) < LEAST_IMAGES:
@@ -63,7 +63,7 @@ def make_report(
     judged = min(config.num_samples, len(whole.train_images))
     real = floor(judged, whole.train_images, data.test_images, classifier, config.seed)
     return {
-        "config": dataclasses.asdict(config),
+        "config": flat(config),
         "alpha_of_cvar": config.metric_alpha,
         "class_names": list(data.class_names),
         "train_images": data.class_counts(),
@@ -188,7 +188,7 @@ Every setting is in `config.json`.
 
 def how_trained(report: Report) -> str:
     config = report["config"]
-    risks = GANConfig(**config).risk_names
+    risks = configure(GANConfig, **config).risk_names
     games = "; ".join(f"`{model}` on the {risks[model]}" for model in report["models"])
     alike = ", from the same initial weights, on the same batches and noise"
     condition = ", both players told the class" if config["conditional"] else ""

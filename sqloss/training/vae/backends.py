@@ -14,7 +14,6 @@ from sqloss.models import VAE
 from sqloss.tail import tail_backward, tail_loss
 from sqloss.training import ranks
 from sqloss.training.errors import require
-from sqloss.training.risk import risk_over_ranks
 from sqloss.training.vae.config import VAEConfig
 
 # That take as long as what does not grow with them, such as reading the weights once more: some
@@ -70,19 +69,21 @@ class Torch:
             self.tail_loss = distributed.tail_loss
             self.tail_backward = partial(distributed.tail_backward, no_sync=self.no_sync)
         self.microbatch_size = config.microbatch_size
-        self.objective = replace(config.objectives[contender], risks=risk_over_ranks)
+        self.objective = config.trained(contender)
+        self.tail_alpha = config.risks[contender].tail_alpha
         self.adam = torch.optim.Adam(model.parameters(), config.learning_rate, fused=True)
         self.takes_tail = self._takes_tail(config)
 
     def _takes_tail(self, config: VAEConfig) -> bool:
         """Whether images outside the tail go without a graph."""
-        if not self.objective.is_of_tail_alone or config.backward == "dense":
+        # A term that is added is of all images
+        if not self.tail_alpha or self.objective.added or config.backward == "dense":
             return False
         if config.backward == "tail" or config.microbatch_size:
             return True
         on_cpu = next(self.model.parameters()).device.type == "cpu"
         size = config.batch_size // ranks.count()
-        return on_cpu and tail_pays(self._flops(size), self.objective.alpha)
+        return on_cpu and tail_pays(self._flops(size), self.tail_alpha)
 
     def _flops(self, batch_size: int) -> int:
         """Floating-point operations of forward on a batch, those of its matrix products alone."""
@@ -117,7 +118,7 @@ class Torch:
 
         # Unchecked: the noise is that of the row and there is no batch norm, so the passes differ
         # in rounding alone, which is large only where a model has lost its footing.
-        x, rows, alpha = batch.x, batch.rows, self.objective.alpha
+        x, rows, alpha = batch.x, batch.rows, self.tail_alpha
         if self.microbatch_size:
             size = self.microbatch_size
             return self.tail_backward(losses, x, rows, alpha=alpha, chunk_size=size, check=False)
@@ -131,7 +132,7 @@ class Torch:
         def share(losses: Tensor) -> Tensor:
             return losses.sum() * (ranks.count() / batch.size)  # as gradients are averaged
 
-        objective = replace(self.objective, risks=lambda _alpha: share)
+        objective = replace(self.objective, risk=share, mean=share)
         parts = [t.split(self.microbatch_size) for t in (batch.x, batch.rows)]
         value = batch.x.new_zeros(())
         for number, (x, rows) in enumerate(zip(*parts, strict=True), 1):
@@ -165,7 +166,7 @@ class NumPy:
         self.settings: dict[str, Any] = {
             "lr": config.learning_rate,
             "df": config.df if config.prior == "t" else None,
-            "alpha": config.alphas[contender],
+            "alpha": config.risks[contender].tail_alpha or 0.0,
             "tail": config.tail,
             "beta": config.beta,
         }

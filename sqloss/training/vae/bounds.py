@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from sqloss.models.seeding import generator
-from sqloss.training.config import LARGEST, expect, flag
 from sqloss.training.errors import require
 from sqloss.training.files import write_json
+from sqloss.training.flags import LARGEST, expect, flag
 from sqloss.training.progress import counted
+from sqloss.training.saved_run import SavedRun
 from sqloss.training.tables import CONFIDENCE, aligned, nats
 from sqloss.training.vae.evaluation import importance_weighted, learnt_df
-from sqloss.training.vae.trained import Trained
 
 IMAGES_SEED = 0  # not the run's: runs with different seeds are measured on the same images
 
@@ -35,7 +35,7 @@ class BoundsConfig:
             expect(self, name, in_range, f"a whole number from {least} to {LARGEST}")
 
 
-def measure_bounds(trained: Trained, config: BoundsConfig) -> dict[str, Any]:
+def measure_bounds(trained: SavedRun, config: BoundsConfig) -> dict[str, Any]:
     """The test -ELBO and importance-weighted bound of every model, in nats per image."""
     test_images = trained.data.test_images
     chosen = torch.randperm(len(test_images), generator=generator(IMAGES_SEED, "evaluated images"))

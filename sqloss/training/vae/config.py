@@ -1,13 +1,15 @@
 """What a run of ``sqloss vae`` is."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from sqloss.models.vae import ARCHITECTURES, GREATEST_DF, LEAST_DF, PRIORS
-from sqloss.training.config import RunConfig, as_flag, flag, parse_sizes
+from sqloss.training.config import ImageConfig, parse_sizes
 from sqloss.training.errors import UserError
-from sqloss.training.risk import TAILS, Objective, objective_name, vae_objective
+from sqloss.training.flags import as_flag, flag
+from sqloss.training.risks import Mean
+from sqloss.training.vae.objective import TAILS, Objective, objective_name, vae_objective
 
 DEFAULT_LR = {"torch": 1e-3, "numpy": 1e-2}  # of Adam, and of SGD; the keys are the backends
 BACKWARDS = ("auto", "tail", "dense")
@@ -15,12 +17,12 @@ SMALLEST_DF = 0.5  # for which the sampling is made
 
 
 @dataclass(frozen=True)
-class VAEConfig(RunConfig):
+class VAEConfig(ImageConfig):
     """The hyper-parameters of a run, valid by construction."""
 
     command: ClassVar[str] = "vae"
     # These change rounding alone, as a device does.
-    may_change: ClassVar[tuple[str, ...]] = (*RunConfig.may_change, "backward", "microbatch_size")
+    more_may_change: ClassVar[tuple[str, ...]] = ("backward", "microbatch_size")
 
     tail: str = flag(
         "elbo",
@@ -122,6 +124,10 @@ class VAEConfig(RunConfig):
     def _check_backend(self) -> None:
         if self.backend == "numpy":
             self._expect("architecture", self.architecture == "mlp", "mlp with --backend numpy")
+            if self.risk.tail_alpha is None and not self.risk.is_mean:
+                raise UserError(
+                    f"--risk: expected cvar or mean with --backend numpy, got {self.risk.name}"
+                )
             if self.learn_df:
                 raise UserError("--learn-df: expected --backend torch with it, got --backend numpy")
             for name in ("iwae_samples", "microbatch_size"):
@@ -132,13 +138,20 @@ class VAEConfig(RunConfig):
     def _check_backward(self) -> None:
         if self.backward == "tail":
             for applies, why in (
-                (self.alpha == 0, "--alpha 0, which has no tail"),
+                (
+                    self.risk.tail_alpha is None,
+                    f"{self.risk.flags}, which has no tail that all of the gradient is of",
+                ),
                 (self.tail != "elbo", f"--tail {self.tail}, whose KL is that of all images"),
                 (self.uses_numpy, "--backend numpy"),
             ):
                 self._expect("backward", not applies, f"auto or dense with {why}")
-        if self.microbatch_size and self.alpha > 0:
+        if self.microbatch_size and not self.risk.is_mean:
             for applies, why in (
+                (
+                    self.risk.tail_alpha is None,
+                    f"{self.risk.flags}, which wants all losses of a batch at once",
+                ),
                 (self.tail != "elbo", f"--tail {self.tail}, whose KL is that of all images"),
                 (self.backward == "dense", "--backward dense, which takes all images at once"),
             ):
@@ -168,12 +181,17 @@ class VAEConfig(RunConfig):
     @property
     def objectives(self) -> dict[str, Objective]:
         """What is measured of every model; that of the tail also where none is trained on it."""
-        return {name: vae_objective(alpha, *self._bound) for name, alpha in self.alphas.items()}
+        return {n: vae_objective(risk, *self._bound) for n, risk in self.measured_risks.items()}
 
     @property
     def objective_names(self) -> dict[str, str]:
         """The objectives in words."""
-        return {name: objective_name(alpha, *self._bound) for name, alpha in self.alphas.items()}
+        return {n: objective_name(risk, *self._bound) for n, risk in self.measured_risks.items()}
+
+    def trained(self, contender: str) -> Objective:
+        """What a contender minimises, of the losses of all ranks."""
+        risk = self.risks[contender].over_ranks
+        return replace(vae_objective(risk, *self._bound), mean=Mean().over_ranks)
 
     @property
     def _bound(self) -> tuple[str, float, int]:

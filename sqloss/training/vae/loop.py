@@ -18,11 +18,6 @@ from sqloss.training.vae.config import VAEConfig
 from sqloss.training.vae.evaluation import evaluate, learnt_df, objective_values, summary
 
 COLUMNS = (
-    "epoch",
-    "model",
-    "train_objective",
-    "test_objective_standard",
-    "test_objective_cvar",
     "test_negative_elbo",
     "test_negative_elbo_cvar",
     "test_reconstruction",
@@ -42,17 +37,22 @@ class VAETraining(Training):
             name: BACKENDS[config.backend](copied, name, config)
             for name, copied in self.models.items()
         }
-        self.columns = (*COLUMNS, *learnt_df(model))
+        objectives = (f"test_objective_{name}" for name in config.objectives)
+        self.columns = (
+            *("epoch", "model", "train_objective", *objectives, *COLUMNS),
+            *learnt_df(model),
+        )
         self.objective_sums = {  # over the samples of the epoch under way
             name: torch.zeros((), dtype=torch.float64, device=device) for name in self.models
         }
 
-    def train_step(self, images: Tensor, labels: Tensor) -> None:
+    def train_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        images, _ = batch
         part, seed = ranks.part(len(images)), draw_seed(generator=self.noise)
         rows = torch.arange(len(images), device=images.device)[part]
-        batch = Batch(pixels(images[part]), rows, len(images))
+        of_rank = Batch(pixels(images[part]), rows, len(images))
         for name, optimiser in self.optimisers.items():
-            self.objective_sums[name] += optimiser.step(batch, seed) * len(images)
+            self.objective_sums[name] += optimiser.step(of_rank, seed) * len(images)
 
     def measure(self, data: Dataset) -> list[Row]:
         return [self._measure(name, data) for name in self.models]

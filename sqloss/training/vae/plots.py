@@ -13,16 +13,16 @@ from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
 from sqloss.training.data import Dataset
-from sqloss.training.loop import Row
-from sqloss.training.pictures import (
-    STYLES,
+from sqloss.training.figures import (
     edges,
     label_rows,
     mosaic,
     new_figure,
     save_picture,
     show,
+    style,
 )
+from sqloss.training.loop import Row
 from sqloss.training.vae.config import VAEConfig
 
 if TYPE_CHECKING:
@@ -57,10 +57,10 @@ def loss_curves(history: Sequence[Row], objective_names: Mapping[str, str]) -> "
     panels = zip(figure.subplots(1, 2), objective_names.items(), strict=True)
     for axes, (objective, words) in panels:
         metric = f"test_objective_{objective}"
-        for name in dict.fromkeys(row["model"] for row in history):
+        for name in (names := list(dict.fromkeys(row["model"] for row in history))):
             rows = [row for row in history if row["model"] == name]
             curve = [row["epoch"] for row in rows], [row[metric] for row in rows]
-            axes.plot(*curve, label=name, **STYLES[name])
+            axes.plot(*curve, label=name, **style(name, names))
         axes.set(xlabel="epoch", ylabel="nats per test image")
         axes.set_title(words.replace("-ELBO", "$-$ELBO"), fontsize="medium")
         axes.locator_params("x", integer=True)
@@ -80,9 +80,10 @@ def loss_distribution(losses: Mapping[str, Mapping[str, Tensor]], alpha: float) 
     together = torch.cat(list(bounds.values()))
     bins = edges(together.min().item(), together.max().item())
     for name, bound in bounds.items():
-        color = STYLES[name]["color"]
+        look = style(name, bounds)
+        color = look["color"]
         axes.hist(bound.tolist(), bins, color=color, alpha=0.2)
-        axes.hist(bound.tolist(), bins, histtype="step", label=name, **STYLES[name])
+        axes.hist(bound.tolist(), bins, histtype="step", label=name, **look)
         mean, cvar = bound.mean().item(), sqloss.cvar(bound, alpha).item()
         axes.axvline(mean, color=color, linestyle=":", label=f"{name}: mean {mean:.1f}")
         axes.axvline(cvar, color=color, linestyle="-.", label=f"{name}: CVaR {cvar:.1f}")

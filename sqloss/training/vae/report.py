@@ -1,6 +1,5 @@
 """What a run has come to: how well each class is modelled, and how often it is generated."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
@@ -14,6 +13,7 @@ from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
 from sqloss.training.data import Dataset
 from sqloss.training.files import write_atomically, write_json
+from sqloss.training.flags import configure, flat
 from sqloss.training.progress import counted
 from sqloss.training.shares import batch_sizes, class_shares, classifier_of, share_table
 from sqloss.training.tables import CONFIDENCE, aligned, nats
@@ -40,7 +40,7 @@ def make_report(
     """
     classifier = classifier_of(whole, data.train_images.device, config.seed)
     return {
-        "config": dataclasses.asdict(config),
+        "config": flat(config),
         "alpha_of_cvar": config.metric_alpha,
         "objectives": config.objective_names,
         "class_names": list(data.class_names),
@@ -97,8 +97,9 @@ def write_report(directory: Path, report: Report) -> None:
 def as_markdown(report: Report) -> str:
     config = report["config"]
     alpha = f"{report['alpha_of_cvar']:g}"
-    metric_note = "" if config["alpha"] else " (--alpha is 0, so the usual 0.8 is used)"
-    mean_objective, tail_objective = report["objectives"].values()
+    risk = configure(VAEConfig, **config).risk
+    metric_note = "" if risk.tail_alpha else f" (the usual one: {risk.flags} has none)"
+    mean_objective, own_objective = report["objectives"].values()
     samples = config["iwae_samples"]
     bound_note = (
         f"\n- The IW-{samples} bound is the importance-weighted one on log p(x) of Burda et al. "
@@ -128,7 +129,7 @@ Every setting is in `config.json`.
   with weight 1 whatever --beta is. CVaR is the mean of the worst {1 - report["alpha_of_cvar"]:.4g}
   share of the -ELBO, at alpha = {alpha}{metric_note}.
 - The curves show the objectives, on the test images, and every model by both of them: the
-  {mean_objective}, and the {tail_objective}.{bound_note}
+  {mean_objective}, and the {own_objective}.{bound_note}
 - Each image's -ELBO is of one draw from the posterior. The mean over the images is unbiased, but
   images with an unlucky draw come to lie in the tail: that biases the CVaR slightly
   upwards.{kl_note}{moments_note(report)}
@@ -150,7 +151,8 @@ Every setting is in `config.json`.
 def how_trained(report: Report) -> str:
     """What each model was trained on, in words that hold for every --tail and --beta."""
     config = report["config"]
-    flags = f"(--alpha {config['alpha']:g}, --tail {config['tail']}, --beta {config['beta']:g})"
+    risk = configure(VAEConfig, **config).risk
+    flags = f"({risk.flags}, --tail {config['tail']}, --beta {config['beta']:g})"
     minimised = ", ".join(
         f"`{m}` minimises the {report['objectives'][m]}" for m in report["models"]
     )

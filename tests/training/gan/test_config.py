@@ -4,6 +4,7 @@ import torch
 from sqloss.models.gan_losses import GAN_LOSSES
 from sqloss.training.config import from_stored, to_stored
 from sqloss.training.errors import UserError
+from sqloss.training.flags import configure
 from sqloss.training.gan.config import GANConfig
 
 
@@ -36,7 +37,7 @@ from sqloss.training.gan.config import GANConfig
 )
 def test_a_bad_value_names_its_flag_what_is_expected_and_what_came(name, value, expected):
     with pytest.raises(UserError) as raised:
-        GANConfig(**{name: value})
+        configure(GANConfig, **{name: value})
     assert str(raised.value) == f"--{name.replace('_', '-')}: expected {expected}, got {value}"
 
 
@@ -51,14 +52,14 @@ def test_a_bad_value_names_its_flag_what_is_expected_and_what_came(name, value, 
 )
 def test_a_flag_without_effect(values, needed):
     with pytest.raises(UserError) as raised:
-        GANConfig(**values)
+        configure(GANConfig, **values)
     assert str(raised.value) == f"{needed}, got none"
 
 
 def test_flags_with_effect():
-    GANConfig(penalty=1.0, loss="wgan-gp")
-    GANConfig(info_weight=2.0, info_codes=1)
-    GANConfig(tail_of="d", alpha=0.5)
+    configure(GANConfig, penalty=1.0, loss="wgan-gp")
+    configure(GANConfig, info_weight=2.0, info_codes=1)
+    configure(GANConfig, tail_of="d", alpha=0.5)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_flags_with_effect():
     ],
 )
 def test_the_risks_are_those_of_the_words(tail_of, tails, words):
-    config = GANConfig(alpha=0.75, tail_of=tail_of)
+    config = configure(GANConfig, alpha=0.75, tail_of=tail_of)
     losses = torch.arange(8.0)
     mean, tail = losses.mean().item(), 6.5  # the worst two of eight
     risks = {player: risk(losses).item() for player, risk in config.risks("cvar").items()}
@@ -90,7 +91,7 @@ def test_the_risks_are_those_of_the_words(tail_of, tails, words):
 def test_files_are_found_from_every_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    config = GANConfig(classifier="judge.pt", fid_weights="~/inception.pth")
+    config = configure(GANConfig, classifier="judge.pt", fid_weights="~/inception.pth")
     assert config.fid_weights_file == tmp_path / "home" / "inception.pth"
     stored = to_stored(config)
     assert stored["classifier"] == str(tmp_path / "judge.pt")

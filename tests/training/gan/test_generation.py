@@ -7,6 +7,7 @@ from sqloss.models.gan import GAN, Generator
 from sqloss.models.seeding import initialisation
 from sqloss.training import shares
 from sqloss.training.data import Dataset, Source, load_dataset
+from sqloss.training.flags import configure
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import Noise, draw_noise, generate, generate_many
 from sqloss.training.gan.loop import GANTraining, begin
@@ -99,7 +100,7 @@ def test_many_images_come_in_batches_from_one_stream(monkeypatch):
 
 
 def trained(data: Dataset, **settings) -> GANTraining:
-    config = GANConfig(imbalance="none", alpha=0.0, **settings)
+    config = configure(GANConfig, imbalance="none", alpha=0.0, **settings)
     training = begin(config, data)
     assert fit(training, data, config, lambda _: None, Silence())
     return training

@@ -12,6 +12,7 @@ from sqloss.models.gan_losses import GAN_LOSSES
 from sqloss.models.seeding import generator, initialisation
 from sqloss.training import checkpoint
 from sqloss.training.errors import UserError
+from sqloss.training.flags import changed
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import Noise, draw_noise, generate
 from sqloss.training.gan.loop import COLUMNS, Contender
@@ -46,7 +47,7 @@ VARIANTS = {loss: {"loss": loss} for loss in GAN_LOSSES} | {
 
 
 def change(trainer, **changes) -> GANConfig:
-    trainer.config = dataclasses.replace(trainer.config, **changes)
+    trainer.config = changed(trainer.config, **changes)
     return trainer.config
 
 

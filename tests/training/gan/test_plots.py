@@ -8,6 +8,8 @@ from sqloss.models.gan_losses import fake_losses, real_losses
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator as stream
 from sqloss.training import pictures
+from sqloss.training.figures import BINS
+from sqloss.training.flags import changed
 from sqloss.training.gan import plots
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import draw_noise, generate
@@ -24,7 +26,6 @@ from sqloss.training.gan.plots import (
     noise_by_code,
     samples,
 )
-from sqloss.training.pictures import BINS
 from sqloss.training.run import Run
 
 for needed in ("matplotlib", "sklearn"):
@@ -43,7 +44,7 @@ def train(trainer, tmp_path_factory):
     """A run of two epochs with these changes to its settings."""
 
     def run(**changes) -> GANTraining:
-        config = dataclasses.replace(trainer.config, epochs=2, **changes)
+        config = changed(trainer.config, epochs=2, **changes)
         return trainer.train(Run.new(tmp_path_factory.mktemp("run"), config))[0]
 
     return run
@@ -86,7 +87,7 @@ def test_colour_images_that_are_no_squares(trainer, tmp_path, monkeypatch):
     data = dataclasses.replace(
         trainer.data, train_images=images, train_labels=torch.arange(30) % 3, test_images=images
     )
-    training = begin(dataclasses.replace(trainer.config, alpha=0.0), data)
+    training = begin(changed(trainer.config, alpha=0.0), data)
     row = {"epoch": 1, "model": "standard"} | dict.fromkeys((*D_METRICS, *G_METRICS), 0.5)
     draw_all(tmp_path, training, data, [row])
     assert {path.name for path in tmp_path.iterdir()} == PICTURES
@@ -171,7 +172,7 @@ def test_an_image_is_judged_by_itself(trainer, train):
 
 
 def test_a_discriminator_that_gives_one_logit_to_all_is_drawn_too(trainer, tmp_path):
-    training = trainer.begin(dataclasses.replace(trainer.config, loss="lsgan", alpha=0.0))
+    training = trainer.begin(changed(trainer.config, loss="lsgan", alpha=0.0))
     training.models["standard"].discriminator.head.weight.data.zero_()
     figure = loss_distribution(training.models, training.generators, trainer.data, training.config)
     figure.savefig(tmp_path / "picture.png")
@@ -193,7 +194,7 @@ def test_samples_of_equal_models_are_equal(trainer):
 def test_the_rows_of_a_conditional_model_are_classes(trainer, classes, rows):
     names = tuple(f"class {i}" for i in range(classes))
     data = dataclasses.replace(trainer.data, class_names=names)
-    config = dataclasses.replace(trainer.config, conditional=True, alpha=0.0)
+    config = changed(trainer.config, conditional=True, alpha=0.0)
     generators = begin(config, data).generators
     [panel] = samples(generators, data, seed=0).axes
     assert [label.get_text() for label in panel.get_yticklabels()] == list(names[:rows])
@@ -227,7 +228,7 @@ def test_the_nearest_training_images_are_below(trainer, monkeypatch):
 
 @pytest.mark.parametrize("conditional", [False, True])
 def test_row_k_varies_code_k_only(trainer, conditional):
-    config = dataclasses.replace(trainer.config, info_codes=3, conditional=conditional)
+    config = changed(trainer.config, info_codes=3, conditional=conditional)
     generators = trainer.begin(config).generators
     noise = noise_by_code(generators["cvar"], 3, seed=0)
     assert len(noise.z) == 3 * CODE_STEPS
@@ -257,14 +258,14 @@ def test_row_k_varies_code_k_only(trainer, conditional):
 
 
 def test_no_more_codes_are_shown_than_a_picture_holds(trainer):
-    config = dataclasses.replace(trainer.config, info_codes=CODES_SHOWN + 5, alpha=0.0)
+    config = changed(trainer.config, info_codes=CODES_SHOWN + 5, alpha=0.0)
     [panel] = codes(trainer.begin(config).generators, seed=0).axes
     assert len(panel.get_yticklabels()) == CODES_SHOWN
     assert shown(panel).shape[:2] == (CODES_SHOWN * 9 - 1, CODE_STEPS * 9 - 1)
 
 
 def test_pictures_repeat_themselves(trainer, tmp_path):
-    config: GANConfig = dataclasses.replace(trainer.config, info_codes=1)
+    config: GANConfig = changed(trainer.config, info_codes=1)
     generators = trainer.begin(config).generators
     for draw in (
         lambda: samples(generators, trainer.data, seed=1),

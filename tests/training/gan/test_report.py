@@ -9,6 +9,7 @@ from sqloss.models import classifier as classifiers
 from sqloss.models.classifier import Classifier, accuracy, train_classifier
 from sqloss.models.seeding import generator as stream
 from sqloss.training.errors import UserError
+from sqloss.training.flags import changed
 from sqloss.training.gan import report as reports
 from sqloss.training.gan.generation import generate_many
 from sqloss.training.gan.metrics import floor, measure_images
@@ -45,7 +46,7 @@ def reported(trainer, classifier, tmp_path_factory):
     """What a run of one epoch with these changes to its settings has come to."""
 
     def run(**changes):
-        config = dataclasses.replace(trainer.config, epochs=1, **changes)
+        config = changed(trainer.config, epochs=1, **changes)
         whole = trainer.data
         trainer.data = whole.imbalanced(RARE, seed=0)
         training, _ = trainer.train(Run.new(tmp_path_factory.mktemp("run"), config))
@@ -124,10 +125,10 @@ def test_no_more_images_are_judged_than_there_are_real_ones(trainer, classifier,
 
 
 def test_every_model_gets_the_same_noise(trainer):
-    model = trainer.begin(dataclasses.replace(trainer.config, conditional=True)).models["cvar"]
+    model = trainer.begin(changed(trainer.config, conditional=True)).models["cvar"]
     first, second = (generated(model.generator, trainer.config) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    other = generated(model.generator, dataclasses.replace(trainer.config, seed=1))
+    other = generated(model.generator, changed(trainer.config, seed=1))
     assert not torch.equal(first[0], other[0])
 
 
@@ -296,10 +297,10 @@ def test_two_images_of_each_kind_are_enough(trainer, classifier):
         test_images=trainer.data.test_images[:2],
         test_labels=trainer.data.test_labels[:2],
     )
-    config = dataclasses.replace(trainer.config, num_samples=2, alpha=0.0)
+    config = changed(trainer.config, num_samples=2, alpha=0.0)
     refuse_what_cannot_be_reported(data, config)
     training = trainer.begin(trainer.config)
-    training.train_step(data.train_images, data.train_labels)
+    training.train_step((data.train_images, data.train_labels))
     history = training.measure(data)
     generators = {"standard": training.generators["standard"]}
     report = make_report(generators, history, classifier, data, data, config)
@@ -314,9 +315,9 @@ def test_a_file_that_is_no_classifier_is_refused_before_the_training(trainer, tm
         (tmp_path / "file.pt", "--classifier: expected a file with the classifier of this data"),
         (tmp_path / "none" / "file.pt", "--classifier: expected a file in a folder that is there"),
     ):
-        config = dataclasses.replace(trainer.config, classifier=str(file))
+        config = changed(trainer.config, classifier=str(file))
         with pytest.raises(UserError, match=f"{told}.*got {file}"):
             refuse_what_cannot_be_reported(trainer.data, config)
-    config = dataclasses.replace(trainer.config, classifier=str(tmp_path / "new.pt"))
+    config = changed(trainer.config, classifier=str(tmp_path / "new.pt"))
     refuse_what_cannot_be_reported(trainer.data, config)
     assert not (tmp_path / "new.pt").exists()

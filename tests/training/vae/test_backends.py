@@ -1,11 +1,10 @@
 """Steps on the tail alone, and on microbatches, against steps on all images at once."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from sqloss.models import VAE
+from sqloss.training.flags import changed, configure
 from sqloss.training.run import Run
 from sqloss.training.vae.backends import Batch, Losses, Torch, tail_pays
 from sqloss.training.vae.config import VAEConfig
@@ -23,7 +22,7 @@ ROUNDING = {"rel": 1e-4}
 
 
 def train(trainer, directory, **changes):
-    config = dataclasses.replace(trainer.config, lr=0.02, **changes)
+    config = changed(trainer.config, lr=0.02, **changes)
     training, _ = trainer.train(Run.new(directory, config))
     return training
 
@@ -54,13 +53,13 @@ def test_the_tail_alone_trains_as_all_images_do(trainer, tmp_path, variant, asse
 
 def test_gradients_are_those_of_all_images():
     """In float64, where nothing but the method could make them differ."""
-    config = VAEConfig(backward="tail", hidden="8", latent=3)
+    config = configure(VAEConfig, backward="tail", hidden="8", latent=3)
     x, seed = torch.rand(50, 1, 4, 3, dtype=torch.float64), torch.tensor(7)
     grads = []
     for changes in ({"backward": "dense"}, {}, *({"microbatch_size": n} for n in (1, 7, 99))):
         torch.manual_seed(0)
         model = VAE((1, 4, 3), (8,), 3).double()
-        optimiser = Torch(model, "cvar", dataclasses.replace(config, **changes))
+        optimiser = Torch(model, "cvar", changed(config, **changes))
         value = optimiser.step(Batch(x, torch.arange(50), 50), seed)
         grads.append([value, *(parameter.grad for parameter in model.parameters())])
     assert all(grad.abs().max() > 0 for grad in grads[0])
@@ -108,7 +107,7 @@ def test_a_mean_has_microbatches_whatever_its_tail_would_be(trainer, tmp_path):
     ],
 )
 def test_auto_takes_the_tail_where_it_pays(changes, takes):
-    config = VAEConfig(**changes)
+    config = configure(VAEConfig, **changes)
     model = VAE((1, 28, 28), architecture=config.architecture)
     assert Torch(model, "cvar", config).takes_tail == takes
     assert not Torch(model, "standard", config).takes_tail

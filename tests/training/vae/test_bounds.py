@@ -8,6 +8,8 @@ import torch
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
 from sqloss.training.errors import UserError
+from sqloss.training.flags import changed
+from sqloss.training.saved_run import load_trained
 from sqloss.training.vae import evaluation
 from sqloss.training.vae.bounds import (
     BoundsConfig,
@@ -18,7 +20,6 @@ from sqloss.training.vae.bounds import (
 )
 from sqloss.training.vae.evaluation import evaluate, importance_weighted, largest_layer
 from sqloss.training.vae.loop import build_model
-from sqloss.training.vae.trained import load_trained
 
 scipy_stats = pytest.importorskip("scipy.stats")
 
@@ -31,7 +32,7 @@ FAMILIES = {
 
 @pytest.fixture(params=FAMILIES)
 def model(trainer, request):
-    config = dataclasses.replace(trainer.config, **FAMILIES[request.param])
+    config = changed(trainer.config, **FAMILIES[request.param])
     return build_model(config, trainer.data.shape)
 
 
@@ -88,10 +89,10 @@ def test_the_bound_of_the_training_is_this_one(trainer, model):
 
 
 def test_the_largest_layer(trainer):
-    config = dataclasses.replace(trainer.config, hidden="30,8")
+    config = changed(trainer.config, hidden="30,8")
     assert largest_layer(build_model(config, (1, 4, 3))) == 30
     assert largest_layer(build_model(config, (3, 4, 4))) == 48
-    conv = dataclasses.replace(config, architecture="conv", channels="8,16", hidden="5")
+    conv = changed(config, architecture="conv", channels="8,16", hidden="5")
     assert largest_layer(build_model(conv, (1, 8, 8))) == 8 * 4 * 4
 
 
@@ -116,8 +117,8 @@ def test_an_estimate_of_one_image_has_no_interval():
 @pytest.fixture
 def run(trainer, tmp_path, monkeypatch):
     """A run whose data set is the trainer's."""
-    monkeypatch.setattr("sqloss.training.vae.trained.load_dataset", lambda *_: trainer.data)
-    trainer.config = dataclasses.replace(trainer.config, epochs=2, prior="t", learn_df=True)
+    monkeypatch.setattr("sqloss.training.saved_run.load_dataset", lambda *_: trainer.data)
+    trainer.config = changed(trainer.config, epochs=2, prior="t", learn_df=True)
     trainer.train(trainer.run(tmp_path))
     return tmp_path
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from sqloss.training.errors import UserError
+from sqloss.training.flags import configure
 from sqloss.training.vae.config import VAEConfig
 
 SIZES = "whole numbers from 1 to 2147483647, such as 400 or 512,256"
@@ -44,7 +45,7 @@ SIZES = "whole numbers from 1 to 2147483647, such as 400 or 512,256"
 )
 def test_a_bad_value_names_its_flag_what_is_expected_and_what_came(name, value, expected):
     with pytest.raises(UserError) as raised:
-        VAEConfig(**{name: value})
+        configure(VAEConfig, **{name: value})
     assert str(raised.value) == f"--{name.replace('_', '-')}: expected {expected}, got {value}"
 
 
@@ -60,7 +61,7 @@ def test_a_bad_value_names_its_flag_what_is_expected_and_what_came(name, value, 
 )
 def test_a_df_that_cannot_be_learnt(values, told):
     with pytest.raises(UserError) as raised:
-        VAEConfig(learn_df=True, **values)
+        configure(VAEConfig, learn_df=True, **values)
     assert str(raised.value) == told
 
 
@@ -76,7 +77,7 @@ def test_a_df_that_cannot_be_learnt(values, told):
 )
 def test_a_flag_without_effect(values, told):
     with pytest.raises(UserError) as raised:
-        VAEConfig(**values)
+        configure(VAEConfig, **values)
     assert str(raised.value) == told
 
 
@@ -89,7 +90,7 @@ def test_a_flag_without_effect(values, told):
 )
 def test_the_importance_weighted_bound_has_no_terms_of_its_own(values, told):
     with pytest.raises(UserError, match=told):
-        VAEConfig(iwae_samples=2, **values)
+        configure(VAEConfig, iwae_samples=2, **values)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_the_importance_weighted_bound_has_no_terms_of_its_own(values, told):
 )
 def test_what_the_numpy_backend_does_not_do(values, told):
     with pytest.raises(UserError) as raised:
-        VAEConfig(backend="numpy", **values)
+        configure(VAEConfig, backend="numpy", **values)
     assert str(raised.value) == told
 
 
@@ -142,42 +143,42 @@ ALL_IMAGES = "--tail reconstruction, whose KL is that of all images"
 )
 def test_what_the_tail_alone_cannot_do(values, told):
     with pytest.raises(UserError) as raised:
-        VAEConfig(**values)
+        configure(VAEConfig, **values)
     assert str(raised.value) == told
     if "microbatch_size" in values:  # without a tail, any mean has microbatches
-        VAEConfig(**values | {"alpha": 0.0})
+        configure(VAEConfig, **values | {"alpha": 0.0})
 
 
 def test_each_backend_has_a_learning_rate_of_its_own():
     assert VAEConfig().learning_rate == 1e-3
-    assert VAEConfig(backend="numpy").learning_rate == 1e-2
-    assert VAEConfig(backend="numpy", lr=0.5).learning_rate == 0.5
+    assert configure(VAEConfig, backend="numpy").learning_rate == 1e-2
+    assert configure(VAEConfig, backend="numpy", lr=0.5).learning_rate == 0.5
 
 
 def test_numpy_runs_on_the_cpu():
-    assert VAEConfig(backend="numpy").torch_device == torch.device("cpu")
+    assert configure(VAEConfig, backend="numpy").torch_device == torch.device("cpu")
 
 
 def test_sizes_are_numbers_between_commas():
-    config = VAEConfig(architecture="conv", hidden="512,256", channels="8")
+    config = configure(VAEConfig, architecture="conv", hidden="512,256", channels="8")
     assert (config.hidden_sizes, config.channel_sizes) == ((512, 256), (8,))
 
 
 def test_the_device_is_one_that_is_there():
     best = "cuda" if torch.cuda.is_available() else "cpu"
-    assert VAEConfig(device="auto").torch_device == torch.device(best)
-    assert VAEConfig(device="cpu").torch_device == torch.device("cpu")
+    assert configure(VAEConfig, device="auto").torch_device == torch.device(best)
+    assert configure(VAEConfig, device="cpu").torch_device == torch.device("cpu")
     for absent in ("tpu", "cuda:99"):
         with pytest.raises(UserError, match=f"--device: expected auto or.*got {absent}"):
-            _ = VAEConfig(device=absent).torch_device
+            _ = configure(VAEConfig, device=absent).torch_device
 
 
 def test_the_measured_tail_is_the_trained_one_or_the_usual_one():
-    assert VAEConfig(alpha=0.5).metric_alpha == 0.5
-    assert VAEConfig(alpha=0.0).metric_alpha == 0.8
+    assert configure(VAEConfig, alpha=0.5).metric_alpha == 0.5
+    assert configure(VAEConfig, alpha=0.0).metric_alpha == 0.8
 
 
 def test_threads_that_no_machine_could_start():
-    assert VAEConfig(threads=2).cpu_threads == 2
+    assert configure(VAEConfig, threads=2).cpu_threads == 2
     with pytest.raises(UserError, match=r"--threads: expected at most \d+ on this machine, got"):
-        _ = VAEConfig(threads=100_000).cpu_threads
+        _ = configure(VAEConfig, threads=100_000).cpu_threads

@@ -14,6 +14,7 @@ from sqloss.models.seeding import generator, initialisation
 from sqloss.student_t import draw_seed, normal_rsample_kl
 from sqloss.training import checkpoint
 from sqloss.training.errors import UserError
+from sqloss.training.flags import changed
 from sqloss.training.run import Run
 from sqloss.training.stop import StopSignal
 from sqloss.training.vae.config import VAEConfig
@@ -57,14 +58,12 @@ def test_all_models_start_alike(trainer, assert_same):
 
 
 def test_at_alpha_0_there_is_only_the_standard_model(trainer):
-    assert list(trainer.begin(dataclasses.replace(trainer.config, alpha=0.0)).models) == [
-        "standard"
-    ]
+    assert list(trainer.begin(changed(trainer.config, alpha=0.0)).models) == ["standard"]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.8])
 def test_the_standard_model_is_bit_for_bit_a_plain_training(trainer, tmp_path, alpha, assert_same):
-    config = dataclasses.replace(trainer.config, alpha=alpha)
+    config = changed(trainer.config, alpha=alpha)
     training, _ = trainer.train(Run.new(tmp_path, config))
 
     with initialisation(config.seed, "model"):
@@ -133,7 +132,7 @@ def test_alone_the_model_of_the_tail_is_what_it_is_beside_the_standard_one(
     trainer, tmp_path, assert_same
 ):
     beside, _ = trainer.train(trainer.run(tmp_path / "beside"))
-    trainer.config = dataclasses.replace(trainer.config, alone=True)
+    trainer.config = changed(trainer.config, alone=True)
     alone, _ = trainer.train(trainer.run(tmp_path / "alone"))
     assert list(alone.models) == ["cvar"]
     assert_same(alone.models["cvar"].state_dict(), beside.models["cvar"].state_dict())
@@ -141,7 +140,7 @@ def test_alone_the_model_of_the_tail_is_what_it_is_beside_the_standard_one(
 
 
 def test_two_and_two_epochs_are_four(trainer, tmp_path, whole, assert_same_run):
-    short = dataclasses.replace(trainer.config, epochs=2)
+    short = changed(trainer.config, epochs=2)
     trainer.train(Run.new(tmp_path / "parts", short))
     trainer.train(Run.resumed(VAEConfig, tmp_path / "parts", {"epochs": 4}))
     assert_same_run(tmp_path / "parts", whole)
@@ -169,7 +168,7 @@ def test_every_kind_of_run_goes_on_where_it_was(
     trainer, tmp_path, variant, assert_same_run, signalling
 ):
     changes = VARIANTS[variant] | {"hidden": "6,5"}
-    trainer.config = dataclasses.replace(trainer.config, **changes)
+    trainer.config = changed(trainer.config, **changes)
     trainer.train(trainer.run(tmp_path / "whole"))
     trainer.train(trainer.run(tmp_path / "parts"), signalling(5))
     trainer.train(Run.resumed(VAEConfig, tmp_path / "parts", {}))
@@ -177,7 +176,7 @@ def test_every_kind_of_run_goes_on_where_it_was(
 
 
 def test_a_learnt_df_moves_and_is_a_metric(trainer, tmp_path):
-    trainer.config = dataclasses.replace(trainer.config, prior="t", learn_df=True)
+    trainer.config = changed(trainer.config, prior="t", learn_df=True)
     training, _ = trainer.train(trainer.run(tmp_path))
     assert all(tuple(row) == (*COLUMNS, "df") for row in training.history)
     for row, model in zip(training.latest_rows(), training.models.values(), strict=True):
@@ -187,7 +186,7 @@ def test_a_learnt_df_moves_and_is_a_metric(trainer, tmp_path):
 
 
 def test_the_importance_weighted_bound_is_what_is_trained_on(trainer, tmp_path):
-    config = dataclasses.replace(trainer.config, epochs=1, lr=1e-30, iwae_samples=3)
+    config = changed(trainer.config, epochs=1, lr=1e-30, iwae_samples=3)
     training, _ = trainer.train(Run.new(tmp_path, config))
 
     model = trainer.begin(config).models["standard"]
@@ -229,7 +228,7 @@ def test_a_run_without_a_checkpoint_yet_starts_from_the_beginning(
 
 
 def test_checkpoints_are_saved_as_often_as_asked_and_at_the_end(trainer, tmp_path):
-    config = dataclasses.replace(trainer.config, epochs=5, checkpoint_every=2)
+    config = changed(trainer.config, epochs=5, checkpoint_every=2)
     trainer.train(Run.new(tmp_path, config))
     names = [path.name for path in checkpoint.saved(tmp_path / "checkpoints")]
     assert names == ["epoch-0004.pt", "epoch-0005.pt"]
@@ -274,7 +273,7 @@ def test_a_loss_that_is_not_finite_stops_without_saving(broken, stops_without_sa
 @pytest.mark.parametrize("backend", ["torch", "numpy"])
 @pytest.mark.filterwarnings("error")
 def test_what_to_do_where_a_loss_is_not_finite(trainer, tmp_path, backend):
-    config = dataclasses.replace(trainer.config, backend=backend, lr=1e30, beta=2.0)
+    config = changed(trainer.config, backend=backend, lr=1e30, beta=2.0)
 
     def told() -> str:
         with pytest.raises(UserError) as raised:
@@ -303,7 +302,7 @@ def test_the_objectives_of_the_run_are_measured_of_every_model(trainer, tmp_path
 
 @pytest.mark.parametrize(("alpha", "models"), [(0.8, 2), (0.0, 1)])
 def test_by_default_the_objectives_are_the_bound_and_its_tail(trainer, tmp_path, alpha, models):
-    config = dataclasses.replace(trainer.config, epochs=1, alpha=alpha)
+    config = changed(trainer.config, epochs=1, alpha=alpha)
     training, _ = trainer.train(Run.new(tmp_path, config))
     assert len(training.history) == models
     for row in training.history:
@@ -313,7 +312,7 @@ def test_by_default_the_objectives_are_the_bound_and_its_tail(trainer, tmp_path,
 
 
 def test_the_objective_of_an_epoch_is_averaged_over_its_samples(trainer, tmp_path):
-    config = dataclasses.replace(trainer.config, epochs=1, lr=1e-30, alpha=0.0, beta=0.5)
+    config = changed(trainer.config, epochs=1, lr=1e-30, alpha=0.0, beta=0.5)
     training, _ = trainer.train(Run.new(tmp_path, config))
 
     model = trainer.begin(config).models["standard"]

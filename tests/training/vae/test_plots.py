@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from sqloss.models import VAE
-from sqloss.training.pictures import BINS, edges, mosaic
+from sqloss.training.figures import BINS, edges, mosaic
 from sqloss.training.vae.evaluation import evaluate
 from sqloss.training.vae.plots import (
     draw_pictures,

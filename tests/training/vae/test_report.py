@@ -11,6 +11,7 @@ from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
 from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError
+from sqloss.training.flags import changed
 from sqloss.training.shares import class_shares, share, share_table
 from sqloss.training.tables import aligned
 from sqloss.training.vae.evaluation import evaluate
@@ -67,7 +68,7 @@ def test_the_overall_numbers(report, losses):
 
 
 def test_a_model_that_was_trained_alone(trainer, few_steps):
-    config = dataclasses.replace(trainer.config, alone=True)
+    config = changed(trainer.config, alone=True)
     models = trainer.begin(config).models
     report = make_report(
         models, evaluated(models, trainer.data, config), trainer.data, trainer.data, config
@@ -128,7 +129,7 @@ def test_generated_images_are_counted_by_class_from_the_same_seeds(trainer):
             asked.append((count, seed.item()))
             return torch.randn(count, generator=torch.Generator().manual_seed(seed.item()))
 
-    config = dataclasses.replace(trainer.config, num_samples=1500)
+    config = changed(trainer.config, num_samples=1500)
     first, second = (class_shares(Counter(), generated(Model(), config)) for _ in range(2))
     draws = generator(0, "samples")
     seeds = [draw_seed(generator=draws).item() for _ in range(2)]
@@ -198,7 +199,7 @@ def test_report_json_tells_that_all_is_there(report, tmp_path):
     ],
 )
 def test_the_text_says_what_each_model_was_trained_on(trainer, few_steps, tmp_path, changes, words):
-    config = dataclasses.replace(trainer.config, **changes)
+    config = changed(trainer.config, **changes)
     models = trainer.begin(config).models
     losses = evaluated(models, trainer.data, config)
     write_report(tmp_path, make_report(models, losses, trainer.data, trainer.data, config))
@@ -224,7 +225,7 @@ def test_the_text_says_what_each_model_was_trained_on(trainer, few_steps, tmp_pa
     ],
 )
 def test_objectives_of_their_own_have_rows_of_their_own(trainer, few_steps, changes, labels):
-    config = dataclasses.replace(trainer.config, **changes)
+    config = changed(trainer.config, **changes)
     models = trainer.begin(config).models
     losses = evaluated(models, trainer.data, config)
     report = make_report(models, losses, trainer.data, trainer.data, config)
@@ -236,7 +237,7 @@ def test_objectives_of_their_own_have_rows_of_their_own(trainer, few_steps, chan
 
 
 def test_a_learnt_df_is_told_of_every_model(trainer, few_steps):
-    config = dataclasses.replace(trainer.config, prior="t", learn_df=True, df=2.5)
+    config = changed(trainer.config, prior="t", learn_df=True, df=2.5)
     models = trainer.begin(config).models
     losses = evaluated(models, trainer.data, config)
     report = make_report(models, losses, trainer.data, trainer.data, config)
@@ -309,7 +310,7 @@ def test_a_single_model_and_a_single_test_image(trainer, few_steps, tmp_path):
         "one", ("a",), whole.train_images, torch.zeros(50, dtype=torch.int64),
         whole.test_images[:1], torch.zeros(1, dtype=torch.int64),
     )  # fmt: skip
-    config = dataclasses.replace(trainer.config, alpha=0.0)
+    config = changed(trainer.config, alpha=0.0)
     models = trainer.begin(config).models
     losses = evaluated(models, data, config)
     report = make_report(models, losses, data, data, config)

@@ -8,16 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sqloss import cli
-from sqloss.models import VAE, classifier
-from sqloss.models.classifier import Classifier
-from sqloss.models.seeding import generator
-from sqloss.training import UserError
-from sqloss.training.data import Source, load_dataset
-from sqloss.training.loop import fit
-from sqloss.training.progress import Silence
-from sqloss.training.run import Run
-from sqloss.training.vae.config import VAEConfig
-from sqloss.training.vae.imputation import (
+from sqloss.experiments.imputation import (
     COLUMNS,
     ImputeConfig,
     baseline_methods,
@@ -33,7 +24,16 @@ from sqloss.training.vae.imputation import (
     structural_similarity,
     vae_methods,
 )
-from sqloss.training.vae.imputation_plots import MISSING_COLOUR, draws_of_one_image, grid
+from sqloss.experiments.imputation_plots import MISSING_COLOUR, draws_of_one_image, grid
+from sqloss.models import VAE, classifier
+from sqloss.models.classifier import Classifier
+from sqloss.models.seeding import generator
+from sqloss.training import UserError
+from sqloss.training.data import Source, load_dataset
+from sqloss.training.flags import configure
+from sqloss.training.progress import Silence
+from sqloss.training.run import Run
+from sqloss.training.vae.config import VAEConfig
 from sqloss.training.vae.loop import begin
 
 for needed in ("joblib", "matplotlib", "scipy", "sklearn", "tqdm"):
@@ -372,12 +372,13 @@ TRAINING = ["--limit", "200", "--hidden", "8", "--latent", "3", "--epochs", "1"]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
-    config = VAEConfig(limit=200, hidden="8", latent=3, epochs=1, prior="t", df=4.0, num_samples=20)
+    config = configure(
+        VAEConfig, limit=200, hidden="8", latent=3, epochs=1, prior="t", df=4.0, num_samples=20
+    )
     run = Run.new(directory, config)
     data = load_dataset("digits", config.source).imbalanced(config.imbalance, config.seed)
     training = begin(config, data)
-    recorder = run.start(training, data)
-    assert fit(training, data, config, recorder.save, Silence())
+    assert run.start(training, data).fit(Silence())
     return directory
 
 

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from sqloss.experiments.processes import in_processes
 from sqloss.training.errors import UserError
-from sqloss.training.processes import in_processes
 
 pytest.importorskip("joblib")
 
@@ -34,7 +34,7 @@ def test_sigterm_is_ctrl_c_while_there_is_work():
 BEATING = """
 import os, sys, time
 from pathlib import Path
-from sqloss.training.processes import in_processes
+from sqloss.experiments.processes import in_processes
 
 def beat(folder):
     while True:

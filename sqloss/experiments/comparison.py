@@ -11,20 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqloss.models.classifier import Classifier
-from sqloss.training.config import LARGEST, as_flag, expect, flag, to_stored
-from sqloss.training.data import Dataset
-from sqloss.training.errors import UserError
-from sqloss.training.files import as_csv, write_atomically
-from sqloss.training.loop import fit
-from sqloss.training.processes import in_processes
-from sqloss.training.progress import Silence
-from sqloss.training.settings import NO_SETTINGS, keep_settings
-from sqloss.training.statistics import Paired, mean_interval, paired, paired_table
-from sqloss.training.tables import CONFIDENCE, aligned
-from sqloss.training.threads import set_threads
-from sqloss.training.vae.config import VAEConfig
-from sqloss.training.vae.imputation import (
+from sqloss.experiments.directory import keep_settings
+from sqloss.experiments.imputation import (
     COLUMNS,
     METRICS,
     NO_MODEL,
@@ -37,11 +25,25 @@ from sqloss.training.vae.imputation import (
     measure,
     vae_methods,
 )
+from sqloss.experiments.processes import in_processes
+from sqloss.experiments.statistics import Paired, mean_interval, paired, paired_table
+from sqloss.models.classifier import Classifier
+from sqloss.training.config import to_stored
+from sqloss.training.data import Dataset
+from sqloss.training.errors import UserError
+from sqloss.training.files import as_csv, write_atomically
+from sqloss.training.flags import LARGEST, as_flag, changed, expect, flag
+from sqloss.training.loop import fit
+from sqloss.training.progress import Silence
+from sqloss.training.tables import CONFIDENCE, aligned
+from sqloss.training.threads import set_threads
+from sqloss.training.vae.config import VAEConfig
 from sqloss.training.vae.loop import VAETraining, begin
 
 CONTROL = "normal"
 CLASSIFIER_SEED = 0  # not --seed, which may be another when a comparison is taken up again
-NOT_SETTINGS = ("prior", "df", "learn_df", *NO_SETTINGS)  # also what arms are made of
+# What arms are made of, and what changes where a result comes from but not what it is.
+NOT_SETTINGS = ("prior", "df", "learn_df", "seed", *VAEConfig.of_machine)
 ELBO = "test_negative_elbo"
 COMPARED_COLUMNS = ("arm", "seed", ELBO, *COLUMNS)
 TEXTS = ("arm", "model", "method", "mask")
@@ -93,22 +95,22 @@ def make_arms(config: VAEConfig, compare_config: CompareConfig) -> dict[str, VAE
 
     A t prior pulls less than the normal one does; those weights tell whether that is all.
     """
-    control = dataclasses.replace(config, prior="normal")
+    control = changed(config, prior="normal")
     students = {
-        f"t, df {df:g}": changed("dfs", config, prior="t", df=df)
+        f"t, df {df:g}": changed_by("dfs", config, prior="t", df=df)
         for df in parse_numbers("dfs", compare_config.dfs)
     }
     weights = {
-        f"normal, beta {beta:g}": changed("betas", control, beta=beta)
+        f"normal, beta {beta:g}": changed_by("betas", control, beta=beta)
         for beta in parse_numbers("betas", compare_config.betas)
     }
     return {CONTROL: control} | students | weights
 
 
-def changed(name: str, config: VAEConfig, **changes: Any) -> VAEConfig:
+def changed_by(name: str, config: VAEConfig, **changes: Any) -> VAEConfig:
     """A configuration with changes that come from the flag of this name."""
     try:
-        return dataclasses.replace(config, **changes)
+        return changed(config, **changes)
     except UserError as error:
         raise UserError(f"{as_flag(name)}: {error}") from error
 
@@ -117,7 +119,7 @@ def make_tasks(arms: Mapping[str, VAEConfig], seeds: int) -> list[Task]:
     """Seed by seed, so that a comparison that is stopped has whole pairs."""
     first = arms[CONTROL].seed
     return [
-        Task(arm, dataclasses.replace(config, seed=seed))
+        Task(arm, changed(config, seed=seed))
         for seed in range(first, first + seeds)
         for arm, config in {**arms, NO_MODEL: arms[CONTROL]}.items()
     ]
@@ -159,7 +161,7 @@ def trials(
 def train(data: Dataset, config: VAEConfig) -> VAETraining:
     """A training in memory, from its beginning to its end."""
     training = begin(config, data)
-    if not fit(training, data, config, lambda _: None, Silence()):
+    if not fit(training, data, config, lambda: None, Silence()):
         raise KeyboardInterrupt
     return training
 

@@ -1,7 +1,7 @@
 import pytest
 
+from sqloss.experiments.directory import alone_in
 from sqloss.training.errors import UserError
-from sqloss.training.settings import alone_in
 
 pytest.importorskip("filelock")
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-import sqloss
-from sqloss.training.risk import mean, objective_name, risk, vae_objective
+from sqloss.training.risks import CVaR, Mean
+from sqloss.training.vae.objective import objective_name, vae_objective
 
 LOSSES = {
     "reconstruction": torch.tensor([1.0, 2.0, 3.0, 40.0]),
@@ -10,55 +10,45 @@ LOSSES = {
 }
 
 
-def test_alpha_0_is_literally_the_mean():
-    losses = torch.rand(1001)
-    assert risk(0) is mean
-    assert torch.equal(risk(0.0)(losses), losses.mean())
-
-
-def test_other_alphas_are_the_superquantile():
-    losses = torch.arange(10.0) ** 2
-    torch.testing.assert_close(risk(0.75)(losses), torch.tensor(67.8))
-    torch.testing.assert_close(risk(0.75)(losses), sqloss.cvar(losses, 0.75))
-
-
 def test_the_tail_of_the_elbo_takes_the_worst_sums():
-    objective = vae_objective(alpha=0.5, tail="elbo", beta=2.0, iwae_samples=0)
+    objective = vae_objective(CVaR(0.5), tail="elbo", beta=2.0, iwae_samples=0)
     # The sums with beta 2 are 19, 4, 103 and 42; the worst half is 103 and 42.
     assert objective(LOSSES).item() == pytest.approx(72.5)
 
 
 def test_the_tail_of_the_reconstruction_leaves_the_kl_its_mean():
-    objective = vae_objective(alpha=0.5, tail="reconstruction", beta=2.0, iwae_samples=0)
+    objective = vae_objective(CVaR(0.5), tail="reconstruction", beta=2.0, iwae_samples=0)
     assert objective(LOSSES).item() == pytest.approx((3 + 40) / 2 + 2 * 61 / 4)
 
 
 @pytest.mark.parametrize("tail", ["elbo", "reconstruction"])
-def test_both_tails_are_the_mean_at_alpha_0(tail):
-    objective = vae_objective(alpha=0, tail=tail, beta=0.5, iwae_samples=0)
+@pytest.mark.parametrize("risk", [CVaR(0.0), Mean()])
+def test_both_tails_are_the_mean_at_alpha_0(risk, tail):
+    objective = vae_objective(risk, tail=tail, beta=0.5, iwae_samples=0)
     assert objective(LOSSES).item() == pytest.approx(46 / 4 + 0.5 * 61 / 4)
 
 
 @pytest.mark.parametrize(("alpha", "value"), [(0, 3.0), (0.5, 4.5)])
 def test_the_importance_weighted_bound_is_a_loss_like_others(alpha, value):
-    objective = vae_objective(alpha, tail="elbo", beta=1.0, iwae_samples=8)
+    objective = vae_objective(CVaR(alpha), tail="elbo", beta=1.0, iwae_samples=8)
     losses = {"negative_iw_bound": torch.tensor([1.0, 5.0, 2.0, 4.0])}
     assert objective(losses).item() == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("alpha", "tail", "samples", "expected"),
     [
-        ((0.8, "elbo", 2.0, 0), True),
-        ((0.8, "elbo", 1.0, 5), True),
-        ((0.8, "reconstruction", 2.0, 0), False),
-        ((0.0, "elbo", 1.0, 0), False),
+        (0.8, "elbo", 0, True),
+        (0.8, "elbo", 5, True),
+        (0.8, "reconstruction", 0, False),
+        (0.0, "elbo", 0, False),
     ],
 )
-def test_which_objectives_the_tail_alone_makes(arguments, expected):
-    objective = vae_objective(*arguments)
-    assert objective.is_of_tail_alone == expected
-    names = ("negative_iw_bound",) if arguments[3] else ("reconstruction", "kl")
+def test_which_objectives_the_tail_alone_makes(alpha, tail, samples, expected):
+    risk = CVaR(alpha)
+    objective = vae_objective(risk, tail, 1.0, samples)
+    assert (risk.tail_alpha is not None and objective.added is None) == expected
+    names = ("negative_iw_bound",) if samples else ("reconstruction", "kl")
     losses = {name: torch.randn(10, requires_grad=True) for name in names}
     objective(losses).backward()
     of_sample = sum(each.grad.abs() for each in losses.values())
@@ -80,4 +70,5 @@ def test_which_objectives_the_tail_alone_makes(arguments, expected):
     ],
 )
 def test_an_objective_is_named_by_what_it_computes(arguments, name):
-    assert objective_name(*arguments) == name
+    alpha, *others = arguments
+    assert objective_name(CVaR(alpha), *others) == name

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sqloss.training.statistics import holm, mean_interval, paired
+from sqloss.experiments.statistics import holm, mean_interval, paired
 
 pytest.importorskip("scipy")
 

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from sqloss.training.pictures import label_rows, mosaic, new_figure, save_picture, show
+from sqloss.training.figures import label_rows, mosaic, new_figure, save_picture, show
 
 
 def test_any_name_names_a_row(tmp_path):

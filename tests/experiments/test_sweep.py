@@ -9,23 +9,18 @@ import sys
 import pytest
 
 from sqloss import cli
-from sqloss.models import classifier
-from sqloss.training.errors import UserError
-from sqloss.training.gan.config import GANConfig
-from sqloss.training.progress import Silence
-from sqloss.training.sweep import (
+from sqloss.experiments.sweep import (
     PRESETS,
     Sweep,
     SweepConfig,
     Task,
-    configure,
     make_arms,
     make_tasks,
     parse_grid,
     plan,
     swept,
 )
-from sqloss.training.sweep_report import (
+from sqloss.experiments.sweep_report import (
     MAIN,
     METRICS,
     Key,
@@ -41,6 +36,11 @@ from sqloss.training.sweep_report import (
     rows_of,
     series_of,
 )
+from sqloss.models import classifier
+from sqloss.training.errors import UserError
+from sqloss.training.flags import configure
+from sqloss.training.gan.config import GANConfig
+from sqloss.training.progress import Silence
 from sqloss.training.trainers import TRAINERS
 from sqloss.training.vae.config import VAEConfig
 
@@ -117,7 +117,7 @@ def test_what_the_presets_are_for():
         "conditional",
     ]
     tails = arms_of("gan", preset="gan-tails")
-    standard, oversampling, *others = (GANConfig(**flags) for flags in tails.values())
+    standard, oversampling, *others = (configure(GANConfig, **flags) for flags in tails.values())
     assert (standard.contenders, standard.sampling) == (("standard",), "shuffle")
     assert (oversampling.contenders, oversampling.sampling) == (("standard",), "balanced")
     assert {(config.tail_of, config.alpha) for config in others} == {
@@ -171,7 +171,10 @@ def test_what_is_wrong_with_an_arm_is_told_of_the_arm_and_of_all_of_all():
 
 
 def test_every_arm_has_every_seed_and_a_folder_of_a_safe_name(tmp_path):
-    configs = {"lr=0.1, hidden=9,8": VAEConfig(seed=5), "imbalance=0:0.1": VAEConfig(seed=5)}
+    configs = {
+        "lr=0.1, hidden=9,8": configure(VAEConfig, seed=5),
+        "imbalance=0:0.1": configure(VAEConfig, seed=5),
+    }
     tasks = make_tasks(tmp_path, configs, 2)
     assert [(task.arm, task.config.seed) for task in tasks] == [
         (arm, seed) for seed in (5, 6) for arm in configs
@@ -268,7 +271,7 @@ def written(tmp_path, cfids, error="", failures=None):
     tasks = []
     for arm, by_seed in cfids.items():
         for seed, cfid in enumerate(by_seed):
-            task = Task(arm, GANConfig(alpha=0.0, seed=seed), tmp_path / arm / str(seed))
+            task = Task(arm, configure(GANConfig, alpha=0.0, seed=seed), tmp_path / arm / str(seed))
             task.directory.mkdir(parents=True)
             if cfid is None:
                 (task.directory / "failed.json").write_text(json.dumps({"error": error}))
@@ -378,7 +381,8 @@ def test_a_sweep_and_that_it_is_not_done_again(quick, tmp_path, capsys, monkeypa
     ]
     report = json.loads((tmp_path / "lr=0.01" / "seed-1" / "report.json").read_text())
     assert report["config"] == dataclasses.asdict(
-        VAEConfig(
+        configure(
+            VAEConfig,
             **{"limit": 100, "hidden": "8", "latent": 3, "num_samples": 20, "epochs": 1},
             **{"lr": 0.01, "seed": 1, "threads": 1},
         )
@@ -391,7 +395,7 @@ def test_a_sweep_and_that_it_is_not_done_again(quick, tmp_path, capsys, monkeypa
     assert told.out.rstrip() in (tmp_path / "sweep.md").read_text()
 
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    monkeypatch.setattr("sqloss.training.sweep.train_run", None)
+    monkeypatch.setattr("sqloss.experiments.sweep.train_run", None)
     assert sweep("vae", tmp_path, *VAE, *LR) == 0
     again = capsys.readouterr()
     assert "0 of 4 runs to do" in again.err

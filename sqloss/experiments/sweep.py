@@ -4,8 +4,6 @@ An arm is a change to the configuration. With one seed all arms start alike, as 
 are alike, and see the data in the same order: their differences are paired by the seed.
 """
 
-import dataclasses
-import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,24 +11,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqloss.training.config import LARGEST, RunConfig, as_flag, expect, flag
-from sqloss.training.data import Dataset, Source, load_dataset, refuse_output_among_data
+from sqloss.experiments.directory import keep_settings
+from sqloss.experiments.processes import in_processes
+from sqloss.training.config import RunConfig
 from sqloss.training.errors import UserError, require
 from sqloss.training.files import write_json
-from sqloss.training.gan.config import GANConfig
+from sqloss.training.flags import (
+    LARGEST,
+    as_flag,
+    as_text,
+    changed,
+    configure,
+    expect,
+    flag,
+    flat,
+    settings_of,
+)
 from sqloss.training.loop import NonFiniteError
-from sqloss.training.processes import in_processes
 from sqloss.training.progress import Silence
 from sqloss.training.run import Run
-from sqloss.training.settings import NO_SETTINGS, keep_settings
-from sqloss.training.shares import kept_classifier
-from sqloss.training.threads import set_threads
-from sqloss.training.trainers import (
-    TRAINERS,
-    RunUnderWay,
-    refuse_what_cannot_be_reported,
-    require_what_the_report_needs,
-)
+from sqloss.training.trainer import TRAINERS, Preset, product
 
 Flags = Mapping[str, Any]  # values of fields of a configuration
 Arms = Mapping[str, Flags]
@@ -38,15 +38,6 @@ Row = dict[str, Any]
 
 BASELINE = "baseline"  # the only arm where nothing is swept
 FAILED = "failed.json"  # in the directory of a run that came to no report
-# What may not be swept: the seeds have a flag, and images that one classifier has not judged, or
-# that are not held against the same test images, have no distances to compare.
-NO_ARMS = {
-    "vae": ("seed",),
-    "gan": (
-        *("seed", "dataset", "data_dir", "download", "image_size", "limit", "celeba_attribute"),
-        *("num_samples", "classifier", "fid_weights"),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -76,72 +67,9 @@ class SweepConfig:
 # Arms.
 
 
-class Preset(NamedTuple):
-    """Named arms, and the settings of all of them unless others are given."""
-
-    base: Flags
-    arms: Arms
-
-
-def arm_name(flags: Flags) -> str:
-    return ", ".join(f"{as_flag(name)[2:]}={as_text(value)}" for name, value in flags.items())
-
-
-def as_text(value: Any) -> str:
-    """A value as its flag takes it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def product(values: Mapping[str, Sequence[Any]]) -> Arms:
-    """An arm for every combination of values of these fields."""
-    combinations = itertools.product(*values.values())
-    arms = [dict(zip(values, combination, strict=True)) for combination in combinations]
-    return {arm_name(arm): arm for arm in arms}
-
-
-PRESETS: dict[str, dict[str, Preset]] = {
-    "vae": {
-        "fashion-vae": Preset(
-            {"dataset": "fashion", "alpha": 0.0, "imbalance": "none"},
-            product({"lr": (2e-4, 5e-4, 1e-3), "batch_size": (64, 128, 256), "epochs": (10, 30)}),
-        ),
-    },
-    "gan": {
-        "gan-schemes": Preset(
-            {"alpha": 0.0, "imbalance": "none"},
-            {
-                BASELINE: {},
-                "lower-lr-g": {"lr_g": 1e-4},
-                "lower-both": {"lr_d": 1e-4, "lr_g": 1e-4},
-                "two-g-steps": {"g_steps": 2},
-                "two-d-steps": {"d_steps": 2},
-                "beta1-0": {"beta1": 0.0},
-                "conditional": {"conditional": True},
-            },
-        ),
-        "gan-tails": Preset(
-            {},
-            {
-                "standard": {"alpha": 0.0},
-                "oversampling": {"alpha": 0.0, "sampling": "balanced"},
-                **{
-                    f"tail-of-{players}-{alpha:g}": {
-                        "tail_of": players,
-                        "alpha": alpha,
-                        "alone": True,
-                    }
-                    for players in ("d", "g", "both")
-                    for alpha in (0.2, 0.5, 0.8)
-                },
-            },
-        ),
-    },
-}
-
-
 def find_preset(command: str, name: str) -> Preset:
     """That of a name; the one of no name has nothing but one arm that changes nothing."""
-    presets = PRESETS[command]
+    presets = TRAINERS[command].presets
     if name and name not in presets:
         raise UserError(
             f"--preset: expected one of {', '.join(presets)} for sqloss {command}, got {name}"
@@ -164,8 +92,8 @@ def parse_grid(command: str, text: str) -> tuple[str, list[Any]]:
     """The field and the values that --grid names: "lr-g=1e-4,2e-4"."""
     given, equals, values = text.partition("=")
     name = given.removeprefix("--").replace("-", "_")
-    types = {field.name: field.type for field in dataclasses.fields(TRAINERS[command].config)}
-    allowed = [field for field in types if field not in NO_ARMS[command]]
+    types = {name: s.type for name, s in settings_of(TRAINERS[command].config).items()}
+    allowed = [name for name in types if name not in TRAINERS[command].not_swept]
     if name not in allowed or not equals:
         flags = ", ".join(as_flag(field)[2:] for field in allowed)
         raise UserError(
@@ -247,7 +175,8 @@ def plan(command: str, sweep_config: SweepConfig, output_dir: Path | None, given
     Its directory is made, and refused where it holds runs with other settings.
     """
     require("joblib")
-    kind = TRAINERS[command].config
+    trainer = TRAINERS[command]
+    kind = trainer.config
     preset, arms = find_preset(command, sweep_config.preset), make_arms(command, sweep_config)
     fields = swept(arms)
     for name in fields:
@@ -256,30 +185,30 @@ def plan(command: str, sweep_config: SweepConfig, output_dir: Path | None, given
                 f"{as_flag(name)}: expected no such flag where the sweep sets it, "
                 f"got {as_text(given[name])}"
             )
-    defaults = {field.name: field.default for field in dataclasses.fields(kind)}
-    base: dict[str, Any] = {**defaults, "threads": 1, **preset.base, **given}
-    name = f"sweep-{sweep_config.preset or command}-{base['dataset']}"
-    directory = output_dir or Path("runs") / name
-    common = dict(base)
-    if kind is GANConfig and not base["classifier"]:  # one judges all runs
-        common["classifier"] = str(directory.absolute() / "classifier.pt")
+    base: dict[str, Any] = {"threads": 1, **preset.base, **given}
+    config = configure(kind, **base)
+    whole = flat(config)
+    name = config.title.replace(command, sweep_config.preset or command, 1)
+    directory = output_dir or Path("runs") / f"sweep-{name}"
+    common = base | dict(trainer.shared_settings(directory, whole))
     origin = "--grid" if sweep_config.grid else "--preset"
     configs = {
-        arm: configure(kind, common, flags, f"{origin}: {arm}") for arm, flags in arms.items()
+        arm: configure_arm(kind, common, flags, f"{origin}: {arm}") for arm, flags in arms.items()
     }
     for config in configs.values():
-        refuse_output_among_data(config.dataset, config.source, directory)
+        config.check_place(directory)
     tasks = make_tasks(directory, configs, sweep_config.seeds)
-    settings = {"command": command} | {k: v for k, v in base.items() if k not in NO_SETTINGS}
+    left_out = ("seed", *kind.of_machine)
+    settings = {"command": command} | {k: v for k, v in whole.items() if k not in left_out}
     begun = any(directory.glob("*/seed-*"))
     keep_settings(directory / "sweep.json", settings, "sweep", begun)
     return Sweep(command, directory, fields, tasks)
 
 
-def configure(kind: type[RunConfig], base: Flags, flags: Flags, name: str) -> RunConfig:
+def configure_arm(kind: type[RunConfig], base: Flags, flags: Flags, name: str) -> RunConfig:
     """The configuration of an arm; its name is told where what is wrong comes from the arm."""
     try:
-        return kind(**{**base, **flags})
+        return configure(kind, **{**base, **flags})
     except UserError as error:
         if complaint(kind, base) == str(error):
             raise
@@ -289,7 +218,7 @@ def configure(kind: type[RunConfig], base: Flags, flags: Flags, name: str) -> Ru
 def complaint(kind: type[RunConfig], values: Flags) -> str:
     """What is wrong with values, if anything is."""
     try:
-        kind(**values)
+        configure(kind, **values)
     except UserError as error:
         return str(error)
     return ""
@@ -307,48 +236,48 @@ def make_tasks(directory: Path, configs: Mapping[str, RunConfig], seeds: int) ->
             )
     first = next(iter(configs.values())).seed
     return [
-        Task(arm, dataclasses.replace(config, seed=seed), folders[arm] / f"seed-{seed}")
+        Task(arm, changed(config, seed=seed), folders[arm] / f"seed-{seed}")
         for seed in range(first, first + seeds)
         for arm, config in configs.items()
     ]
 
 
-@functools.lru_cache(maxsize=1)
-def loaded(name: str, source: Source) -> Dataset:
-    """Once per process, as far as the runs are of one data set."""
-    return load_dataset(name, source)
+def data_of(command: str, config: RunConfig) -> Any:
+    """The data of a run; read once per process, as far as the runs are of one data set."""
+    names = TRAINERS[command].data_settings
+    key = (command, *(value for name, value in flat(config).items() if name in names))
+    if _loaded.get("key") != key:
+        _loaded.update(key=key, data=TRAINERS[command].load(config))
+    return _loaded["data"]
 
 
-def data_of(config: RunConfig) -> Dataset:
-    return loaded(config.dataset, config.source)
+_loaded: dict[str, Any] = {}  # the last that was read, and which that is
 
 
 def prepare(sweep: Sweep, tell: Callable[[str], object]) -> None:
-    """Raise before the first run what a run would raise at its beginning; make the classifier.
+    """Raise before the first run what a run would raise at its beginning; make what they share.
 
     What the runs train on is told, once where it is the same for many.
     """
+    trainer = TRAINERS[sweep.command]
     told = set()
     missing = sweep.missing
     for task in {task.arm: task for task in missing}.values():
         config = task.config
-        config.refuse_other_machine()
-        require_what_the_report_needs(config)
-        whole = data_of(config)
-        refuse_what_cannot_be_reported(whole, config)
+        config.check_machine()
+        trainer.check(config)
+        whole = data_of(sweep.command, config)
+        trainer.check_data(whole, config)
         run_in(task.directory, config)
-        data = whole.imbalanced(config.imbalance, config.seed).to(config.torch_device)
-        TRAINERS[sweep.command].begin(config, data)
-        words = data.in_words(whole)
+        data = trainer.training_data(whole, config)
+        trainer.begin(config, data)
+        words = trainer.describe(whole, data)
         if words not in told:
             told.add(words)
             tell(words)
-    if missing and isinstance(missing[0].config, GANConfig):
+    if missing:
         config = missing[0].config
-        path, whole = config.classifier_file, data_of(config)
-        set_threads(config, whole)
-        if path:
-            kept_classifier(path, whole, config.torch_device, sweep.tasks[0].config.seed)
+        trainer.prepare(config, data_of(sweep.command, config), sweep.tasks[0].config.seed)
 
 
 def train(sweep: Sweep, jobs: int) -> Iterator[Task]:
@@ -359,11 +288,12 @@ def train(sweep: Sweep, jobs: int) -> Iterator[Task]:
 def train_run(command: str, task: Task) -> Task:
     """Train one arm with one seed and report on it, or note why that cannot be."""
     config = task.config
-    work = RunUnderWay(TRAINERS[command], run_in(task.directory, config), data_of(config))
+    run = run_in(task.directory, config)
+    run.begin(TRAINERS[command], data_of(command, config))
     try:
-        if not work.fit(Silence()):
+        if not run.fit(Silence()):
             raise KeyboardInterrupt
-        work.report()
+        run.report()
     except NonFiniteError as error:
         reason = str(error.__cause__ or error)  # without what a run of its own would leave behind
         write_json(task.directory / FAILED, {"error": reason})
@@ -374,4 +304,4 @@ def run_in(directory: Path, config: RunConfig) -> Run[Any]:
     """The run of this configuration, taken up again where the directory has it."""
     if not (directory / "config.json").exists():
         return Run.new(directory, config)
-    return Run.resumed(type(config), directory, dataclasses.asdict(config))
+    return Run.resumed(type(config), directory, flat(config))

@@ -1,124 +1,29 @@
 """What a sweep has come to: a row per run and model, means over seeds, and paired differences."""
 
-import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from sqloss.training.data import thinned
+from sqloss.experiments.statistics import Paired, mean_interval, paired, paired_table
+from sqloss.experiments.sweep import FAILED, Row, Sweep, Task, data_of
+from sqloss.experiments.sweep_plots import Panel, draw_panels
 from sqloss.training.errors import UserError
 from sqloss.training.files import as_csv, write_atomically
-from sqloss.training.gan.config import GANConfig
+from sqloss.training.flags import as_text, flat
 from sqloss.training.progress import counted
-from sqloss.training.statistics import Paired, mean_interval, paired, paired_table
-from sqloss.training.sweep import FAILED, Row, Sweep, Task, as_text, data_of
-from sqloss.training.sweep_plots import Panel, draw_panels, generated_by
 from sqloss.training.tables import CONFIDENCE, aligned
 from sqloss.training.text import in_markdown
-from sqloss.training.trainers import Report
-from sqloss.training.vae.report import worst_class
+from sqloss.training.trainer import TRAINERS, Report
 
 PICTURE = "sweep.png"
-
-# Metrics.
-
-
-class Metric(NamedTuple):
-    """A number of one model in a report, and how it is told."""
-
-    label: str
-    digits: int
-    better: str  # "lower", "higher", or "" where neither is
-    value: Callable[[Report, Report], float | None]  # of the report, and its part on the model
-    of_tail: bool = False  # of that at the run's own alpha
-
-
-def of_test(loss: str) -> Callable[[Report, Report], float | None]:
-    return lambda _, model: model["test"][loss]
-
-
-def of_worst_class(loss: str) -> Callable[[Report, Report], float | None]:
-    return lambda _, model: worst_class(model["test_by_class"], loss)[loss]
-
-
-def of_quality(metric: str) -> Callable[[Report, Report], float | None]:
-    return lambda _, model: model["quality"][metric]
-
-
-def rare_share(report: Report, model: Report) -> float | None:
-    """The share of the generated images that show a class which is rare in training."""
-    rare = thinned(report["config"]["imbalance"], report["class_names"])
-    return sum(model["generated"][label]["share"] for label in rare) if rare else None
-
-
-def label_agreement(_: Report, model: Report) -> float | None:
-    agreeing = model.get("label_agreement")
-    return agreeing["share"] if agreeing else None
-
-
-def failed_epochs(_: Report, model: Report) -> float:
-    """In how many epochs something was wrong with the model."""
-    return len(set(itertools.chain.from_iterable(model["failures"].values())))
-
-
-RARE_SHARE = Metric("share of rare classes", 4, "higher", rare_share)
-ACCURACY = Metric(
-    "classifier's accuracy", 4, "", lambda report, _: report["classifier_test_accuracy"]
-)
-METRICS = {
-    "vae": {
-        "test_negative_elbo": Metric("-ELBO", 2, "lower", of_test("negative_elbo")),
-        "test_negative_elbo_cvar": Metric(
-            "its CVaR", 2, "lower", of_test("negative_elbo_cvar"), of_tail=True
-        ),
-        "test_reconstruction": Metric("reconstruction", 2, "lower", of_test("reconstruction")),
-        "test_kl": Metric("KL", 2, "", of_test("kl")),
-        "worst_class_negative_elbo": Metric(
-            "worst class: -ELBO", 2, "lower", of_worst_class("negative_elbo")
-        ),
-        "worst_class_negative_elbo_cvar": Metric(
-            *("worst class: CVaR", 2, "lower", of_worst_class("negative_elbo_cvar")),
-            of_tail=True,
-        ),
-        "rare_share": RARE_SHARE,
-        "learnt_df": Metric("learnt df", 2, "", lambda _, model: model.get("df")),
-        "classifier_test_accuracy": ACCURACY,
-    },
-    "gan": {
-        "cfid": Metric("cFID", 2, "lower", of_quality("cfid")),
-        "cfid_of_real": Metric("cFID of real", 2, "", lambda report, _: report["real"]["cfid"]),
-        "ckid": Metric("cKID", 5, "lower", of_quality("ckid")),
-        "precision": Metric("precision", 4, "higher", of_quality("precision")),
-        "recall": Metric("recall", 4, "higher", of_quality("recall")),
-        "label_entropy": Metric("label entropy", 3, "higher", of_quality("label_entropy")),
-        "modes": Metric("modes", 1, "higher", of_quality("modes")),
-        "rare_share": RARE_SHARE,
-        "label_agreement": Metric("of the class asked for", 4, "higher", label_agreement),
-        "fid": Metric("FID", 2, "lower", lambda _, model: model.get("fid")),
-        "d_auc": Metric("AUC of D", 4, "", lambda _, model: model["losses"]["d_auc"]),
-        "failed_epochs": Metric("epochs of failure", 1, "lower", failed_epochs),
-        "classifier_test_accuracy": ACCURACY,
-    },
-}
-# The columns of the table, those of them that there are.
-MAIN = {
-    "vae": (
-        *("test_negative_elbo", "test_negative_elbo_cvar", "worst_class_negative_elbo"),
-        "rare_share",
-    ),
-    "gan": (
-        *("cfid", "fid", "precision", "recall", "label_entropy", "modes", "rare_share"),
-        "label_agreement",
-    ),
-}
 
 
 def metric_to_choose_by(command: str, name: str) -> str:
     """That of --best-by, or the trainer's first."""
-    name = name or MAIN[command][0]
-    allowed = [metric for metric, m in METRICS[command].items() if m.better]
+    name = name or TRAINERS[command].main_metrics[0]
+    allowed = [metric for metric, m in TRAINERS[command].metrics.items() if m.better]
     if name not in allowed:
         raise UserError(f"--best-by: expected one of {', '.join(allowed)}, got {name}")
     return name
@@ -127,7 +32,7 @@ def metric_to_choose_by(command: str, name: str) -> str:
 def is_of_one_tail(sweep: Sweep, metric: str) -> bool:
     """Whether a metric is the same one in every arm: tails at different alphas do not compare."""
     alphas = {task.config.metric_alpha for task in sweep.tasks}
-    return len(alphas) == 1 or not METRICS[sweep.command][metric].of_tail
+    return len(alphas) == 1 or not TRAINERS[sweep.command].metrics[metric].of_tail
 
 
 def refuse_other_tails(sweep: Sweep, metric: str) -> None:
@@ -148,7 +53,8 @@ def rows_of(sweep: Sweep) -> list[Row]:
 
 def rows_of_task(sweep: Sweep, task: Task) -> list[Row]:
     row = {"arm": task.arm, "seed": task.config.seed}
-    flags = {name: as_text(getattr(task.config, name)) for name in sweep.fields}
+    settings = flat(task.config)
+    flags = {n: as_text(settings[n]) if n in settings else "" for n in sweep.fields}
     if task.has_failed:
         error = reason(task)
         return [row | {"model": name, **flags, "error": error} for name in task.config.contenders]
@@ -156,7 +62,7 @@ def rows_of_task(sweep: Sweep, task: Task) -> list[Row]:
     return [
         row
         | {"model": name, **flags}
-        | {metric: m.value(report, model) for metric, m in METRICS[sweep.command].items()}
+        | {metric: m.value(report, model) for metric, m in TRAINERS[sweep.command].metrics.items()}
         for name, model in report["models"].items()
     ]
 
@@ -174,7 +80,7 @@ def read_json(path: Path) -> Report:
 
 
 def write_csv(sweep: Sweep) -> None:
-    columns = ("arm", "seed", "model", *sweep.fields, *METRICS[sweep.command], "error")
+    columns = ("arm", "seed", "model", *sweep.fields, *TRAINERS[sweep.command].metrics, "error")
     write_atomically(sweep.directory / "sweep.csv", as_csv(columns, rows_of(sweep)))
 
 
@@ -183,7 +89,7 @@ def outcome(sweep: Sweep, task: Task, metric: str) -> str:
     name = f"{task.arm}, seed {task.config.seed}"
     if task.has_failed:
         return f"{name} has failed: {reason(task)}"
-    m = METRICS[sweep.command][metric]
+    m = TRAINERS[sweep.command].metrics[metric]
     rows = rows_of_task(sweep, task)
     values = [f"{cell(finite(row[metric]), m.digits)} ({row['model']})" for row in rows]
     alarms = [
@@ -258,16 +164,16 @@ def write_report(sweep: Sweep, metric: str) -> None:
 
 
 def draw_samples(sweep: Sweep) -> None:
-    """What GANs of every arm generate with the first seed, but for those that failed with it."""
-    seed = sweep.tasks[0].config.seed
+    """What every arm generates with the first seed, but for those that failed with it."""
+    trainer, seed = TRAINERS[sweep.command], sweep.tasks[0].config.seed
     panels = []
     for task in sweep.tasks:
-        config = task.config
-        if isinstance(config, GANConfig) and config.seed == seed and not task.has_failed:
+        if task.config.seed == seed and not task.has_failed and trainer.has_samples:
             rows = rows_of_task(sweep, task)
-            images = generated_by(config, data_of(config), task.directory)
+            data = data_of(sweep.command, task.config)
+            images = trainer.samples(task.config, data, task.directory)
             panels += [
-                Panel(coverage(row, rows), images[row["model"]])
+                Panel(caption(sweep, row, rows), images[row["model"]])
                 for row in rows
                 if row["model"] in images
             ]
@@ -276,11 +182,10 @@ def draw_samples(sweep: Sweep) -> None:
         draw_panels(sweep.directory / PICTURE, panels, title)
 
 
-def coverage(row: Row, rows: Sequence[Row]) -> str:
-    """The name of a row, and how much of the data its model covers."""
+def caption(sweep: Sweep, row: Row, rows: Sequence[Row]) -> str:
+    """The name of a row, and what its trainer tells of it."""
     name = name_of(Key(row["arm"], row["model"]), rows)
-    entropy, cfid = f"{row['label_entropy']:.2f}", f"{row['cfid']:.1f}"
-    return f"{name}\n{row['modes']} modes, entropy {entropy}, cFID {cfid}"
+    return f"{name}\n{TRAINERS[sweep.command].caption(row)}"
 
 
 def as_markdown(sweep: Sweep, metric: str) -> str:
@@ -308,7 +213,7 @@ def summary(sweep: Sweep, metric: str) -> str:
     """The means, the best of them, and the differences in the metric that it is the best by."""
     rows = rows_of(sweep)
     seeds = len({task.config.seed for task in sweep.tasks})
-    m = METRICS[sweep.command][metric]
+    m = TRAINERS[sweep.command].metrics[metric]
     best = best_of(series_of(rows, metric), m.better, seeds)
     parts = [table(means_table(sweep, rows, metric, best, seeds))]
     if best:
@@ -331,7 +236,7 @@ def present(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
     """The metrics of the table that some row has, and that compare."""
     return [
         metric
-        for metric in MAIN[sweep.command]
+        for metric in TRAINERS[sweep.command].main_metrics
         if any(row.get(metric) is not None for row in rows) and is_of_one_tail(sweep, metric)
     ]
 
@@ -339,7 +244,7 @@ def present(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
 def means_table(
     sweep: Sweep, rows: Sequence[Row], metric: str, best: Key | None, seeds: int
 ) -> Iterator[list[str]]:
-    known = METRICS[sweep.command]
+    known = TRAINERS[sweep.command].metrics
     metrics = list(dict.fromkeys([metric, *present(sweep, rows)]))
     yield ["", "seeds", *(known[other].label for other in metrics)]
     series = {other: series_of(rows, other) for other in metrics}
@@ -365,7 +270,7 @@ def differences(sweep: Sweep, rows: Sequence[Row], metric: str) -> str:
     found = against_first(series_of(rows, metric))
     if not found:
         return ""
-    m = METRICS[sweep.command][metric]
+    m = TRAINERS[sweep.command].metrics[metric]
     controls = {control for _, control in found}
     if len(controls) == 1:
         origin = name_of(controls.pop(), rows)

@@ -4,10 +4,7 @@ import math
 import pytest
 import torch
 
-from sqloss.models.classifier import Classifier
-from sqloss.training import UserError
-from sqloss.training.data import Source, load_dataset
-from sqloss.training.vae.comparison import (
+from sqloss.experiments.comparison import (
     CONTROL,
     CompareConfig,
     Key,
@@ -21,8 +18,12 @@ from sqloss.training.vae.comparison import (
     trial,
     trials,
 )
+from sqloss.experiments.imputation import NO_MODEL, ImputeConfig, first_test_images
+from sqloss.models.classifier import Classifier
+from sqloss.training import UserError
+from sqloss.training.data import Source, load_dataset
+from sqloss.training.flags import configure
 from sqloss.training.vae.config import VAEConfig
-from sqloss.training.vae.imputation import NO_MODEL, ImputeConfig, first_test_images
 
 for needed in ("joblib", "sklearn", "scipy", "tqdm"):
     pytest.importorskip(needed)
@@ -30,7 +31,9 @@ for needed in ("joblib", "sklearn", "scipy", "tqdm"):
 pytest.importorskip("torchmetrics", exc_type=(ImportError, RuntimeError))
 
 SMALL = ImputeConfig(draws=2, iterations=3, burn_in=1, components=3, neighbour_images=50)
-CONFIG = VAEConfig(alpha=0.0, imbalance="none", epochs=1, hidden="8", latent=3, limit=200)
+CONFIG = configure(
+    VAEConfig, alpha=0.0, imbalance="none", epochs=1, hidden="8", latent=3, limit=200
+)
 KEY = Key("t, df 3", "standard", "one-shot", "bottom half")
 
 

@@ -17,9 +17,9 @@ from sqloss.models.classifier import Classifier
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
-from sqloss.training.config import LARGEST, expect, flag
 from sqloss.training.data import Dataset
 from sqloss.training.errors import require
+from sqloss.training.flags import LARGEST, expect, flag
 from sqloss.training.tables import aligned
 
 BATCH_SIZE = 100  # images, of which one-shot imputation decodes many draws at once

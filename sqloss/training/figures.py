@@ -4,13 +4,14 @@ Figures are made without pyplot: no global state, no display needed.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from sqloss.training.config import STANDARD
 from sqloss.training.errors import require
 from sqloss.training.files import write_atomically
 from sqloss.training.text import printable
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
-# Of Okabe and Ito's palette, told apart with any colour vision; the line styles differ too.
-STYLES: dict[str, dict[str, Any]] = {
-    "standard": {"color": "#0072B2", "linestyle": "-"},
-    "cvar": {"color": "#D55E00", "linestyle": "--"},
-}
+# Okabe and Ito's palette, told apart with any colour vision; the line styles differ too.
+STANDARD_STYLE = {"color": "#0072B2", "linestyle": "-"}
+STYLES = (
+    {"color": "#D55E00", "linestyle": "--"},
+    {"color": "#009E73", "linestyle": "-."},
+    {"color": "#CC79A7", "linestyle": ":"},
+)
 BINS = 40
 
 
@@ -32,6 +35,14 @@ def edges(lowest: float, highest: float) -> list[float]:
     """Of the bins from the lowest to the highest value, which are counted themselves too."""
     inner = torch.linspace(lowest, highest, BINS + 1, dtype=torch.float64)[1:-1]
     return [lowest, *inner.tolist(), highest]  # rounding would leave the extremes outside
+
+
+def style(name: str, names: Iterable[str]) -> dict[str, Any]:
+    """How the lines of a model look, which is one of these."""
+    if name == STANDARD:
+        return STANDARD_STYLE
+    others = [other for other in dict.fromkeys(names) if other != STANDARD]
+    return STYLES[others.index(name) % len(STYLES)]
 
 
 def save_picture(path: Path, figure: "Figure") -> None:

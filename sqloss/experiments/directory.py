@@ -9,9 +9,6 @@ from typing import Any
 from sqloss.training.errors import UserError, require
 from sqloss.training.files import write_json
 
-# Fields of a configuration that change where a result comes from but not what it is.
-NO_SETTINGS = ("seed", "device", "threads", "data_dir", "download")
-
 
 def keep_settings(path: Path, settings: Mapping[str, Any], work: str, begun: bool) -> None:
     """Make the directory of ``path`` that of a work with these settings, and keep them there.

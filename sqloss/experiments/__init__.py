@@ -1,0 +1,1 @@
+"""Work above single trainings: sweeps, and what is measured with the models of runs."""

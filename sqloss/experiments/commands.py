@@ -1,0 +1,197 @@
+"""What ``sqloss sweep``, ``evaluate`` and ``impute`` do."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqloss.experiments.comparison import (
+    CLASSIFIER_SEED,
+    CompareConfig,
+    Ledger,
+    Task,
+    as_markdown,
+    make_arms,
+    make_tasks,
+    trials,
+)
+from sqloss.experiments.directory import alone_in
+from sqloss.experiments.imputation import (
+    COLUMNS,
+    ImputeConfig,
+    as_table,
+    baseline_methods,
+    first_test_images,
+    make_masks,
+    measure,
+    vae_methods,
+)
+from sqloss.experiments.imputation_plots import draw_imputations
+from sqloss.experiments.sweep import SweepConfig
+from sqloss.experiments.sweep import plan as plan_sweep
+from sqloss.experiments.sweep import prepare as prepare_sweep
+from sqloss.experiments.sweep import train as train_sweep
+from sqloss.experiments.sweep_report import (
+    metric_to_choose_by,
+    outcome,
+    refuse_other_tails,
+    summary,
+    write_csv,
+    write_report,
+)
+from sqloss.training.command import INTERRUPTED
+from sqloss.training.errors import UserError, require
+from sqloss.training.files import as_csv, write_atomically
+from sqloss.training.flags import as_flag, changed, configure, settings_of
+from sqloss.training.ranks import say
+from sqloss.training.saved_run import SavedRun, load_saved_run
+from sqloss.training.shares import classifier_of
+from sqloss.training.streams import show
+from sqloss.training.threads import set_threads
+from sqloss.training.trainers import VAE
+from sqloss.training.vae.bounds import BoundsConfig, bounds_table, measure_bounds, write_bounds
+from sqloss.training.vae.config import VAEConfig
+
+Settings = TypeVar("Settings", BoundsConfig, ImputeConfig, CompareConfig, SweepConfig)
+
+# How priors are compared where nothing else is asked for.
+PLAIN: dict[str, Any] = {"alpha": 0.0, "imbalance": "none"}
+# What its arms set themselves, and what it has no use for: no report, no checkpoints.
+NOT_COMPARED = ("prior", "df", "learn_df", "num_samples", "checkpoint_every")
+
+
+def sweep(trainer: str, output_dir: Path | None = None, **given: Any) -> int:
+    """Train with several settings and seeds, a run for each, and compare what they come to."""
+    sweep_config, given = taken(SweepConfig, given)
+    metric = metric_to_choose_by(trainer, sweep_config.best_by)
+    whole = plan_sweep(trainer, sweep_config, output_dir, given)
+    refuse_other_tails(whole, metric)
+    with alone_in(whole.directory, "sweep"):
+        missing = whole.missing
+        say(f"sweep: {whole.directory}, {len(missing)} of {len(whole.tasks)} runs to do")
+        try:
+            prepare_sweep(whole, say)
+            for number, task in enumerate(train_sweep(whole, sweep_config.jobs), 1):
+                write_csv(whole)
+                say(f"{number}/{len(missing)}: {outcome(whole, task, metric)}")
+        except KeyboardInterrupt:
+            say("\nstopped; what is done is kept: the same command does the rest")
+            return INTERRUPTED
+        write_report(whole, metric)
+    show(summary(whole, metric))
+    say(f"with every metric: {whole.directory / 'sweep.md'}; every number: sweep.csv beside it")
+    return 0
+
+
+def impute(run_dir: Path | None = None, compare: bool = False, **given: Any) -> int:
+    """Fill in missing pixels with the VAEs of a run, or compare priors at it (--compare)."""
+    if (run_dir is None) != compare:
+        got = "neither" if run_dir is None else "both"
+        raise UserError(f"RUN_DIR: expected the directory of a run, or --compare, got {got}")
+    for needed in ("matplotlib.figure", "scipy.stats", "sklearn", "torchmetrics"):
+        require(needed)
+    impute_config, given = taken(ImputeConfig, given)
+    if run_dir is None:
+        return compare_priors(impute_config, **given)
+    refuse_all_but(VAEConfig.of_machine, given, "with RUN_DIR, whose models are trained already")
+    return impute_with(load_saved_run(VAE, run_dir, given), impute_config, run_dir)
+
+
+def impute_with(trained: SavedRun, impute_config: ImputeConfig, directory: Path) -> int:
+    """Measure and draw how the VAEs of a run, and the baselines, impute its test images."""
+    config, models = trained.config, trained.models
+    data = first_test_images(trained.data, impute_config.test_images)
+    set_threads(config, data)
+    say(f"imputing {len(data.test_images)} test images with the models of {trained.done}")
+    classifier = classifier_of(trained.whole, config.torch_device, config.seed)
+    masks = make_masks(data.test_images, impute_config, config.seed)
+    methods = vae_methods(models, data.train_images, impute_config, config.seed)
+    methods |= baseline_methods(data.train_images, impute_config, config.seed)
+    rows, imputed = measure(methods, data.test_images, data.test_labels, masks, classifier)
+    write_atomically(directory / "impute.csv", as_csv(COLUMNS, rows))
+    draw_imputations(directory, models, imputed, masks, data, config.seed)
+    show(as_table(rows))
+    say(
+        "RMSE and MAE are over the missing pixels, SSIM is of whole images; accuracy is the share "
+        "of images whose class a small classifier gets right"
+    )
+    say(
+        f"the classifier gets {rows[0]['accuracy_of_originals']:.1%} of the originals right; "
+        f"the rows are in {directory / 'impute.csv'}, the pictures beside it"
+    )
+    return 0
+
+
+def compare_priors(
+    impute_config: ImputeConfig, output_dir: Path | None = None, **given: Any
+) -> int:
+    """Train every arm with every seed, unless it is there already, and compare what they impute."""
+    compare_config, given = taken(CompareConfig, given)
+    config = configure(VAEConfig, **PLAIN | given)
+    if compare_config.jobs > 1 and not config.cpu_threads:
+        config = changed(config, threads=1)
+    tasks = make_tasks(make_arms(config, compare_config), compare_config.seeds)
+    directory = output_dir or Path("runs") / f"impute-{config.dataset}"
+    config.check_place(directory)
+    with alone_in(directory, "comparison"):
+        return compare_in(directory, tasks, config, impute_config, compare_config.jobs)
+
+
+def compare_in(
+    directory: Path,
+    tasks: Sequence[Task],
+    config: VAEConfig,
+    impute_config: ImputeConfig,
+    jobs: int,
+) -> int:
+    ledger = Ledger(directory, config, impute_config)
+    missing = [task for task in tasks if ledger.lacks(task)]
+    say(f"comparison: {directory}, {len(missing)} of {len(tasks)} trainings to do")
+    if missing:
+        whole = VAE.load(config)
+        whole = first_test_images(whole, impute_config.test_images)
+        say(whole.imbalanced(config.imbalance, config.seed).in_words(whole))
+        set_threads(config, whole)
+        classifier = classifier_of(whole, config.torch_device, CLASSIFIER_SEED)
+        try:
+            for rows in trials(missing, whole, classifier, impute_config, jobs):
+                ledger.add(rows)
+                say(f"done: {rows[0]['arm']}, seed {rows[0]['seed']}")
+        except KeyboardInterrupt:
+            say("\nstopped; what is done is kept: the same command does the rest")
+            return INTERRUPTED
+    rows = ledger.of(tasks)
+    write_atomically(directory / "compare.md", as_markdown(rows).encode())
+    show(as_markdown(rows, metrics=["rmse"]).rstrip())
+    say(f"the same for the other metrics: {directory / 'compare.md'}; every number: {ledger.path}")
+    return 0
+
+
+def evaluate(run_dir: Path, **given: Any) -> int:
+    """Measure the VAEs of a run by their -ELBO and importance-weighted bound on test images."""
+    require("scipy.stats")
+    bounds_config, given = taken(BoundsConfig, given)
+    trained = load_saved_run(VAE, run_dir, given)
+    set_threads(trained.config, trained.data)
+    bounds = measure_bounds(trained, bounds_config)
+    write_bounds(run_dir, bounds)
+    show(bounds_table(bounds))
+    say(
+        "both bounds are of the same draws for each image; error and interval cover the choice of "
+        "test images, not the seed of the training"
+    )
+    say(f"with more digits: {run_dir / 'evaluation.json'}")
+    return 0
+
+
+def taken(kind: type[Settings], given: dict[str, Any]) -> tuple[Settings, dict[str, Any]]:
+    """The settings of one kind among those given, and the rest of these."""
+    names = settings_of(kind)
+    own = {name: value for name, value in given.items() if name in names}
+    return kind(**own), {name: value for name, value in given.items() if name not in names}
+
+
+def refuse_all_but(allowed: Sequence[str], given: Mapping[str, Any], where: str) -> None:
+    for name in given:
+        if name not in allowed:
+            flags = ", ".join(map(as_flag, allowed))
+            raise UserError(f"{as_flag(name)}: expected no such flag {where}, but {flags}")

@@ -1,0 +1,57 @@
+"""``sqloss vae`` and its like: a run from its flags to its report."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from sqloss.training import ranks
+from sqloss.training.flags import configure
+from sqloss.training.progress import Progress, Silence
+from sqloss.training.ranks import say
+from sqloss.training.run import Run
+from sqloss.training.streams import show
+from sqloss.training.trainer import Trainer
+
+INTERRUPTED = 130  # what a shell returns for it: 128 + SIGINT
+
+
+def train(
+    trainer: Trainer[Any, Any],
+    output_dir: Path | None = None,
+    resume: Path | None = None,
+    **given: Any,
+) -> int:
+    """Start a run, or take it up again, and report on it once it is trained."""
+    kind = trainer.config
+    run: Run[Any] = (
+        Run.resumed(kind, resume, given)
+        if resume
+        else Run.new(output_dir, configure(kind, **given))
+    )
+    config = run.config
+    config.check_machine()
+    config.check_ranks()
+    ranks.of_first(lambda: trainer.check(config))
+    run.begin(trainer, trainer.load(config))
+    say(f"run: {run.directory} on {config.torch_device}")
+    say(trainer.describe(run.whole, run.data))
+
+    resuming = f"sqloss {trainer.name} --resume {shlex.quote(str(run.directory))}"
+    progress = Progress(*run.steps(), config.epochs) if ranks.is_first() else Silence()
+    if not run.fit(progress):
+        say(f"stopped and saved after {run.training.done()}; continue with: {resuming}")
+        return INTERRUPTED
+
+    if not ranks.disband():
+        return 0
+    say("the training is done and saved; now a small classifier judges, for the report")
+    try:
+        report = run.report()
+    except KeyboardInterrupt:
+        say(f"\nstopped before the report; the training is saved, make the report with: {resuming}")
+        return INTERRUPTED
+    show(trainer.tables(report))
+    for line in trainer.closing_words(report):
+        say(line)
+    say(f"how to read this, and the pictures: {run.directory / 'report.md'}")
+    return 0

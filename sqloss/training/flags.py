@@ -1,0 +1,161 @@
+"""Settings that are flags: fields of frozen dataclasses, with their meaning and their valid range.
+
+A field made by ``choice`` holds one object of a registry, such as the risk. On the command line, in
+``config.json`` and in sweeps a configuration is flat: ``--risk cvar --alpha 0.8`` is the field
+``risk`` with the object ``CVaR(alpha=0.8)``.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, get_type_hints
+
+from sqloss.training.errors import UserError
+from sqloss.training.registry import Registry
+
+LARGEST = 2**31 - 1  # of the numbers that become sizes of tensors
+
+Kind = TypeVar("Kind")
+
+
+def flag(default: Any, meaning: str, **options: Any) -> Any:
+    """A field that is a flag: ``options`` go to argparse.
+
+    But ``before`` does not: it is what runs did that were made before there was the flag, where
+    that is not the default.
+    """
+    return field(default=default, metadata={"help": meaning, **options})
+
+
+def choice(registry: Registry[Any], default: str, meaning: str) -> Any:
+    """A field that holds an object of one of the registered classes, chosen by their names."""
+    return field(default=registry[default](), metadata={"help": meaning, "registry": registry})
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A flag of a configuration, its own or one of what it may choose."""
+
+    name: str
+    type: Any
+    default: Any
+    metadata: Mapping[str, Any]
+
+    @property
+    def before(self) -> Any:
+        """The value in runs that were made before there was this setting."""
+        return self.metadata.get("before", self.default)
+
+
+def settings_of(kind: type) -> dict[str, Setting]:
+    """The settings of a configuration and of all that it may choose, by name."""
+    hints = get_type_hints(kind)
+    settings: dict[str, Setting] = {}
+    for each in dataclasses.fields(kind):
+        registry = each.metadata.get("registry")
+        if registry is None:
+            settings[each.name] = Setting(each.name, hints[each.name], each.default, each.metadata)
+            continue
+        metadata = {"help": each.metadata["help"], "choices": tuple(registry)}
+        settings[each.name] = Setting(each.name, str, each.default.name, metadata)
+        for option in registry.values():
+            for name, own in settings_of(option).items():
+                settings.setdefault(name, own)
+    return settings
+
+
+def configure(kind: type[Kind], **given: Any) -> Kind:
+    """A configuration from flat settings; those not given have their defaults."""
+    values: dict[str, Any] = {}
+    chosen: dict[str, Any] = {}
+    for each in dataclasses.fields(kind):  # type: ignore[arg-type]
+        registry = each.metadata.get("registry")
+        if registry is None:
+            if each.name in given:
+                values[each.name] = given.pop(each.name)
+            continue
+        name = given.pop(each.name, each.default.name)
+        if name not in registry:
+            raise UserError(
+                f"{as_flag(each.name)}: expected one of {', '.join(registry)}, got {name}"
+            )
+        own = {k: given.pop(k) for k in settings_of(registry[name]) if k in given}
+        values[each.name] = registry[name](**own)
+        chosen[each.name] = registry, name
+    for setting in given:
+        refuse_unchosen(setting, chosen)
+    return kind(**values)
+
+
+def refuse_unchosen(setting: str, chosen: Mapping[str, tuple[Registry[Any], str]]) -> None:
+    """Raise for a setting of something that was not chosen."""
+    for field_name, (registry, name) in chosen.items():
+        owners = [option for option, kind in registry.items() if setting in settings_of(kind)]
+        if owners:
+            raise UserError(
+                f"{as_flag(setting)}: expected {as_flag(field_name)} {' or '.join(owners)} with "
+                f"it, got {as_flag(field_name)} {name}"
+            )
+    raise TypeError(f"no setting {setting}")
+
+
+def settings_chosen(kind: type, given: Mapping[str, Any]) -> set[str]:
+    """The names of the settings of a configuration and of what these settings choose."""
+    names = set()
+    for each in dataclasses.fields(kind):
+        names.add(each.name)
+        registry = each.metadata.get("registry")
+        name = given.get(each.name, each.default.name) if registry is not None else None
+        if registry is not None and name in registry:
+            names |= settings_of(registry[name]).keys()
+    return names
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """The settings that ``configure`` makes the configuration of."""
+    values: dict[str, Any] = {}
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        if "registry" in each.metadata:
+            values |= {each.name: value.name, **flat(value)}
+        else:
+            values[each.name] = value
+    return values
+
+
+def changed(config: Kind, **changes: Any) -> Kind:
+    """The configuration with other values of some settings.
+
+    What is chosen anew has its defaults.
+    """
+    values = flat(config)
+    for each in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, each.name)
+        if "registry" in each.metadata and changes.get(each.name, value.name) != value.name:
+            for name in flat(value):
+                del values[name]
+    return configure(type(config), **{**values, **changes})
+
+
+def in_flags(config: Any) -> str:
+    """Settings as they are given on the command line."""
+
+    def text(value: Any) -> str:
+        return f"{value:g}" if isinstance(value, float) else as_text(value)
+
+    return " ".join(f"{as_flag(name)} {text(value)}" for name, value in flat(config).items())
+
+
+def as_text(value: Any) -> str:
+    """A value as its flag takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def as_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def expect(config: object, name: str, valid: bool, expected: str) -> None:
+    """Refuse the value that a configuration has in one of its fields."""
+    if not valid:
+        raise UserError(f"{as_flag(name)}: expected {expected}, got {getattr(config, name)}")

@@ -1,0 +1,124 @@
+"""A *risk* turns a vector of losses into the scalar to train on: their mean, or their tail.
+
+Any model whose losses are per sample can be trained on any risk: the model never averages, and the
+risk never knows the model. A new risk is a class here, with its flags as fields.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+import sqloss
+from sqloss import distributed
+from sqloss.training import ranks
+from sqloss.training.flags import expect, flag, in_flags
+from sqloss.training.registry import Registry
+
+
+class Risk(ABC):
+    """What is minimised of the losses of a batch."""
+
+    name: ClassVar[str]
+    """Of the models trained on it, and of ``--risk``."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """What it is told of the samples beside their losses: ``labels``."""
+
+    @property
+    @abstractmethod
+    def words(self) -> str:
+        """What is computed, in words, before "of the losses"."""
+
+    @property
+    def flags(self) -> str:
+        """The flags that choose it, in short."""
+        return in_flags(self) or f"--risk {self.name}"
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether it is the plain mean, which the standard model is trained on."""
+        return False
+
+    @property
+    def tail_alpha(self) -> float | None:
+        """The alpha of the tail that all of the gradient comes from, if it is such a tail's mean.
+
+        Then backward may take the samples of this tail alone.
+        """
+        return None
+
+    @abstractmethod
+    def __call__(self, losses: Tensor, **needed: Tensor) -> Tensor:
+        """The scalar, from losses [N] and what ``needs`` names, each [N]."""
+
+    def over_ranks(self, losses: Tensor, **needed: Tensor) -> Tensor:
+        """The same of the losses of all ranks, of which each gives its own."""
+        everywhere = {name: ranks.gathered(values) for name, values in needed.items()}
+        return self(ranks.gathered(losses), **everywhere)
+
+    def weights(self, losses: Tensor, **needed: Tensor) -> Tensor:
+        """How much each loss counts: the gradient, [N]."""
+        at = losses.detach().requires_grad_()
+        return torch.autograd.grad(self(at, **needed), at)[0]
+
+
+RISKS: Registry[type[Risk]] = Registry("risk")
+
+
+@RISKS.register
+@dataclass(frozen=True)
+class CVaR(Risk):
+    """The superquantile: the mean of the worst 1 - alpha share of the losses."""
+
+    name: ClassVar[str] = "cvar"
+
+    alpha: float = flag(
+        0.8,
+        "confidence level of --risk cvar: train on the mean of the worst 1-ALPHA share of a batch, "
+        "beside a standard model trained on the mean; 0: the standard model only",
+    )
+
+    def __post_init__(self) -> None:
+        expect(self, "alpha", 0 <= self.alpha < 1, "a number in [0, 1)")
+
+    @property
+    def words(self) -> str:
+        return "mean" if self.is_mean else f"CVaR {self.alpha:g}"
+
+    @property
+    def is_mean(self) -> bool:
+        return self.alpha == 0
+
+    @property
+    def tail_alpha(self) -> float | None:
+        return None if self.is_mean else self.alpha
+
+    def __call__(self, losses: Tensor, **needed: Tensor) -> Tensor:
+        # The literal mean, so that alpha = 0 is bit for bit the plain training
+        return losses.mean() if self.is_mean else sqloss.cvar(losses, self.alpha)
+
+    def over_ranks(self, losses: Tensor, **needed: Tensor) -> Tensor:
+        if ranks.count() == 1:
+            return self(losses)
+        return distributed.cvar(losses, self.alpha)
+
+
+@RISKS.register
+@dataclass(frozen=True)
+class Mean(Risk):
+    """The mean, which trains the standard model only."""
+
+    name: ClassVar[str] = "mean"
+    words: ClassVar[str] = "mean"
+
+    @property
+    def is_mean(self) -> bool:
+        return True
+
+    def __call__(self, losses: Tensor, **needed: Tensor) -> Tensor:
+        return losses.mean()
+
+    def over_ranks(self, losses: Tensor, **needed: Tensor) -> Tensor:
+        return CVaR(0.0).over_ranks(losses)

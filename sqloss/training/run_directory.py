@@ -1,0 +1,111 @@
+"""The directory of a run: its configuration, its checkpoints, and whose it is."""
+
+import itertools
+import json
+from datetime import datetime
+from pathlib import Path
+
+from sqloss.training import checkpoint, ranks
+from sqloss.training.config import Config, RunConfig, from_stored, to_stored
+from sqloss.training.errors import UserError
+from sqloss.training.files import as_json, create_atomically, temporary_of
+from sqloss.training.loop import Training
+
+CHECKPOINTS = "checkpoints"
+DEFAULT_PLACE = Path("runs")
+
+
+def make_default_directory(config: RunConfig) -> Path:
+    """A directory that no other run has, named by the time, and by a number in a busy second."""
+    name = f"{config.title}-{datetime.now():%Y%m%d-%H%M%S}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(directory for directory in map(DEFAULT_PLACE.joinpath, names) if is_made(directory))
+
+
+def is_made(directory: Path) -> bool:
+    """Make a directory; False where there is one."""
+    try:
+        directory.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise cannot_make(directory, error) from error
+    return True
+
+
+def claim(directory: Path, config: RunConfig) -> None:
+    """Make the directory that of this run and of no other, by its ``config.json``."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_make(directory, error) from error
+    refuse_used(directory)
+    try:
+        create_atomically(directory / "config.json", as_json(to_stored(config)))
+    except FileExistsError as error:
+        raise UserError(
+            f"--output-dir: expected a directory for this run alone, got {directory}, where "
+            "another run has just started; if none has, delete the rest of one that was killed, "
+            f"{temporary_of(directory / 'config.json')}"
+        ) from error
+    except OSError as error:
+        raise cannot_make(directory, error) from error
+
+
+def refuse_used(directory: Path) -> None:
+    expected = f"--output-dir: expected a directory without a run, got {directory}, which holds"
+    if (directory / "config.json").exists():
+        raise UserError(
+            f"{expected} one; continue that one with --resume {directory}, or choose another "
+            "directory"
+        )
+    if found := checkpoint.saved(directory / CHECKPOINTS):
+        raise UserError(f"{expected} the checkpoint {found[-1]} of one; choose another directory")
+
+
+def cannot_make(directory: Path, error: OSError) -> UserError:
+    return UserError(f"--output-dir: cannot make a run in {directory}: {error.strerror}")
+
+
+def restore(training: Training, directory: Path, data: str, argument: str) -> bool:
+    """Put a training where the newest checkpoint of a run has it; False where there is none.
+
+    ``data`` is the fingerprint of the data set, ``argument`` the one that names the directory.
+    """
+    folder = directory / CHECKPOINTS
+    saved, state = ranks.of_first(lambda: (checkpoint.saved(folder), checkpoint.load(folder)))
+    if state is None:
+        return False
+
+    def other_run(got: str) -> UserError:
+        return UserError(
+            f"{argument}: expected the checkpoint {saved[-1]} to be one of the run that "
+            f"{directory / 'config.json'} tells of, got {got}"
+        )
+
+    if state.keys() != training.state_dict().keys() | {"data"}:
+        raise other_run(f"one that holds {', '.join(map(str, state))}")
+    if state["data"] != data:
+        raise UserError(
+            f"--data-dir: expected the data that {directory} was started with, "
+            "got images or labels that differ from them"
+        )
+    try:
+        training.load_state_dict(state)
+    except Exception as error:  # one for every way in which something can be misshapen
+        reason = " ".join(str(error).split())
+        raise other_run(f"one that does not fit ({reason})") from error
+    return True
+
+
+def read_config(kind: type[Config], path: Path, argument: str) -> Config:
+    """The configuration of a run; ``argument`` is the one that names its directory."""
+    try:
+        return from_stored(json.loads(path.read_text()), kind)
+    except OSError as error:
+        raise UserError(
+            f"{argument}: expected the directory of a run, with a config.json, got {path.parent} "
+            f"({error.strerror})"
+        ) from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{argument}: cannot use {path}: {error}") from error

@@ -1,0 +1,64 @@
+"""A *sampler* says which training samples an epoch has, and in which order.
+
+A new sampler is a class here, with its flags as fields.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from sqloss.training.errors import UserError
+from sqloss.training.registry import Registry
+
+if TYPE_CHECKING:
+    from sqloss.training.loop import Training, TrainingData
+
+
+class Sampler(ABC):
+    """The order of an epoch."""
+
+    name: ClassVar[str]
+    """Of ``--sampling``."""
+    about: ClassVar[str]
+    """What an epoch has, in words."""
+
+    @abstractmethod
+    def order(self, data: "TrainingData", draws: torch.Generator, training: "Training") -> Tensor:
+        """The numbers of the samples of the epoch that ``training`` is about to begin, int64 [N].
+
+        Everything random is from ``draws``, which a resumed epoch gets anew.
+        """
+
+
+SAMPLERS: Registry[type[Sampler]] = Registry("sampler")
+
+
+@SAMPLERS.register
+@dataclass(frozen=True)
+class Shuffle(Sampler):
+    """Every sample once."""
+
+    name: ClassVar[str] = "shuffle"
+    about: ClassVar[str] = "every training image once, in random order"
+
+    def order(self, data: "TrainingData", draws: torch.Generator, training: "Training") -> Tensor:
+        return torch.randperm(len(data), generator=draws)
+
+
+@SAMPLERS.register
+@dataclass(frozen=True)
+class Balanced(Sampler):
+    """As many samples, with replacement, of equally likely classes."""
+
+    name: ClassVar[str] = "balanced"
+    about: ClassVar[str] = "as many random ones, with every class as often as any other"
+
+    def order(self, data: "TrainingData", draws: torch.Generator, training: "Training") -> Tensor:
+        labels = data.labels
+        if labels is None:
+            raise UserError("--sampling: expected data with labels for balanced, got none")
+        shares = 1 / torch.bincount(labels).double()
+        return torch.multinomial(shares[labels], len(labels), replacement=True, generator=draws)

@@ -1,0 +1,40 @@
+"""What a run has trained, to be used: read from its directory, in which nothing is changed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqloss.training.errors import UserError
+from sqloss.training.flags import changed
+from sqloss.training.run_directory import read_config, restore
+from sqloss.training.trainer import Trainer
+
+ARGUMENT = "RUN_DIR"
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A finished or a stopped run at its newest checkpoint, on the device of its config."""
+
+    config: Any
+    whole: Any  # the data before the imbalance
+    data: Any  # that of the training
+    models: Mapping[str, Any]
+    done: str  # how far the training is, in words
+
+
+def load_saved_run(
+    trainer: Trainer[Any, Any], directory: Path, changes: Mapping[str, Any]
+) -> SavedRun:
+    """The models of a run and their data; ``changes`` are of settings ``of_machine``."""
+    config = read_config(trainer.config, directory / "config.json", ARGUMENT)
+    config = changed(config, **changes)
+    whole = trainer.load(config)
+    data = trainer.training_data(whole, config)
+    training = trainer.begin(config, data)
+    if not restore(training, directory, data.fingerprint(), ARGUMENT):
+        raise UserError(
+            f"{ARGUMENT}: expected a run with a checkpoint, got {directory}, which has none yet"
+        )
+    return SavedRun(config, whole, data, training.models, training.done())

@@ -1,0 +1,135 @@
+"""A *trainer* is one object: what a kind of training has of its own, from its flags to its report.
+
+``register`` gives it a command, ``--resume``, sweeps, ranks and reports. No other table knows it.
+"""
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from sqloss.training.config import Config
+from sqloss.training.errors import require
+from sqloss.training.flags import as_flag, as_text
+from sqloss.training.loop import Training
+from sqloss.training.registry import Registry
+from sqloss.training.run import Run
+
+Report = dict[str, Any]
+Settings = Mapping[str, Any]  # of a configuration, flat
+State = TypeVar("State", bound=Training)
+
+
+class Metric(NamedTuple):
+    """A number of one model in a report, and how it is told."""
+
+    label: str
+    digits: int
+    better: str  # "lower", "higher", or "" where neither is
+    value: Callable[[Report, Report], float | None]  # of the report, and its part on the model
+    of_tail: bool = False  # of that at the run's own alpha
+
+
+class Preset(NamedTuple):
+    """Named configurations to sweep over, and the settings of all of them unless others are
+    given."""
+
+    base: Settings
+    arms: Mapping[str, Settings]
+
+
+def arm_name(settings: Settings) -> str:
+    return ", ".join(f"{as_flag(name)[2:]}={as_text(v)}" for name, v in settings.items())
+
+
+def product(values: Mapping[str, Sequence[Any]]) -> dict[str, Settings]:
+    """A named configuration for every combination of values of these settings."""
+    combinations = itertools.product(*values.values())
+    arms = [dict(zip(values, combination, strict=True)) for combination in combinations]
+    return {arm_name(arm): arm for arm in arms}
+
+
+class Trainer(ABC, Generic[Config, State]):
+    """What the commands ask a trainer."""
+
+    name: ClassVar[str]
+    """Of its command."""
+    about: ClassVar[str]
+    """What the command does, for its help."""
+    config: type[Config]
+    modules: ClassVar[tuple[str, ...]] = ("matplotlib.figure", "scipy.stats")
+    """What its report imports."""
+    smaller: ClassVar[str] = "a smaller --batch-size"
+    """The flags that may help where memory is short: "a smaller --batch-size or --width"."""
+
+    metrics: ClassVar[Mapping[str, Metric]]
+    """Those of a sweep, of its reports."""
+    main_metrics: ClassVar[Sequence[str]]
+    """Those of its table, where there are; the best is chosen by the first."""
+    presets: ClassVar[Mapping[str, Preset]] = {}
+    data_settings: ClassVar[tuple[str, ...]] = ()
+    """Those that ``load`` reads."""
+    has_samples: ClassVar[bool] = False
+    """Whether there is something in ``samples`` for the picture of a sweep."""
+    not_swept: ClassVar[tuple[str, ...]] = ("seed",)
+    """Settings that runs to be compared must share, or that have a flag of their own."""
+
+    @abstractmethod
+    def load(self, config: Config) -> Any:
+        """The data of a run, before any change by its configuration."""
+
+    @abstractmethod
+    def training_data(self, whole: Any, config: Config) -> Any:
+        """What is trained and tested on, on the run's device."""
+
+    @abstractmethod
+    def describe(self, whole: Any, data: Any) -> str:
+        """The data in a line."""
+
+    @abstractmethod
+    def begin(self, config: Config, data: Any) -> State:
+        """A training at its beginning, on the device of the data."""
+
+    @abstractmethod
+    def report(self, run: "Run[Config]") -> Report:
+        """Measure and draw what a run has come to, in its directory; ``report.json`` is last."""
+
+    @abstractmethod
+    def tables(self, report: Report) -> str:
+        """The numbers of a report, as Markdown that a terminal shows well too."""
+
+    def closing_words(self, report: Report) -> list[str]:
+        """What else to tell once the report is there."""
+        return []
+
+    def check(self, config: Config) -> None:
+        """Raise before the training what the report would raise after it."""
+        for module in self.modules:
+            require(module)
+
+    def check_data(self, whole: Any, config: Config) -> None:
+        """As ``check``, of the data."""
+
+    def shared_settings(self, directory: Path, settings: Settings) -> Settings:
+        """What all runs of a sweep in a directory share, beside these settings."""
+        return {}
+
+    def prepare(self, config: Config, whole: Any, seed: int) -> None:
+        """Make what the runs of a sweep share; ``seed`` is that of the first."""
+
+    def samples(self, config: Config, whole: Any, directory: Path) -> Mapping[str, Tensor]:
+        """Images by each model of a finished run, of the noise of its seed, for a sweep's picture.
+
+        None where the run has no checkpoint, or the trainer no such picture.
+        """
+        return {}
+
+    def caption(self, row: Mapping[str, Any]) -> str:
+        """What the picture tells of a model, from its row of the sweep."""
+        return ""
+
+
+TRAINERS: Registry[Trainer[Any, Any]] = Registry("trainer")

@@ -1,0 +1,57 @@
+"""What a VAE minimises: a risk of its bound, or of one term of it and the mean of the other."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sqloss.training.risks import Risk
+
+TAILS = ("elbo", "reconstruction")  # what the risk may be of
+
+OfLosses = Callable[[Mapping[str, Tensor]], Tensor]
+Reduction = Callable[[Tensor], Tensor]  # losses [B] to a scalar
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The risk of one loss for each sample, and what is added to it."""
+
+    risk: Reduction
+    risked: OfLosses
+    """From a model's losses to those that the risk is taken of, [B]."""
+    mean: Reduction = Tensor.mean
+    added: Callable[[Mapping[str, Tensor], Reduction], Tensor] | None = None
+    """To a scalar, from a model's losses and ``mean``."""
+
+    def __call__(self, losses: Mapping[str, Tensor]) -> Tensor:
+        value = self.risk(self.risked(losses))
+        return value if self.added is None else value + self.added(losses, self.mean)
+
+
+def vae_objective(risk: Reduction, tail: str, beta: float, iwae_samples: int) -> Objective:
+    """The objective of a VAE, whose tail is that of the whole bound or of one of its terms.
+
+    With iwae_samples > 0 the bound is the importance-weighted one, which has no such terms.
+    """
+    if iwae_samples:
+        return Objective(risk, lambda losses: losses["negative_iw_bound"])
+    return {
+        "elbo": Objective(risk, lambda losses: losses["reconstruction"] + beta * losses["kl"]),
+        "reconstruction": Objective(
+            risk,
+            lambda losses: losses["reconstruction"],
+            added=lambda losses, mean_of: beta * mean_of(losses["kl"]),
+        ),
+    }[tail]
+
+
+def objective_name(risk: Risk, tail: str, beta: float, iwae_samples: int) -> str:
+    """What ``vae_objective`` computes, in words."""
+    if iwae_samples:
+        return f"{risk.words} of -IW-{iwae_samples} bound"
+    kl = "KL" if beta == 1 else f"{beta:g} KL"
+    loss = "-ELBO" if beta == 1 else f"(reconstruction + {kl})"
+    if not risk.is_mean and tail == "reconstruction":
+        return f"{risk.words} of reconstruction + mean of {kl}"
+    return f"{risk.words} of {loss}"
