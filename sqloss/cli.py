@@ -246,6 +246,6 @@ def add_flag(part: argparse._ActionsContainer, setting: Setting, default: str) -
     kind: dict[str, Any] = (
         {"action": "store_true"} if setting.type is bool else {"type": setting.type}
     )
-    options = kind | {k: v for k, v in setting.metadata.items() if k != "before"}
+    options = kind | setting.for_argparse
     options["help"] = f"{setting.metadata['help']} (default: {default})"
     part.add_argument(as_flag(setting.name), default=argparse.SUPPRESS, **options)

@@ -30,7 +30,8 @@ from sqloss.training.flags import (
 from sqloss.training.loop import NonFiniteError
 from sqloss.training.progress import Silence
 from sqloss.training.run import Run
-from sqloss.training.trainer import TRAINERS, Preset, product
+from sqloss.training.trainer import Preset, product
+from sqloss.training.trainers import TRAINERS
 
 Flags = Mapping[str, Any]  # values of fields of a configuration
 Arms = Mapping[str, Flags]

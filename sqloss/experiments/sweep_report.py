@@ -15,7 +15,8 @@ from sqloss.training.flags import as_text, flat
 from sqloss.training.progress import counted
 from sqloss.training.tables import CONFIDENCE, aligned
 from sqloss.training.text import in_markdown
-from sqloss.training.trainer import TRAINERS, Report
+from sqloss.training.trainer import Report
+from sqloss.training.trainers import TRAINERS
 
 PICTURE = "sweep.png"
 

@@ -5,6 +5,7 @@ The settings of a configuration are flags of the command line and keys of ``conf
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -45,7 +46,7 @@ class RunConfig:
     more_may_change: ClassVar[tuple[str, ...]] = ()
     """On resuming, beside those of the machine and the epochs."""
 
-    risk: Risk = choice(RISKS, "cvar", "what is minimised of the losses of a batch")
+    risk: Risk = choice(RISKS, "cvar", "what is minimised of the losses of a batch", since=1)
     alone: bool = flag(False, "train no standard model beside the one of the risk")
     sampling: Sampler = choice(
         SAMPLERS,
@@ -262,30 +263,37 @@ def to_stored(config: RunConfig) -> dict[str, Any]:
     return {"format": FORMAT, "command": config.command} | flat(config) | absolute
 
 
-def from_stored(values: dict[str, Any], kind: type[Config]) -> Config:
+def from_stored(values: Mapping[str, Any], kind: type[Config]) -> Config:
     """The configuration that a ``config.json`` stores.
 
     A setting that there was not yet has the value that does what the run did.
     """
     values = dict(values)
-    version, command = values.pop("format", 0), values.pop("command", kind.command)
+    version = values.pop("format", 0)
     if version not in range(FORMAT + 1):
         raise UserError(
             f"expected a run of a format up to {FORMAT}, got {version!r}, of a later sqloss"
         )
-    if command != kind.command:
-        raise UserError(f"expected a run of sqloss {kind.command}, got one of sqloss {command}")
+    if values.get("command", kind.command) != kind.command:
+        raise UserError(
+            f"expected a run of sqloss {kind.command}, got one of sqloss {values['command']}"
+        )
     settings = settings_of(kind)
-    if unknown := values.keys() - settings:
-        raise UserError(f"unknown in this version of sqloss: {', '.join(sorted(unknown))}")
+    older: dict[str, Any] = {}
+    for setting in settings.values():
+        older |= setting.in_format(version)
+    chosen = settings_chosen(kind, older | values)
+    if version == 0:  # when there were the settings of all that might be chosen
+        values = {k: v for k, v in values.items() if k in chosen or k not in settings}
+    older = {name: value for name, value in older.items() if name in chosen}
+    if differing := (older | values).keys() ^ {"command", *chosen}:
+        listed = ", ".join(sorted(differing))
+        raise UserError(f"missing or unknown in this version of sqloss: {listed}")
+    del values["command"]
     for name, value in values.items():
         # JSON writes a float that is whole as it came; a bool is an int to Python, but not here.
         expected = settings[name].type
         allowed = (int, float) if expected is float else (expected,)
         if type(value) not in allowed:
             raise UserError(f"{name}: expected {expected.__name__}, got {value!r}")
-    added = {name: s.before for name, s in settings.items() if "before" in s.metadata}
-    chosen = settings_chosen(kind, values)
-    if version == 0:  # when all settings were those of every choice
-        values = {name: value for name, value in values.items() if name in chosen}
-    return configure(kind, **{k: v for k, v in added.items() if k in chosen} | values)
+    return configure(kind, **older | values)

@@ -19,17 +19,21 @@ Kind = TypeVar("Kind")
 
 
 def flag(default: Any, meaning: str, **options: Any) -> Any:
-    """A field that is a flag: ``options`` go to argparse.
+    """A field that is a flag: ``options`` go to argparse, but for two of them.
 
-    But ``before`` does not: it is what runs did that were made before there was the flag, where
-    that is not the default.
+    ``since`` is the format of ``config.json`` that first had the flag, ``before`` what older runs
+    did, where that is not the default.
     """
     return field(default=default, metadata={"help": meaning, **options})
 
 
-def choice(registry: Registry[Any], default: str, meaning: str) -> Any:
+def choice(registry: Registry[Any], default: str, meaning: str, **options: Any) -> Any:
     """A field that holds an object of one of the registered classes, chosen by their names."""
-    return field(default=registry[default](), metadata={"help": meaning, "registry": registry})
+    metadata = {"help": meaning, "registry": registry, **options}
+    return field(default=registry[default](), metadata=metadata)
+
+
+NOT_FOR_ARGPARSE = ("since", "before", "registry")
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,14 @@ class Setting:
     default: Any
     metadata: Mapping[str, Any]
 
+    def in_format(self, version: int) -> dict[str, Any]:
+        """The value in runs of a format that lacks the setting, if it does."""
+        is_lacking = version < self.metadata.get("since", 0)
+        return {self.name: self.metadata.get("before", self.default)} if is_lacking else {}
+
     @property
-    def before(self) -> Any:
-        """The value in runs that were made before there was this setting."""
-        return self.metadata.get("before", self.default)
+    def for_argparse(self) -> dict[str, Any]:
+        return {k: v for k, v in self.metadata.items() if k not in NOT_FOR_ARGPARSE}
 
 
 def settings_of(kind: type) -> dict[str, Setting]:
@@ -56,7 +64,7 @@ def settings_of(kind: type) -> dict[str, Setting]:
         if registry is None:
             settings[each.name] = Setting(each.name, hints[each.name], each.default, each.metadata)
             continue
-        metadata = {"help": each.metadata["help"], "choices": tuple(registry)}
+        metadata = {**each.metadata, "choices": tuple(registry)}
         settings[each.name] = Setting(each.name, str, each.default.name, metadata)
         for option in registry.values():
             for name, own in settings_of(option).items():

@@ -1,5 +1,4 @@
 import csv
-import dataclasses
 import json
 import math
 import os
@@ -10,10 +9,10 @@ import pytest
 
 from sqloss import cli
 from sqloss.experiments.sweep import (
-    PRESETS,
     Sweep,
     SweepConfig,
     Task,
+    configure_arm,
     make_arms,
     make_tasks,
     parse_grid,
@@ -21,25 +20,23 @@ from sqloss.experiments.sweep import (
     swept,
 )
 from sqloss.experiments.sweep_report import (
-    MAIN,
-    METRICS,
     Key,
     against_first,
     as_markdown,
     best_of,
     draw_samples,
-    failed_epochs,
     outcome,
     present,
-    rare_share,
     refuse_other_tails,
     rows_of,
     series_of,
 )
 from sqloss.models import classifier
 from sqloss.training.errors import UserError
-from sqloss.training.flags import configure
+from sqloss.training.flags import configure, flat, settings_of
 from sqloss.training.gan.config import GANConfig
+from sqloss.training.gan.trainer import failed_epochs
+from sqloss.training.image_trainer import rare_share
 from sqloss.training.progress import Silence
 from sqloss.training.trainers import TRAINERS
 from sqloss.training.vae.config import VAEConfig
@@ -97,20 +94,23 @@ def test_a_preset_and_a_grid_are_combined():
 
 
 @pytest.mark.parametrize(
-    ("command", "preset"), [(command, name) for command in PRESETS for name in PRESETS[command]]
+    ("command", "preset"),
+    [(command, name) for command in TRAINERS for name in TRAINERS[command].presets],
 )
 def test_presets_are_of_valid_configurations_that_differ(command, preset):
-    base = PRESETS[command][preset].base
+    base = TRAINERS[command].presets[preset].base
     kind = TRAINERS[command].config
-    configs = [kind(**{**base, **flags}) for flags in arms_of(command, preset=preset).values()]
-    assert len({tuple(dataclasses.asdict(config).values()) for config in configs}) == len(configs)
-    assert not base.keys() & set(swept(PRESETS[command][preset].arms))
+    configs = [
+        configure(kind, **{**base, **flags}) for flags in arms_of(command, preset=preset).values()
+    ]
+    assert len({tuple(flat(config).items()) for config in configs}) == len(configs)
+    assert not base.keys() & set(swept(TRAINERS[command].presets[preset].arms))
 
 
 def test_what_the_presets_are_for():
     fashion = arms_of("vae", preset="fashion-vae")
     assert {"lr": 5e-4, "batch_size": 128, "epochs": 30} in fashion.values()
-    assert PRESETS["vae"]["fashion-vae"].base["dataset"] == "fashion"
+    assert TRAINERS["vae"].presets["fashion-vae"].base["dataset"] == "fashion"
     schemes = arms_of("gan", preset="gan-schemes")
     assert list(schemes) == [
         *("baseline", "lower-lr-g", "lower-both", "two-g-steps", "two-d-steps", "beta1-0"),
@@ -118,9 +118,9 @@ def test_what_the_presets_are_for():
     ]
     tails = arms_of("gan", preset="gan-tails")
     standard, oversampling, *others = (configure(GANConfig, **flags) for flags in tails.values())
-    assert (standard.contenders, standard.sampling) == (("standard",), "shuffle")
-    assert (oversampling.contenders, oversampling.sampling) == (("standard",), "balanced")
-    assert {(config.tail_of, config.alpha) for config in others} == {
+    assert (standard.contenders, standard.sampling.name) == (("standard",), "shuffle")
+    assert (oversampling.contenders, oversampling.sampling.name) == (("standard",), "balanced")
+    assert {(config.tail_of, config.risk.alpha) for config in others} == {
         (players, alpha) for players in ("d", "g", "both") for alpha in (0.2, 0.5, 0.8)
     }
     assert all(config.contenders == ("cvar",) for config in others)
@@ -165,9 +165,9 @@ def test_wrong_settings(settings, message):
 
 def test_what_is_wrong_with_an_arm_is_told_of_the_arm_and_of_all_of_all():
     with pytest.raises(UserError, match=r"^--grid: lr=-1\.0: --lr: expected .*got -1"):
-        configure(VAEConfig, {}, {"lr": -1.0}, "--grid: lr=-1.0")
+        configure_arm(VAEConfig, {}, {"lr": -1.0}, "--grid: lr=-1.0")
     with pytest.raises(UserError, match=r"^--epochs: expected .*got 0"):
-        configure(VAEConfig, {"epochs": 0}, {"lr": 1.0}, "--grid: lr=1.0")
+        configure_arm(VAEConfig, {"epochs": 0}, {"lr": 1.0}, "--grid: lr=1.0")
 
 
 def test_every_arm_has_every_seed_and_a_folder_of_a_safe_name(tmp_path):
@@ -200,8 +200,8 @@ def test_the_plan(tmp_path, monkeypatch):
     [task] = plan("gan", SweepConfig(), tmp_path / "other", given).tasks
     assert (task.config.threads, task.config.classifier) == (2, "mine.pt")
     schemes = SweepConfig(preset="gan-schemes")
-    assert plan("gan", schemes, tmp_path / "a", {}).tasks[0].config.alpha == 0
-    assert plan("gan", schemes, tmp_path / "b", {"alpha": 0.5}).tasks[0].config.alpha == 0.5
+    assert plan("gan", schemes, tmp_path / "a", {}).tasks[0].config.risk.alpha == 0
+    assert plan("gan", schemes, tmp_path / "b", {"alpha": 0.5}).tasks[0].config.risk.alpha == 0.5
 
 
 # results by hand
@@ -286,7 +286,7 @@ def written(tmp_path, cfids, error="", failures=None):
                     "failures": failures or {},
                 }
                 report = {
-                    "config": dataclasses.asdict(task.config),
+                    "config": flat(task.config),
                     "class_names": list("0123456789"),
                     "classifier_test_accuracy": 0.9,
                     "real": {"cfid": 0.3},
@@ -380,7 +380,7 @@ def test_a_sweep_and_that_it_is_not_done_again(quick, tmp_path, capsys, monkeypa
         for model in ("standard", "cvar")
     ]
     report = json.loads((tmp_path / "lr=0.01" / "seed-1" / "report.json").read_text())
-    assert report["config"] == dataclasses.asdict(
+    assert report["config"] == flat(
         configure(
             VAEConfig,
             **{"limit": 100, "hidden": "8", "latent": 3, "num_samples": 20, "epochs": 1},
@@ -527,14 +527,16 @@ def test_errors_come_before_any_work(tmp_path, capsys, arguments, message):
 
 
 def test_what_is_compared_has_a_direction():
-    for command, names in MAIN.items():
-        assert all(METRICS[command][name].better in ("lower", "higher") for name in names)
+    for trainer in TRAINERS.values():
+        assert all(
+            trainer.metrics[name].better in ("lower", "higher") for name in trainer.main_metrics
+        )
 
 
 def test_no_metric_has_the_name_of_a_flag():
-    for command, metrics in METRICS.items():
-        flags = {field.name for field in dataclasses.fields(TRAINERS[command].config)}
-        assert not flags & metrics.keys(), "both are columns of sweep.csv"
+    for trainer in TRAINERS.values():
+        flags = settings_of(trainer.config).keys()
+        assert not flags & trainer.metrics.keys(), "both are columns of sweep.csv"
 
 
 def test_tails_at_different_alphas_are_not_compared(tmp_path):

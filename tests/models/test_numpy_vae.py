@@ -90,7 +90,7 @@ def assert_close(ours, expected, tolerance):
 @pytest.mark.parametrize("of", OBJECTIVES)
 def test_losses_and_gradients_are_those_of_autograd(vae, x, uniform, df, of):
     expected = torch_losses(vae, x, uniform, df)
-    loss = vae_objective(*of, iwae_samples=0)(expected)
+    loss = vae_objective(CVaR(of[0]), *of[1:], iwae_samples=0)(expected)
     loss.backward()
     losses, value, gradients = numpy_step(parameters(vae), x, uniform, df, of)
 
@@ -122,7 +122,7 @@ def test_steps_are_those_of_torchs_sgd(vae, x, uniform, df):
     for step in range(5):
         noise = tuple(array.roll(step, 0) for array in uniform)
         sgd.zero_grad()
-        vae_objective(0.8, "elbo", 1.0, 0)(torch_losses(vae, x, noise, df)).backward()
+        vae_objective(CVaR(0.8), "elbo", 1.0, 0)(torch_losses(vae, x, noise, df)).backward()
         sgd.step()
         sgd_step(values, numpy_step(values, x, noise, df, (0.8, "elbo", 1.0))[2], 0.01)
     for name, tensor in vae.state_dict().items():

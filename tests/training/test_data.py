@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from sqloss.models.seeding import generator
 from sqloss.training.config import to_stored
 from sqloss.training.data import (
     Dataset,
@@ -629,17 +628,3 @@ def rare(counts):
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     images = torch.zeros(len(labels), 1, 2, 2, dtype=torch.uint8)
     return Dataset("rare", tuple("abc"), images, labels, images, labels)
-
-
-def test_a_shuffled_epoch_has_every_image_once():
-    order = rare([50, 5, 1]).order("shuffle", generator(0, "order"))
-    assert sorted(order.tolist()) == list(range(56))
-
-
-def test_a_balanced_epoch_has_every_class_equally_often():
-    data = rare([9000, 900, 0])
-    order = data.order("balanced", generator(0, "order"))
-    counts = torch.bincount(data.train_labels[order], minlength=3)
-    assert len(order) == 9900 and counts[2] == 0
-    assert abs(counts[0].item() - 4950) < 5 * 9900**0.5 / 2  # five standard deviations
-    assert torch.equal(order, data.order("balanced", generator(0, "order")))

@@ -13,7 +13,7 @@ from sqloss.models.seeding import generator as stream
 from sqloss.training.data import Dataset
 from sqloss.training.errors import UserError
 from sqloss.training.files import write_atomically, write_json
-from sqloss.training.flags import configure, flat
+from sqloss.training.flags import flat
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import generate_many
 from sqloss.training.gan.loop import D_METRICS, G_METRICS
@@ -64,6 +64,7 @@ def make_report(
     real = floor(judged, whole.train_images, data.test_images, classifier, config.seed)
     return {
         "config": flat(config),
+        "risks": config.risk_names,
         "alpha_of_cvar": config.metric_alpha,
         "class_names": list(data.class_names),
         "train_images": data.class_counts(),
@@ -188,7 +189,7 @@ Every setting is in `config.json`.
 
 def how_trained(report: Report) -> str:
     config = report["config"]
-    risks = configure(GANConfig, **config).risk_names
+    risks = report["risks"]
     games = "; ".join(f"`{model}` on the {risks[model]}" for model in report["models"])
     alike = ", from the same initial weights, on the same batches and noise"
     condition = ", both players told the class" if config["conditional"] else ""

@@ -47,7 +47,7 @@ def test_a_bad_value_names_its_flag_what_is_expected_and_what_came(name, value, 
         ({"penalty": 1.0}, "--penalty: expected --loss wgan-gp with it"),
         ({"penalty": 1.0, "loss": "hinge"}, "--penalty: expected --loss wgan-gp with it"),
         ({"info_weight": 2.0}, "--info-weight: expected --info-codes above 0 with it"),
-        ({"tail_of": "d", "alpha": 0.0}, "--tail-of: expected --alpha above 0 with it"),
+        ({"tail_of": "d", "alpha": 0.0}, "--tail-of: expected another risk than the mean with it"),
     ],
 )
 def test_a_flag_without_effect(values, needed):
@@ -78,11 +78,11 @@ def test_the_risks_are_those_of_the_words(tail_of, tails, words):
     config = configure(GANConfig, alpha=0.75, tail_of=tail_of)
     losses = torch.arange(8.0)
     mean, tail = losses.mean().item(), 6.5  # the worst two of eight
-    risks = {player: risk(losses).item() for player, risk in config.risks("cvar").items()}
+    risks = {player: risk(losses).item() for player, risk in config.players_risks("cvar").items()}
     assert risks == {player: tail if player in tails else mean for player in ("d", "g")}
     assert config.risk_names["cvar"] == words
 
-    of_mean = [risk(losses).item() for risk in config.risks("standard").values()]
+    of_mean = [risk(losses).item() for risk in config.players_risks("standard").values()]
     assert of_mean == [mean, mean]
     expected = "mean of the discriminator's and the mean of the generator's losses"
     assert config.risk_names["standard"] == expected

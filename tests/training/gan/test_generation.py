@@ -102,7 +102,7 @@ def test_many_images_come_in_batches_from_one_stream(monkeypatch):
 def trained(data: Dataset, **settings) -> GANTraining:
     config = configure(GANConfig, imbalance="none", alpha=0.0, **settings)
     training = begin(config, data)
-    assert fit(training, data, config, lambda _: None, Silence())
+    assert fit(training, data, config, lambda: None, Silence())
     return training
 
 

@@ -403,7 +403,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
 def test_the_checkpoint_of_another_model_is_refused(trainer, tmp_path, changes):
     trainer.train(trainer.run(tmp_path))
     run = Run.resumed(GANConfig, tmp_path, {})
-    other = Run(tmp_path, dataclasses.replace(run.config, **changes), is_new=False)
+    other = Run(tmp_path, changed(run.config, **changes), is_new=False)
     with pytest.raises(UserError, match=r"--resume: expected the checkpoint .* does not fit"):
         trainer.train(other)
 

@@ -7,7 +7,7 @@ from PIL import Image
 from sqloss.models.gan_losses import fake_losses, real_losses
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator as stream
-from sqloss.training import pictures
+from sqloss.training import figures
 from sqloss.training.figures import BINS
 from sqloss.training.flags import changed
 from sqloss.training.gan import plots
@@ -82,7 +82,7 @@ def test_every_picture_is_a_png_of_a_sane_size(trainer, train, tmp_path):
 
 
 def test_colour_images_that_are_no_squares(trainer, tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "DPI", 20)
+    monkeypatch.setattr(figures, "DPI", 20)
     images = torch.randint(256, (30, 3, 9, 6), dtype=torch.uint8)
     data = dataclasses.replace(
         trainer.data, train_images=images, train_labels=torch.arange(30) % 3, test_images=images

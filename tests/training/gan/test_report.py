@@ -16,10 +16,10 @@ from sqloss.training.gan.metrics import floor, measure_images
 from sqloss.training.gan.report import (
     QUALITY,
     as_markdown,
+    check_data,
     generated,
     make_report,
     quality_table,
-    refuse_what_cannot_be_reported,
     tables,
     write_report,
 )
@@ -160,9 +160,7 @@ def test_the_fid_is_of_the_judged_images(trainer, classifier, monkeypatch):
         return 12.25
 
     monkeypatch.setattr(reports, "true_fid", spy)
-    config = dataclasses.replace(
-        trainer.config, num_samples=60, alpha=0.0, fid_weights="weights.pth"
-    )
+    config = changed(trainer.config, num_samples=60, alpha=0.0, fid_weights="weights.pth")
     training = trainer.begin(config)
     history = [
         {"epoch": 1, "model": "standard"}
@@ -284,9 +282,9 @@ def test_too_few_images(trainer, kind):
     part = {"training": "train_images", "test": "test_images"}[kind]
     data = dataclasses.replace(trainer.data, **{part: getattr(trainer.data, part)[:1]})
     with pytest.raises(UserError) as raised:
-        refuse_what_cannot_be_reported(data, trainer.config)
+        check_data(data, trainer.config)
     assert str(raised.value) == f"--dataset: expected at least 2 {kind} images, got 1"
-    refuse_what_cannot_be_reported(trainer.data, trainer.config)
+    check_data(trainer.data, trainer.config)
 
 
 def test_two_images_of_each_kind_are_enough(trainer, classifier):
@@ -298,7 +296,7 @@ def test_two_images_of_each_kind_are_enough(trainer, classifier):
         test_labels=trainer.data.test_labels[:2],
     )
     config = changed(trainer.config, num_samples=2, alpha=0.0)
-    refuse_what_cannot_be_reported(data, config)
+    check_data(data, config)
     training = trainer.begin(trainer.config)
     training.train_step((data.train_images, data.train_labels))
     history = training.measure(data)
@@ -317,7 +315,7 @@ def test_a_file_that_is_no_classifier_is_refused_before_the_training(trainer, tm
     ):
         config = changed(trainer.config, classifier=str(file))
         with pytest.raises(UserError, match=f"{told}.*got {file}"):
-            refuse_what_cannot_be_reported(trainer.data, config)
+            check_data(trainer.data, config)
     config = changed(trainer.config, classifier=str(tmp_path / "new.pt"))
-    refuse_what_cannot_be_reported(trainer.data, config)
+    check_data(trainer.data, config)
     assert not (tmp_path / "new.pt").exists()

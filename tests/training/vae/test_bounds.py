@@ -9,7 +9,8 @@ from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
 from sqloss.training.errors import UserError
 from sqloss.training.flags import changed
-from sqloss.training.saved_run import load_trained
+from sqloss.training.saved_run import load_saved_run
+from sqloss.training.trainers import VAE
 from sqloss.training.vae import evaluation
 from sqloss.training.vae.bounds import (
     BoundsConfig,
@@ -117,7 +118,7 @@ def test_an_estimate_of_one_image_has_no_interval():
 @pytest.fixture
 def run(trainer, tmp_path, monkeypatch):
     """A run whose data set is the trainer's."""
-    monkeypatch.setattr("sqloss.training.saved_run.load_dataset", lambda *_: trainer.data)
+    monkeypatch.setattr("sqloss.training.image_trainer.load_dataset", lambda *_: trainer.data)
     trainer.config = changed(trainer.config, epochs=2, prior="t", learn_df=True)
     trainer.train(trainer.run(tmp_path))
     return tmp_path
@@ -129,7 +130,7 @@ def contents(directory) -> dict:
 
 def test_a_trained_run_is_loaded_as_it_is(trainer, run):
     before = contents(run)
-    trained = load_trained(run, {"threads": 1})
+    trained = load_saved_run(VAE, run, {"threads": 1})
     assert contents(run) == before
     assert (trained.done, trained.config.threads) == ("2 epochs and 0 steps", 1)
     state = torch.load(run / "checkpoints" / "epoch-0002.pt", weights_only=True)
@@ -140,18 +141,18 @@ def test_a_trained_run_is_loaded_as_it_is(trainer, run):
 
 def test_what_cannot_be_loaded(trainer, run, tmp_path):
     with pytest.raises(UserError, match="RUN_DIR: expected the directory of a run, with a config"):
-        load_trained(tmp_path / "nothing", {})
+        load_saved_run(VAE, tmp_path / "nothing", {})
     trainer.data = dataclasses.replace(trainer.data, test_images=trainer.data.train_images[:20])
     with pytest.raises(UserError, match="--data-dir: expected the data that"):
-        load_trained(run, {})
+        load_saved_run(VAE, run, {})
     for path in (run / "checkpoints").iterdir():
         path.unlink()
     with pytest.raises(UserError, match=r"RUN_DIR: expected a run with a checkpoint, got .*yet"):
-        load_trained(run, {})
+        load_saved_run(VAE, run, {})
 
 
 def test_the_bounds_of_a_run(trainer, run):
-    trained = load_trained(run, {})
+    trained = load_saved_run(VAE, run, {})
     measured = measure_bounds(trained, BoundsConfig(30))
     write_bounds(run, measured)
     stored = json.loads((run / "evaluation.json").read_text(), parse_constant=pytest.fail)
@@ -172,7 +173,7 @@ def test_the_bounds_of_a_run(trainer, run):
 
 
 def test_some_images_are_the_same_for_every_run(trainer, run):
-    trained = load_trained(run, {})
+    trained = load_saved_run(VAE, run, {})
     measured = []
     for seed in (0, 0, 1):
         config = dataclasses.replace(trained.config, seed=seed)

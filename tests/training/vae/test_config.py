@@ -124,7 +124,8 @@ ALL_IMAGES = "--tail reconstruction, whose KL is that of all images"
     [
         (
             {"backward": "tail", "alpha": 0.0},
-            "--backward: expected auto or dense with --alpha 0, which has no tail, got tail",
+            "--backward: expected auto or dense with --alpha 0, which has no tail that all of the "
+            "gradient is of, got tail",
         ),
         (
             {"backward": "tail", "tail": "reconstruction"},

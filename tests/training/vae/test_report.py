@@ -318,6 +318,6 @@ def test_a_single_model_and_a_single_test_image(trainer, few_steps, tmp_path):
     assert report["models"]["standard"]["test"]["negative_elbo_standard_error"] is None
     write_report(tmp_path, report)
     text = (tmp_path / "report.md").read_text()
-    assert "--alpha is 0, so the usual 0.8 is used" in text
+    assert "alpha = 0.8 (the usual one, as --alpha 0 has no tail)" in text
     assert "same initial weights" not in text
     assert "CVaR 0.8 of -ELBO" in text
