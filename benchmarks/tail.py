@@ -186,7 +186,7 @@ def size_row(shape: tuple[int, int, int], config: VAEConfig, seconds: float) -> 
         return VAE(shape, architecture=config.architecture)
 
     steps = {
-        name: step_of(model(), partial(of_sqloss, partial(risk, alpha=config.alpha)))
+        name: step_of(model(), partial(of_sqloss, partial(risk, alpha=config.risk.alpha)))
         for name, risk in (("dense", all_images), ("tail", tail_alone))
     }
     dense, tail = times_of(steps, config.batch_size, shape, seconds).values()
@@ -194,7 +194,7 @@ def size_row(shape: tuple[int, int, int], config: VAEConfig, seconds: float) -> 
     auto = "tail" if Torch(model(), "cvar", config).takes_tail else "dense"
     return (
         f"| {' x '.join(map(str, shape))} | {config.architecture} | {config.batch_size:,} "
-        f"| {config.alpha} | {1e3 * median(dense):.2f} | {1e3 * median(tail):.2f} | {cost:.3f} "
+        f"| {config.risk.alpha} | {1e3 * median(dense):.2f} | {1e3 * median(tail):.2f} | {cost:.3f} "
         f"| {auto} |"
     )
 

@@ -14,7 +14,7 @@ import torch
 import sqloss
 from sqloss import cli
 from sqloss.models import classifier
-from sqloss.training import files, pictures
+from sqloss.training import figures, files, image_trainer
 from sqloss.training.data import Dataset
 from sqloss.training.flags import configure
 from sqloss.training.threads import set_threads
@@ -239,7 +239,7 @@ def test_what_cannot_be_evaluated(capsys, tmp_path):
 def test_a_gan_is_trained_reported_and_resumed(capsys, tmp_path, monkeypatch):
     pytest.importorskip("torchmetrics", exc_type=(ImportError, RuntimeError))
     monkeypatch.setattr(classifier, "STEPS", 5)
-    monkeypatch.setattr(pictures, "DPI", 20)
+    monkeypatch.setattr(figures, "DPI", 20)
     run, judge = tmp_path / "run", tmp_path / "judge.pt"
     flags = ["--conditional", "--info-codes", 1, "--ema", 0.5, "--tail-of", "g"]
     given = map(str, [*TINY_GAN, *flags, "--classifier", judge, "--output-dir", run])
@@ -368,7 +368,7 @@ def test_each_trainer_is_a_command_of_its_own(monkeypatch, command):
 
 def test_what_is_given_is_what_is_trained(monkeypatch):
     given = {}
-    monkeypatch.setattr(cli, "train_vae", lambda **flags: given.update(flags) or 0)
+    monkeypatch.setattr(cli, "train", lambda _, **flags: given.update(flags) or 0)
     assert cli.main(["vae", "--alpha", "0.5", "--batch-size", "7", "--download"]) == 0
     assert given == {"alpha": 0.5, "batch_size": 7, "download": True}
 
@@ -474,7 +474,7 @@ def make_folder(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(classifier, "STEPS", 5)
-    monkeypatch.setattr(pictures, "DPI", 20)
+    monkeypatch.setattr(figures, "DPI", 20)
 
     def make(names, size=(6, 5)):
         for value, name in enumerate(names):
@@ -582,7 +582,7 @@ def test_an_error_that_is_not_the_users_is_not_hidden(monkeypatch):
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(cli, "load_dataset", broken)
+    monkeypatch.setattr(image_trainer, "load_dataset", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["vae"])
 
@@ -612,6 +612,6 @@ def test_ctrl_c_outside_the_training(capsys, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_dataset", interrupted)
+    monkeypatch.setattr(image_trainer, "load_dataset", interrupted)
     assert cli.main(["vae"]) == 130
     assert "sqloss vae: interrupted" in capsys.readouterr().err
