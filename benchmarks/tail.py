@@ -194,8 +194,8 @@ def size_row(shape: tuple[int, int, int], config: VAEConfig, seconds: float) -> 
     auto = "tail" if Torch(model(), "cvar", config).takes_tail else "dense"
     return (
         f"| {' x '.join(map(str, shape))} | {config.architecture} | {config.batch_size:,} "
-        f"| {config.risk.alpha} | {1e3 * median(dense):.2f} | {1e3 * median(tail):.2f} | {cost:.3f} "
-        f"| {auto} |"
+        f"| {config.risk.alpha} | {1e3 * median(dense):.2f} | {1e3 * median(tail):.2f} "
+        f"| {cost:.3f} | {auto} |"
     )
 
 

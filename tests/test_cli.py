@@ -291,6 +291,7 @@ def test_version_and_config(capsys):
 
 
 RUN_FLAGS = {
+    "risk",
     "dataset",
     "data-dir",
     "download",
@@ -397,8 +398,14 @@ def test_bad_values(capsys, tmp_path):
     [
         (["--penalty", 1], "--penalty: expected --loss wgan-gp with it, got none"),
         (["--info-weight", 2], "--info-weight: expected --info-codes above 0 with it, got none"),
-        (["--alpha", 0, "--tail-of", "d"], "--tail-of: expected --alpha above 0 with it, got none"),
-        (["--alpha", 0, "--alone"], "--alone: expected an --alpha above 0 with it"),
+        (
+            ["--alpha", 0, "--tail-of", "d"],
+            "--tail-of: expected another risk than the mean with it, got none",
+        ),
+        (
+            ["--alpha", 0, "--alone"],
+            "--alone: expected another risk than the mean with it, got --alpha 0",
+        ),
         (["--lr-g", 0], "--lr-g: expected a number above 0, got 0.0"),
         (["--d-steps", 8], "--d-steps: expected at most 7, the batches of an epoch"),
         (["--image-size", 4], "--image-size: expected images of at least 5 pixels a side, got 4 x"),
