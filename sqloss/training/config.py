@@ -4,6 +4,7 @@ The settings of a configuration are flags of the command line and keys of ``conf
 """
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from sqloss.training.samplers import SAMPLERS, Sampler
 
 METRIC_ALPHA = 0.8  # of the tail reported where training has none
 THREADS_PER_CPU = 16  # more than anyone has a use for, and few enough to be made
+SINGLE_THREADED_PIXELS = 16 * 16  # the digits, at 8 x 8, are no slower with one thread
 FORMAT = 1  # of config.json; runs of before there was a format have none
 STANDARD = "standard"  # the model that is trained on the mean
 
@@ -170,6 +172,10 @@ class RunConfig:
     def check_place(self, directory: Path) -> None:
         """Raise for a directory where what is written would be read as data."""
 
+    def is_of_small(self, data: Any) -> bool:
+        """Whether threads would only wait for one another on such samples."""
+        return False
+
     @property
     def uses_numpy(self) -> bool:
         """Whether NumPy computes, beside torch."""
@@ -219,6 +225,9 @@ class ImageConfig(RunConfig):
     @property
     def title(self) -> str:
         return f"{self.command}-{self.dataset}"
+
+    def is_of_small(self, data: Any) -> bool:
+        return math.prod(data.shape) <= SINGLE_THREADED_PIXELS
 
     def check_place(self, directory: Path) -> None:
         refuse_output_among_data(self.dataset, self.source, directory)

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -98,7 +99,12 @@ class Dataset:
         """Those of the training images, on the CPU."""
         return self.train_labels.cpu()
 
-    def batches(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def steps(self, batch_size: int) -> int:
+        return math.ceil(len(self) / batch_size)
+
+    def batches(
+        self, rows: Iterable[Tensor], training: object = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """The training images and labels of these rows, [B] each, on the device of the data."""
         for batch in rows:
             there = batch.to(self.train_images.device)

@@ -37,8 +37,14 @@ class TrainingData(Protocol):
     def labels(self) -> Tensor | None:
         """The classes of the samples, int64 [N] on the CPU, where they have any."""
 
-    def batches(self, rows: Iterable[Tensor]) -> Iterator[Any]:
-        """A batch for each of these tensors of sample numbers, as the trainer takes it."""
+    def steps(self, batch_size: int) -> int:
+        """How many batches an epoch has."""
+
+    def batches(self, rows: Iterable[Tensor], training: "Training") -> Iterator[Any]:
+        """A batch for each of these tensors of sample numbers, as the trainer takes it.
+
+        They are the rest of the epoch that ``training`` is in.
+        """
 
     def fingerprint(self) -> str:
         """Equal for equal data only."""
@@ -54,6 +60,7 @@ class Training(ABC):
     columns: tuple[str, ...]  # the names of the metrics
 
     def __init__(self, config: RunConfig) -> None:
+        self.seed = config.seed
         self.noise = generator(config.seed, "noise")
         self.epoch = 0  # whole epochs done
         self.step = 0  # steps done of the epoch under way
@@ -164,7 +171,7 @@ def train_epoch(
     """Run the epoch under way; False where a stop is requested before its end."""
     draws = generator(config.seed, "order", training.epoch)
     rows = config.sampling.order(data, draws, training).split(config.batch_size)[training.step :]
-    for batch in data.batches(rows):
+    for batch in data.batches(rows, training):
         if stop.agreed():
             return False
         training.train_step(batch)
@@ -176,7 +183,7 @@ def train_epoch(
 
 
 def steps_per_epoch(data: TrainingData, config: RunConfig) -> int:
-    return math.ceil(len(data) / config.batch_size)
+    return data.steps(config.batch_size)
 
 
 def close_epoch(training: Training, data: TrainingData) -> None:

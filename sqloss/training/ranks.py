@@ -98,7 +98,8 @@ def joined() -> Iterator[None]:
     The first leaves first: torchrun ends all others as soon as one has failed.
     """
     global _untold
-    if not all(name in os.environ for name in GIVEN) or int(os.environ["WORLD_SIZE"]) == 1:
+    started = all(name in os.environ for name in GIVEN) and int(os.environ["WORLD_SIZE"]) > 1
+    if not started or is_joined():  # by whoever calls this
         yield
         return
     from torch.distributed.rendezvous import rendezvous

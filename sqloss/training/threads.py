@@ -1,23 +1,20 @@
 """How many CPU threads share the work."""
 
-import math
+from typing import Any
 
 import torch
 
 from sqloss.training.config import RunConfig
-from sqloss.training.data import Dataset
 from sqloss.training.errors import require
 
-SINGLE_THREADED_PIXELS = 16 * 16  # the digits, at 8 x 8, are no slower with one thread
 
-
-def set_threads(config: RunConfig, data: Dataset) -> None:
+def set_threads(config: RunConfig, data: Any) -> None:
     """Threads share the work of large images; on small ones they only wait for one another.
 
     Where other processes want the same cores that waiting has cost five times the whole training.
     """
     threads = config.cpu_threads
-    if not threads and math.prod(data.shape) <= SINGLE_THREADED_PIXELS:
+    if not threads and config.is_of_small(data):
         threads = 1
     if threads:
         torch.set_num_threads(threads)

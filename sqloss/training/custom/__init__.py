@@ -1,0 +1,1 @@
+"""Training of a user's own model on a user's own data: ``sqloss.training.train``."""

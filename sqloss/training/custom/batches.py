@@ -1,0 +1,190 @@
+"""A user's data as batches: tensors, data sets and loaders, and what they are made of.
+
+A *batch* is a tensor, or a tuple, list or dict of such; every tensor has a row per sample.
+"""
+
+import hashlib
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sqloss.models.seeding import initialisation
+from sqloss.training.errors import UserError
+from sqloss.training.loop import Training
+
+
+def mapped(batch: Any, of_tensor: Callable[[Tensor], Tensor]) -> Any:
+    """The batch with each of its tensors replaced."""
+    if isinstance(batch, Tensor):
+        return of_tensor(batch)
+    if isinstance(batch, Mapping):
+        return {name: mapped(part, of_tensor) for name, part in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(mapped(part, of_tensor) for part in batch))
+    if isinstance(batch, tuple | list):
+        return type(batch)(mapped(part, of_tensor) for part in batch)
+    return batch
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    mapped(batch, lambda tensor: (found.append(tensor), tensor)[1])
+    return found
+
+
+def size_of(batch: Any) -> int:
+    """How many samples a batch has."""
+    sizes = {len(tensor) if tensor.ndim else 0 for tensor in tensors_of(batch)}
+    if len(sizes) != 1 or 0 in sizes:
+        raise UserError(
+            "train: data: expected batches of tensors with one row per sample, got "
+            + (f"rows {', '.join(map(str, sorted(sizes)))}" if sizes else "a batch without tensors")
+        )
+    return sizes.pop()
+
+
+def labels_of(batch: Any) -> Tensor | None:
+    """The classes of a batch, if it has any: its ``label`` or ``labels``, or a second part that is
+    int64 [B]."""
+    if isinstance(batch, Mapping):
+        found = next((batch[name] for name in ("labels", "label") if name in batch), None)
+    else:
+        is_pair = isinstance(batch, tuple | list) and len(batch) == 2
+        found = batch[1] if is_pair else None
+    is_classes = isinstance(found, Tensor) and found.dtype == torch.int64 and found.ndim == 1
+    return found if is_classes else None
+
+
+class Rows:
+    """Data with a number of samples, each of which can be read: tensors or a map-style data set."""
+
+    def __init__(
+        self, data: Any, device: torch.device, collate: Callable[[list[Any]], Any]
+    ) -> None:
+        self.device = device
+        self.collate = collate
+        if isinstance(data, torch.utils.data.TensorDataset):
+            data = data.tensors
+        self.tensors = data if isinstance(data, Tensor | tuple) else None
+        self.data = data
+        self.size = len(data) if self.tensors is None else size_of(data)
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def labels(self) -> Tensor | None:
+        found = None if self.tensors is None else labels_of(self.tensors)
+        return None if found is None else found.cpu()
+
+    def steps(self, batch_size: int) -> int:
+        return -(-self.size // batch_size)
+
+    def batches(self, rows: Iterable[Tensor], training: Training) -> Iterator[Any]:
+        for batch in rows:
+            yield self.of_rows(batch)
+
+    def of_rows(self, rows: Tensor) -> Any:
+        if self.tensors is not None:
+            return mapped(self.tensors, lambda t: t[rows.to(t.device)].to(self.device))
+        samples = self.collate([self.data[row] for row in rows.tolist()])
+        return mapped(samples, lambda tensor: tensor.to(self.device))
+
+    def in_order(self, batch_size: int) -> Iterator[Any]:
+        """All samples, as they are."""
+        for rows in torch.arange(self.size).split(batch_size):
+            yield self.of_rows(rows)
+
+    def fingerprint(self) -> str:
+        """Of tensors, and of the number and the first and last samples of a data set: to read all
+        of one may take hours."""
+        if self.tensors is not None:
+            return digest(self.size, tensors_of(self.tensors))
+        return digest(self.size, [self.data[0], self.data[self.size - 1]])
+
+
+class Loader:
+    """Batches as they come from an iterable, such as a DataLoader, which has its own order."""
+
+    labels: Tensor | None = None
+
+    def __init__(self, data: Any, device: torch.device) -> None:
+        self.data = data
+        self.device = device
+        try:
+            self.size = len(data)
+        except TypeError as error:
+            raise UserError(
+                "train: data: expected an iterable that knows its number of batches, by __len__, "
+                f"got {type(data).__name__}"
+            ) from error
+
+    def __len__(self) -> int:
+        return self.size
+
+    def steps(self, batch_size: int) -> int:
+        return self.size
+
+    def batches(self, rows: Iterable[Tensor], training: Training) -> Iterator[Any]:
+        """The batches that are left of an epoch, the same ones whenever it is taken up again.
+
+        The iterable draws its order from torch's generator, which the epoch's number seeds.
+        """
+        done = training.step
+        for number, batch in enumerate(self._seeded(training.seed, "loader", training.epoch)):
+            if number == self.size:
+                break
+            if number >= done:
+                yield mapped(batch, lambda tensor: tensor.to(self.device))
+
+    def in_order(self, batch_size: int) -> Iterator[Any]:
+        for batch in self._seeded(0, "loader, in order"):
+            yield mapped(batch, lambda tensor: tensor.to(self.device))
+
+    def _seeded(self, seed: int, *purpose: str | int) -> Iterator[Any]:
+        with initialisation(seed, *purpose):
+            iterator = iter(self.data)
+            batch = next(iterator, None)
+        while batch is not None:
+            yield batch
+            batch = next(iterator, None)
+
+    def fingerprint(self) -> str:
+        """Of the number of batches alone: what an iterable has is not to be used up for this."""
+        return digest(self.size, [])
+
+
+def digest(size: int, parts: Sequence[Any]) -> str:
+    found = hashlib.sha256(str(size).encode())
+    for part in parts:
+        for tensor in tensors_of(part):
+            found.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+            found.update(pickle.dumps(tensor.detach().cpu().contiguous().view(torch.uint8).numpy()))
+    return found.hexdigest()
+
+
+def as_data(
+    data: Any, device: torch.device, collate: Callable[[list[Any]], Any], argument: str
+) -> Rows | Loader:
+    """A user's data: with rows to choose from where it has them, or else as it comes."""
+    if isinstance(data, Tensor | torch.utils.data.TensorDataset) or (
+        isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data)
+    ):
+        found: Rows | Loader = Rows(data, device, collate)
+    elif isinstance(data, torch.utils.data.DataLoader):
+        found = Loader(data, device)
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
+        found = Rows(data, device, collate)
+    elif isinstance(data, Iterable):
+        found = Loader(data, device)
+    else:
+        raise UserError(
+            f"train: {argument}: expected a tensor, a tuple of tensors, a torch Dataset or an "
+            f"iterable of batches, got {type(data).__name__}"
+        )
+    if not len(found):
+        raise UserError(f"train: {argument}: expected at least one sample, got none")
+    return found

@@ -1,0 +1,169 @@
+"""``train``: the Python door to training a model of one's own on a risk."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from sqloss.training import ranks
+from sqloss.training.config import expanded
+from sqloss.training.custom.batches import as_data
+from sqloss.training.custom.trainer import Callback, CustomConfig, CustomTrainer, Own
+from sqloss.training.errors import UserError
+from sqloss.training.flags import configure, settings_chosen
+from sqloss.training.loop import Row
+from sqloss.training.progress import Progress, Silence
+from sqloss.training.run import Run
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What ``train`` returns, on every rank."""
+
+    model: nn.Module
+    """The one trained on the risk, in evaluation mode."""
+    models: Mapping[str, nn.Module]
+    """By the names of their risks; ``standard`` is trained on the mean."""
+    report: dict[str, Any]
+    directory: Path
+    metrics: list[Row]
+    """A row for each epoch and model."""
+    finished: bool
+    """False where Ctrl-C or SIGTERM has stopped and saved it: ``resume=True`` goes on."""
+
+
+def train(
+    model: nn.Module,
+    data: Any,
+    *,
+    losses_of: Callable[[Any, Any], Tensor | Mapping[str, Tensor]] | None = None,
+    test: Any = None,
+    risk: str = "cvar",
+    baseline: bool = True,
+    epochs: int = 20,
+    batch_size: int = 128,
+    seed: int = 0,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+    collate_fn: Callable[[list[Any]], Any] = default_collate,
+    progress: bool = True,
+    **settings: Any,
+) -> TrainedRun:
+    r"""Train a model of your own on a risk of its losses, and beside it a standard one on the mean.
+
+    Each step minimises :math:`\rho(l_1, \dots, l_B)`, where :math:`l_i` is the loss of sample i of
+    the batch and :math:`\rho` the risk: by default the superquantile at ``alpha=0.8``.
+
+    Args:
+        model: any module with ``losses(batch)``, which returns a loss per sample, ``[B]``, or a
+            dict of such; of a dict the entry ``loss`` is minimised, or else the sum. It is copied,
+            and not changed.
+        data: a tensor or a tuple of tensors with a row per sample, a TensorDataset, any map-style
+            Dataset, or an iterable of batches that has a length, such as a DataLoader. A batch is
+            a tensor, or a tuple, list or dict of tensors.
+        losses_of: ``losses_of(model, batch)`` instead of the method.
+        test: data of the same kinds, which are measured after every epoch; where they have classes
+            (int64, the second part of a pair or ``labels`` of a dict), also by class in the report.
+        risk: its name, with its settings among ``settings`` (``alpha=0.9``).
+        baseline: whether to train the standard model too; both see the same batches and noise.
+        epochs, batch_size, seed: of the training. A DataLoader's own batches are taken as they are.
+        output_dir: where the run goes; ``None``: runs/train-TIME.
+        resume: go on with the run in ``output_dir``, if there is one: bit for bit as if it had
+            not stopped, on one machine.
+        optimizer: from parameters to an optimizer; ``None``: Adam at 1e-3.
+        scheduler: from an optimizer to a scheduler, which steps once an epoch.
+        callbacks: see :class:`Callback`.
+        collate_fn: from a list of a Dataset's samples to a batch.
+        progress: whether to show it on stderr; this needs tqdm.
+        settings: ``alpha``, ``backward="tail"`` (through the samples of the tail alone, where the
+            model treats samples independently), ``sampling``, ``device``, ``threads``,
+            ``checkpoint_every``.
+
+    Returns:
+        TrainedRun: the models, the report, the directory and the metrics. The directory has
+        ``config.json``, checkpoints (never half-written), ``metrics.csv``, ``report.md`` and
+        ``report.json``.
+
+    Under torchrun every rank calls this alike, with the same data; each takes its part of every
+    batch, and the risk is that of the whole batch. The samples' noise comes from torch's default
+    generator, which every step seeds.
+
+    Raises:
+        UserError: a ValueError whose message names the argument, what was expected and what came.
+
+    Example::
+
+        >>> import tempfile, torch
+        >>> from sqloss.training import train
+        >>> class Line(torch.nn.Linear):
+        ...     def losses(self, batch):
+        ...         x, y = batch
+        ...         return (self(x) - y).square().sum(1)
+        >>> x = torch.randn(200, 2)
+        >>> data = x, x.sum(1, keepdim=True)
+        >>> directory = tempfile.mkdtemp()
+        >>> run = train(Line(2, 1), data, alpha=0.9, epochs=2, output_dir=directory, progress=False)
+        >>> sorted(run.models)
+        ['cvar', 'standard']
+    """
+    given = {
+        **{"risk": risk, "epochs": epochs, "batch_size": batch_size, "seed": seed},
+        **settings,
+    }
+    if not baseline:
+        given["alone"] = True
+    unknown = given.keys() - settings_chosen(CustomConfig, given)
+    if unknown:
+        known = ", ".join(sorted(settings_chosen(CustomConfig, given)))
+        raise UserError(
+            f"train: settings: expected some of {known}, got {', '.join(sorted(unknown))}"
+        )
+    config = configure(CustomConfig, **given)
+    with ranks.joined():
+        place = None if output_dir is None else expanded(str(output_dir))
+        if losses_of is None and not callable(getattr(model, "losses", None)):
+            raise UserError(
+                "train: model: expected a module with a method losses(batch), or losses_of, got "
+                f"{type(model).__name__}"
+            )
+        is_there = resume and place is not None and (place / "config.json").exists()
+        run: Run[CustomConfig] = (
+            Run.resumed(CustomConfig, place, given)
+            if is_there and place is not None
+            else Run.new(place, config)
+        )
+        config = run.config
+        config.check_machine()
+        config.check_ranks()
+        device = config.torch_device
+        own = Own(
+            model=model,
+            losses_of=losses_of or (lambda of, batch: of.losses(batch)),
+            optimizer=optimizer or partial(torch.optim.Adam, lr=1e-3),
+            scheduler=scheduler,
+            callbacks=callbacks if ranks.is_first() else (),
+            test=None if test is None else as_data(test, device, collate_fn, "test"),
+        )
+        loaded = as_data(data, device, collate_fn, "data")
+        run.begin(CustomTrainer(own, loaded), loaded)
+        shows = progress and ranks.is_first()
+        bar = Progress(*run.steps(), config.epochs) if shows else Silence()
+        finished = run.fit(bar)
+        report = ranks.of_first(run.report) if finished else {}
+    models = {name: each.eval() for name, each in run.training.models.items()}
+    return TrainedRun(
+        model=models[list(models)[-1]],
+        models=models,
+        report=report,
+        directory=run.directory,
+        metrics=run.training.history,
+        finished=finished,
+    )

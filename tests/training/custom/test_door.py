@@ -1,0 +1,251 @@
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from sqloss.training import Callback, UserError, train
+
+pytest.importorskip("matplotlib")
+EXAMPLES = Path(__file__).parents[3] / "examples"
+
+
+class Line(nn.Linear):
+    def __init__(self):
+        super().__init__(2, 1)
+        with torch.no_grad():
+            self.weight.fill_(0.1)
+            self.bias.zero_()
+
+    def losses(self, batch):
+        x, y = batch
+        return (self(x) - y).square().sum(1)
+
+
+class Noisy(Line):
+    """Its losses depend on torch's default generator."""
+
+    def losses(self, batch):
+        x, y = batch
+        return (self(x + 0.1 * torch.randn_like(x)) - y).square().sum(1)
+
+
+def points(count=50):
+    x = torch.randn(count, 2, generator=torch.Generator().manual_seed(0))
+    return x, x.sum(1, keepdim=True) + torch.arange(count)[:, None] % 3
+
+
+def fit(directory, model=None, data=None, **settings):
+    settings = {"epochs": 3, "batch_size": 16, "progress": False, **settings}
+    data = points() if data is None else data
+    return train(model or Line(), data, output_dir=directory, **settings)
+
+
+def same(first, second):
+    for name in first.models:
+        for a, b in zip(
+            first.models[name].parameters(), second.models[name].parameters(), strict=True
+        ):
+            assert torch.equal(a, b)
+    assert first.metrics == second.metrics
+
+
+def test_what_comes_back_and_what_is_written(tmp_path):
+    model = Line()
+    before = torch.get_rng_state()
+    run = fit(tmp_path, model, test=points(20))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.weight.eq(0.1).all(), "a copy is trained"
+    assert list(run.models) == ["standard", "cvar"] and run.model is run.models["cvar"]
+    assert not run.model.training and run.finished and run.directory == tmp_path
+    assert [(row["epoch"], row["model"]) for row in run.metrics] == [
+        (epoch, name) for epoch in (1, 2, 3) for name in run.models
+    ]
+    last = run.metrics[-1]
+    assert run.report["models"]["cvar"]["test"]["loss_cvar"] == last["test_loss_cvar"]
+    assert last["test_objective_cvar"] == last["test_loss_cvar"] > last["test_loss"]
+    assert {"config.json", "metrics.csv", "report.json", "report.md", "loss_curves.png"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
+def test_the_mean_is_that_of_a_plain_loop(tmp_path):
+    run = fit(tmp_path, risk="mean", epochs=1, batch_size=50)
+    model = Line()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    loss = model.losses(points()).mean()
+    loss.backward()
+    optimizer.step()
+    torch.testing.assert_close(run.model.weight, model.weight)
+    assert run.metrics[0]["train_objective"] == pytest.approx(loss.item())
+    assert list(run.models) == ["standard"]
+
+
+class Dicts(Dataset):
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, i):
+        x, y = points()
+        return {"x": x[i], "y": y[i]}
+
+
+class Batches:
+    """An iterable of its own."""
+
+    def __len__(self):
+        return 1
+
+    def __iter__(self):
+        yield points()
+
+
+def of_dict(model, batch):
+    return model.losses((batch["x"], batch["y"]))
+
+
+def test_all_kinds_of_data_come_to_the_same(tmp_path):
+    run = fit(tmp_path / "tuple")
+    same(fit(tmp_path / "dataset", data=TensorDataset(*points())), run)
+    same(fit(tmp_path / "dicts", data=Dicts(), losses_of=of_dict), run)
+    x, _ = points()
+    single = fit(tmp_path / "tensor", data=x, losses_of=lambda m, x: m.losses((x, x[:, :1])))
+    assert len(single.metrics) == 6
+    loader = DataLoader(TensorDataset(*points()), 50)
+    same(fit(tmp_path / "loader", data=loader), fit(tmp_path / "batches", data=Batches()))
+
+
+def test_classes_are_reported_one_by_one(tmp_path):
+    x, _ = points()
+    data = x, torch.arange(50) % 3
+
+    def losses_of(model, batch):
+        return (model(batch[0])[:, 0] - batch[1]).square()
+
+    run = fit(tmp_path, data=data, losses_of=losses_of, test=data, sampling="balanced")
+    rows = run.report["models"]["cvar"]["test_by_class"]
+    assert [(row["class"], row["samples"]) for row in rows] == [(0, 17), (1, 17), (2, 16)]
+    with torch.no_grad():
+        losses = losses_of(run.model, data).double()
+    assert rows[2]["loss"] == pytest.approx(losses[data[1] == 2].mean().item())
+    assert "| class | test |" in (tmp_path / "report.md").read_text()
+
+
+class Stopping(Callback):
+    def __init__(self, after):
+        self.after = after
+
+    def on_step(self, model, metrics):
+        self.after -= 1
+        if self.after == 0:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("kind", ["rows", "loader"])
+def test_a_stopped_run_is_resumed_bit_for_bit(tmp_path, kind):
+    def data():
+        rows = TensorDataset(*points())
+        return rows if kind == "rows" else DataLoader(rows, 16, shuffle=True)
+
+    def scheduler(optimizer):
+        return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+
+    settings = {"model": Noisy(), "test": points(20), "scheduler": scheduler}
+    whole = fit(tmp_path / "whole", data=data(), **settings)
+    stopped = fit(tmp_path / "parts", data=data(), callbacks=[Stopping(11)], **settings)
+    assert not stopped.finished and stopped.report == {}
+    resumed = fit(tmp_path / "parts", data=data(), resume=True, **settings)
+    same(resumed, whole)
+    assert resumed.report["models"] == whole.report["models"]
+    with pytest.raises(UserError, match="--resume"):
+        fit(tmp_path / "parts", data=data(), **settings)
+    with pytest.raises(UserError, match="--batch-size: expected 16"):
+        fit(tmp_path / "parts", data=data(), resume=True, **settings, batch_size=8)
+
+
+def test_backward_through_the_tail_alone(tmp_path):
+    dense, tail = (fit(tmp_path / of, backward=of, alpha=0.7) for of in ("dense", "tail"))
+    for name in dense.models:
+        torch.testing.assert_close(dense.models[name].weight, tail.models[name].weight)
+    with pytest.raises(ValueError, match=r"tail_loss: fn: .*random"):
+        fit(tmp_path / "noisy", Noisy(), backward="tail")
+
+
+class Recording(Callback):
+    def __init__(self):
+        self.steps, self.epochs, self.pictures = [], [], []
+
+    def on_step(self, model, metrics):
+        self.steps.append((model, *metrics))
+
+    def on_epoch(self, model, metrics):
+        self.epochs.append((model, metrics["epoch"]))
+
+    def on_picture(self, name, path):
+        assert path.exists()
+        self.pictures.append(name)
+
+
+def test_callbacks(tmp_path):
+    told = Recording()
+    run = fit(tmp_path, callbacks=[told], test=points(20))
+    assert told.steps == [("standard", "train_objective"), ("cvar", "train_objective")] * 4 * 3
+    assert told.epochs == [(row["model"], row["epoch"]) for row in run.metrics]
+    assert told.pictures == ["loss_curves", "loss_distribution"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": nn.Linear(2, 1)}, "train: model: expected a module with a method losses"),
+        ({"data": 3}, "train: data: expected a tensor, a tuple of tensors"),
+        ({"data": (torch.ones(3, 2), torch.ones(4, 1))}, "train: data: expected batches of tensor"),
+        ({"data": (torch.ones(0, 2), torch.ones(0, 1))}, "train: data: expected"),
+        ({"data": iter([points()])}, "train: data: expected an iterable that knows its number"),
+        ({"losses_of": lambda m, b: m.losses(b).mean()}, r"train: losses: expected one per sample"),
+        ({"sampling": "balanced"}, "--sampling: expected data with labels"),
+        ({"data": Batches(), "sampling": "balanced"}, "train: sampling: expected data with rows"),
+        ({"risk": "worst"}, "--risk: expected one of cvar, mean"),
+        ({"alpha": 1.0}, r"--alpha: expected a number in \[0, 1\)"),
+        ({"learning_rate": 1.0}, "train: settings: expected some of a"),
+        ({"risk": "mean", "backward": "tail"}, "train: backward: expected dense with --risk mean"),
+        ({"epochs": 0}, "--epochs: expected a whole number from 1"),
+    ],
+)
+def test_errors(tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        fit(tmp_path / "run", **settings)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", ["classifier", "flow"])
+def test_examples(tmp_path, monkeypatch, capsys, name):
+    script = EXAMPLES / f"{name}.py"
+    assert len(script.read_text().splitlines()) <= 45
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path)])
+    runpy.run_path(str(script), run_name="__main__")
+    told = capsys.readouterr().out
+    assert "| test: loss_cvar " in told
+    assert ("| class | test |" in told) == (name == "classifier")
+
+
+def test_ranks_come_to_what_one_process_comes_to(tmp_path):
+    if not torch.distributed.is_available():
+        pytest.skip("torch.distributed is not available")
+    script = EXAMPLES / "classifier.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(script), str(tmp_path / "ranks")]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    subprocess.run([sys.executable, script, tmp_path / "one"], check=True, capture_output=True)
+    one, ranks = (
+        (tmp_path / run / "metrics.csv").read_text().splitlines()[-1].split(",")
+        for run in ("one", "ranks")
+    )
+    assert ranks[1] == "cvar"
+    for a, b in zip(one[2:], ranks[2:], strict=True):
+        assert float(a) == pytest.approx(float(b), rel=1e-3)
