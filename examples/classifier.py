@@ -27,6 +27,7 @@ def clusters(sizes: list[int], seed: int) -> tuple[Tensor, Tensor]:
 
 
 if __name__ == "__main__":
+    torch.manual_seed(0)
     run = train(
         Classifier(),
         clusters([1000, 1000, 50], seed=0),

@@ -36,6 +36,7 @@ def moons(count: int, seed: int) -> Tensor:
 
 
 if __name__ == "__main__":
+    torch.manual_seed(0)
     out = sys.argv[1] if len(sys.argv) > 1 else None
     run = train(Flow(), moons(2000, 0), test=moons(1000, 1), backward="tail", output_dir=out)
     print((run.directory / "report.md").read_text())
