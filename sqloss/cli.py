@@ -24,7 +24,7 @@ from sqloss.training import ranks
 from sqloss.training.command import INTERRUPTED, train
 from sqloss.training.config import RunConfig, expanded
 from sqloss.training.errors import UserError
-from sqloss.training.flags import Setting, as_flag, settings_of
+from sqloss.training.flags import Setting, as_flag, settings_of, warn_of_renamed
 from sqloss.training.ranks import say
 from sqloss.training.streams import flush_stdout
 from sqloss.training.trainers import TRAINERS
@@ -135,7 +135,7 @@ def add_command(
     subcommand: Callable[..., int],
     about: str,
 ) -> argparse.ArgumentParser:
-    part = subcommands.add_parser(name, help=about, description=about)
+    part = subcommands.add_parser(name, help=about, description=about, allow_abbrev=False)
     part.set_defaults(subcommand=subcommand, smaller="")
     return part
 
@@ -164,7 +164,9 @@ def add_sweep_flags(sweep: argparse.ArgumentParser) -> None:
     trainers = sweep.add_subparsers(dest="trainer", required=True, metavar="TRAINER")
     for name, trainer in TRAINERS.items():
         description = f"sweep over settings and seeds of sqloss {name}"
-        part = trainers.add_parser(name, help=description, description=description)
+        part = trainers.add_parser(
+            name, help=description, description=description, allow_abbrev=False
+        )
         defaults = {
             "grid": "none",
             "preset": f"none; there are {', '.join(trainer.presets)}",
@@ -248,4 +250,28 @@ def add_flag(part: argparse._ActionsContainer, setting: Setting, default: str) -
     )
     options = kind | setting.for_argparse
     options["help"] = f"{setting.metadata['help']} (default: {default})"
-    part.add_argument(as_flag(setting.name), default=argparse.SUPPRESS, **options)
+    names = part.add_mutually_exclusive_group()
+    names.add_argument(as_flag(setting.name), default=argparse.SUPPRESS, **options)
+    if setting.formerly:
+        names.add_argument(
+            as_flag(setting.formerly),
+            action=FormerFlag,
+            dest=setting.name,
+            default=argparse.SUPPRESS,
+            help=argparse.SUPPRESS,
+            **{"nargs": 0} if setting.type is bool else {"type": setting.type},
+        )
+
+
+class FormerFlag(argparse.Action):
+    """A flag by its name before it was renamed: it still works, and warns."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        warn_of_renamed(self.option_strings[0].removeprefix("--").replace("-", "_"), self.dest)
+        setattr(namespace, self.dest, True if self.nargs == 0 else values)

@@ -34,7 +34,7 @@ def same_threads_afterwards():
     torch.set_num_threads(before)
 
 
-TINY = ["--limit", "300", "--hidden", "16", "--latent", "4", "--num-samples", "50"]
+TINY = ["--train-limit", "300", "--hidden", "16", "--latent", "4", "--num-samples", "50"]
 PRODUCTS = {
     "config.json",
     "metrics.csv",
@@ -47,7 +47,7 @@ PRODUCTS = {
 }
 
 
-TINY_GAN = ["--limit", "200", "--width", "2", "--latent", "4", "--num-samples", "50"]
+TINY_GAN = ["--train-limit", "200", "--width", "2", "--latent", "4", "--num-samples", "50"]
 TINY_GAN += ["--epochs", "1"]
 GAN_PRODUCTS = {
     "config.json",
@@ -197,7 +197,7 @@ def test_the_classifier_learns_from_the_data_before_the_imbalance(tmp_path, monk
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--prior", "t", "--df", "3", "--tail", "reconstruction"],
+        ["--prior", "t", "--df", "3", "--tail-term", "reconstruction"],
         ["--prior", "t", "--learn-df", "--iwae-samples", "2"],
         ["--architecture", "conv", "--channels", "3,4", "--hidden", "8"],
     ],
@@ -241,7 +241,7 @@ def test_a_gan_is_trained_reported_and_resumed(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(classifier, "STEPS", 5)
     monkeypatch.setattr(figures, "DPI", 20)
     run, judge = tmp_path / "run", tmp_path / "judge.pt"
-    flags = ["--conditional", "--info-codes", 1, "--ema", 0.5, "--tail-of", "g"]
+    flags = ["--conditional", "--info-codes", 1, "--ema", 0.5, "--tail-player", "g"]
     given = map(str, [*TINY_GAN, *flags, "--classifier", judge, "--output-dir", run])
     assert cli.main(["gan", *given]) == 0
     first = capsys.readouterr()
@@ -296,12 +296,12 @@ RUN_FLAGS = {
     "data-dir",
     "download",
     "image-size",
-    "limit",
+    "train-limit",
     "celeba-attribute",
     "imbalance",
     "sampling",
     "alpha",
-    "alone",
+    "no-baseline",
     "epochs",
     "batch-size",
     "seed",
@@ -313,7 +313,7 @@ RUN_FLAGS = {
 VAE_FLAGS = {
     "backward",
     "microbatch-size",
-    "tail",
+    "tail-term",
     "lr",
     "hidden",
     "latent",
@@ -327,12 +327,12 @@ VAE_FLAGS = {
     "beta",
 }
 GAN_FLAGS = {
-    "tail-of",
+    "tail-player",
     "loss",
     "conditional",
     "info-codes",
     "info-weight",
-    "penalty",
+    "gp-weight",
     "d-steps",
     "g-steps",
     "lr-d",
@@ -396,20 +396,20 @@ def test_bad_values(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--penalty", 1], "--penalty: expected --loss wgan-gp with it, got none"),
+        (["--gp-weight", 1], "--gp-weight: expected --loss wgan-gp with it, got none"),
         (["--info-weight", 2], "--info-weight: expected --info-codes above 0 with it, got none"),
         (
-            ["--alpha", 0, "--tail-of", "d"],
-            "--tail-of: expected another risk than the mean with it, got none",
+            ["--alpha", 0, "--tail-player", "d"],
+            "--tail-player: expected another risk than the mean with it, got none",
         ),
         (
-            ["--alpha", 0, "--alone"],
-            "--alone: expected another risk than the mean with it, got --alpha 0",
+            ["--alpha", 0, "--no-baseline"],
+            "--no-baseline: expected another risk than the mean with it, got --alpha 0",
         ),
         (["--lr-g", 0], "--lr-g: expected a number above 0, got 0.0"),
         (["--d-steps", 8], "--d-steps: expected at most 7, the batches of an epoch"),
         (["--image-size", 4], "--image-size: expected images of at least 5 pixels a side, got 4 x"),
-        (["--limit", 1], "--dataset: expected at least 2 training images, got 1"),
+        (["--train-limit", 1], "--dataset: expected at least 2 training images, got 1"),
         (["--width", 2**31 - 1], "use a smaller --batch-size, --width, --latent, --image-size,"),
         (["--classifier", __file__], "--classifier: expected a file with the classifier of this"),
         (["--classifier", "none/x.pt"], "--classifier: expected a file in a folder that is there"),

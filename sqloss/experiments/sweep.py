@@ -25,7 +25,9 @@ from sqloss.training.flags import (
     expect,
     flag,
     flat,
+    renamed,
     settings_of,
+    warn_of_renamed,
 )
 from sqloss.training.loop import NonFiniteError
 from sqloss.training.progress import Silence
@@ -93,6 +95,10 @@ def parse_grid(command: str, text: str) -> tuple[str, list[Any]]:
     """The field and the values that --grid names: "lr-g=1e-4,2e-4"."""
     given, equals, values = text.partition("=")
     name = given.removeprefix("--").replace("-", "_")
+    former = renamed(TRAINERS[command].config)
+    if name in former:
+        warn_of_renamed(name, former[name])
+        name = former[name]
     types = {name: s.type for name, s in settings_of(TRAINERS[command].config).items()}
     allowed = [name for name in types if name not in TRAINERS[command].not_swept]
     if name not in allowed or not equals:

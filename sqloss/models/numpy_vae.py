@@ -38,20 +38,20 @@ def train_step(
     lr: float,
     df: float | None = None,
     alpha: float = 0.0,
-    tail: str = "elbo",
+    tail_term: str = "elbo",
     beta: float = 1.0,
 ) -> float:
     """One step of SGD, in place, on pixels ``x`` in [0, 1], [B, pixels]; the objective before it.
 
     The noise is a function of the seed. ``df`` is that of prior and posterior; None: they are
-    normal. ``alpha``, ``tail`` and ``beta`` are those of ``objective``.
+    normal. ``alpha``, ``tail_term`` and ``beta`` are those of ``objective``.
     """
     latent = layers(parameters, "decoder")[0].weight.shape[1]
     rng = np.random.default_rng(seed)
     t = standard_draws(1 - rng.random((len(x), latent)), rng.random((len(x), latent)), df)
     with np.errstate(all="ignore"):  # the value tells what is no longer finite
         passed = forward(parameters, x, t.astype(x.dtype), df)
-        value, of_losses = objective(passed.losses, alpha, tail, beta)
+        value, of_losses = objective(passed.losses, alpha, tail_term, beta)
         sgd_step(parameters, backward(parameters, passed, of_losses, df), lr)
     return value
 
@@ -187,11 +187,11 @@ def standard_draws(u: Array, v: Array, df: float | None = None) -> Array:
 
 
 def objective(
-    losses: Mapping[str, Array], alpha: float, tail: str, beta: float
+    losses: Mapping[str, Array], alpha: float, tail_term: str, beta: float
 ) -> tuple[float, dict[str, Array]]:
     """The value of ``sqloss.training.risk.vae_objective`` and its gradients in the losses, [B]."""
     reconstruction, kl = losses["reconstruction"], losses["kl"]
-    if tail == "elbo":
+    if tail_term == "elbo":
         value, weights = superquantile(reconstruction + beta * kl, alpha)
         return value, {"reconstruction": weights, "kl": beta * weights}
     value, weights = superquantile(reconstruction, alpha)

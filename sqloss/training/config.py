@@ -24,6 +24,7 @@ from sqloss.training.flags import (
     expect,
     flag,
     flat,
+    renamed,
     settings_chosen,
     settings_of,
 )
@@ -49,7 +50,9 @@ class RunConfig:
     """On resuming, beside those of the machine and the epochs."""
 
     risk: Risk = choice(RISKS, "cvar", "what is minimised of the losses of a batch", since=1)
-    alone: bool = flag(False, "train no standard model beside the one of the risk")
+    no_baseline: bool = flag(
+        False, "train no standard model beside the one of the risk", formerly="alone"
+    )
     sampling: Sampler = choice(
         SAMPLERS,
         "shuffle",
@@ -71,9 +74,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self._expect_choices()
-        if self.alone and self.risk.is_mean:
+        if self.no_baseline and self.risk.is_mean:
             raise UserError(
-                f"--alone: expected another risk than the mean with it, got {self.risk.flags}"
+                f"--no-baseline: expected another risk than the mean with it, got {self.risk.flags}"
             )
         if self.risk.name == STANDARD:
             raise UserError(f"--risk: expected another name than that of the {STANDARD} model")
@@ -101,7 +104,7 @@ class RunConfig:
         """The models to train side by side, with the risk that each is trained on."""
         if self.risk.is_mean:
             return {STANDARD: Mean()}
-        return {self.risk.name: self.risk} if self.alone else self.measured_risks
+        return {self.risk.name: self.risk} if self.no_baseline else self.measured_risks
 
     @property
     def contenders(self) -> tuple[str, ...]:
@@ -203,7 +206,9 @@ class ImageConfig(RunConfig):
         "but 32 for celeba and for folders of mixed sizes",
         metavar="PIXELS",
     )
-    limit: int = flag(0, "use the first N training images; 0: all", metavar="N")
+    train_limit: int = flag(
+        0, "use the first N training images; 0: all", metavar="N", formerly="limit"
+    )
     celeba_attribute: str = flag(
         "Smiling", "the attribute that is the class of a celeba image", metavar="NAME"
     )
@@ -219,7 +224,7 @@ class ImageConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._expect_whole(1, "num_samples")
-        self._expect_whole(0, "image_size", "limit")
+        self._expect_whole(0, "image_size", "train_limit")
         parse_imbalance(self.imbalance)
 
     @property
@@ -238,7 +243,7 @@ class ImageConfig(RunConfig):
             data_dir=expanded(self.data_dir),
             download=self.download,
             image_size=self.image_size,
-            limit=self.limit,
+            limit=self.train_limit,
             celeba_attribute=self.celeba_attribute,
         )
 
@@ -275,9 +280,13 @@ def to_stored(config: RunConfig) -> dict[str, Any]:
 def from_stored(values: Mapping[str, Any], kind: type[Config]) -> Config:
     """The configuration that a ``config.json`` stores.
 
-    A setting that there was not yet has the value that does what the run did.
+    A setting that was renamed has its name of today. One that did not exist yet has the value that
+    does what the run did.
     """
     values = dict(values)
+    for former, name in renamed(kind).items():
+        if former in values and name not in values:
+            values[name] = values.pop(former)
     version = values.pop("format", 0)
     if version not in range(FORMAT + 1):
         raise UserError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_type_hints
 
 from sqloss.training.errors import UserError
+from sqloss.training.ranks import say
 from sqloss.training.registry import Registry
 
 LARGEST = 2**31 - 1  # of the numbers that become sizes of tensors
@@ -19,10 +20,11 @@ Kind = TypeVar("Kind")
 
 
 def flag(default: Any, meaning: str, **options: Any) -> Any:
-    """A field that is a flag: ``options`` go to argparse, but for two of them.
+    """A field that is a flag: ``options`` go to argparse, except for three of them.
 
     ``since`` is the format of ``config.json`` that first had the flag, ``before`` what older runs
-    did, where that is not the default.
+    did, where that is not the default. ``formerly`` is the field's name before it was renamed: the
+    command line takes the old flag too, with a warning, and older runs have it.
     """
     return field(default=default, metadata={"help": meaning, **options})
 
@@ -33,7 +35,7 @@ def choice(registry: Registry[Any], default: str, meaning: str, **options: Any) 
     return field(default=registry[default](), metadata=metadata)
 
 
-NOT_FOR_ARGPARSE = ("since", "before", "registry")
+NOT_FOR_ARGPARSE = ("since", "before", "formerly", "registry")
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Setting:
     type: Any
     default: Any
     metadata: Mapping[str, Any]
+
+    @property
+    def formerly(self) -> str:
+        """The name before it was renamed, if it was."""
+        return str(self.metadata.get("formerly", ""))
 
     def in_format(self, version: int) -> dict[str, Any]:
         """The value in runs of a format that lacks the setting, if it does."""
@@ -70,6 +77,18 @@ def settings_of(kind: type) -> dict[str, Setting]:
             for name, own in settings_of(option).items():
                 settings.setdefault(name, own)
     return settings
+
+
+def renamed(kind: type) -> dict[str, str]:
+    """The settings of a configuration that were renamed: from the former name to today's."""
+    return {s.formerly: s.name for s in settings_of(kind).values() if s.formerly}
+
+
+def warn_of_renamed(former: str, name: str) -> None:
+    say(
+        f"sqloss: warning: {as_flag(former)} is now {as_flag(name)}; the next release will not "
+        "know the old name"
+    )
 
 
 def configure(kind: type[Kind], **given: Any) -> Kind:

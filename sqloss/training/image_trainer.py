@@ -28,7 +28,7 @@ class ImageTrainer(Trainer[Config, State]):
     """A trainer on a registered data set, with classes made rare by ``--imbalance``."""
 
     data_settings = (
-        *("dataset", "data_dir", "download", "image_size", "limit", "celeba_attribute"),
+        *("dataset", "data_dir", "download", "image_size", "train_limit", "celeba_attribute"),
     )
 
     def load(self, config: Config) -> Dataset:

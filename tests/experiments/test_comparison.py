@@ -32,7 +32,7 @@ pytest.importorskip("torchmetrics", exc_type=(ImportError, RuntimeError))
 
 SMALL = ImputeConfig(draws=2, iterations=3, burn_in=1, components=3, neighbour_images=50)
 CONFIG = configure(
-    VAEConfig, alpha=0.0, imbalance="none", epochs=1, hidden="8", latent=3, limit=200
+    VAEConfig, alpha=0.0, imbalance="none", epochs=1, hidden="8", latent=3, train_limit=200
 )
 KEY = Key("t, df 3", "standard", "one-shot", "bottom half")
 

@@ -366,14 +366,16 @@ def test_wrong_settings(name, values):
 
 TINY = ["--draws", "2", "--iterations", "3", "--burn-in", "1", "--neighbour-images", "50"]
 FEW = [*TINY, "--test-images", "20"]
-TRAINING = ["--limit", "200", "--hidden", "8", "--latent", "3", "--epochs", "1"]
+TRAINING = ["--train-limit", "200", "--hidden", "8", "--latent", "3", "--epochs", "1"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     config = configure(
-        VAEConfig, limit=200, hidden="8", latent=3, epochs=1, prior="t", df=4.0, num_samples=20
+        VAEConfig,
+        **{"train_limit": 200, "hidden": "8", "latent": 3, "epochs": 1},
+        **{"prior": "t", "df": 4.0, "num_samples": 20},
     )
     run = Run.new(directory, config)
     data = load_dataset("digits", config.source).imbalanced(config.imbalance, config.seed)

@@ -44,8 +44,9 @@ from sqloss.training.vae.config import VAEConfig
 for needed in ("joblib", "matplotlib", "scipy", "sklearn", "tqdm"):
     pytest.importorskip(needed)
 
-VAE = ["--limit", "100", "--hidden", "8", "--latent", "3", "--num-samples", "20", "--epochs", "1"]
-GAN = ["--limit", "100", "--width", "4", "--latent", "4", "--num-samples", "20", "--epochs", "1"]
+TINY = ["--train-limit", "100", "--num-samples", "20", "--epochs", "1"]
+VAE = [*TINY, "--hidden", "8", "--latent", "3"]
+GAN = [*TINY, "--width", "4", "--latent", "4"]
 
 
 def arms_of(command, *grid, preset=""):
@@ -73,7 +74,7 @@ def test_a_grid_is_of_all_combinations_by_names_that_tell_them():
         ("vae", "hidden=400;512,256", "hidden", ["400", "512,256"]),
         ("vae", "imbalance=none;0:0.1,3:0.5", "imbalance", ["none", "0:0.1,3:0.5"]),
         ("vae", "learn-df=false", "learn_df", [False]),
-        ("vae", "limit=100,200", "limit", [100, 200]),
+        ("vae", "train-limit=100,200", "train_limit", [100, 200]),
     ],
 )
 def test_the_values_of_a_grid(command, text, name, values):
@@ -120,7 +121,7 @@ def test_what_the_presets_are_for():
     standard, oversampling, *others = (configure(GANConfig, **flags) for flags in tails.values())
     assert (standard.contenders, standard.sampling.name) == (("standard",), "shuffle")
     assert (oversampling.contenders, oversampling.sampling.name) == (("standard",), "balanced")
-    assert {(config.tail_of, config.risk.alpha) for config in others} == {
+    assert {(config.tail_player, config.risk.alpha) for config in others} == {
         (players, alpha) for players in ("d", "g", "both") for alpha in (0.2, 0.5, 0.8)
     }
     assert all(config.contenders == ("cvar",) for config in others)
@@ -191,7 +192,7 @@ def test_the_plan(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sweep = plan("gan", SweepConfig(preset="gan-tails", seeds=2), None, {"width": 4, "seed": 3})
     assert sweep.directory.as_posix() == "runs/sweep-gan-tails-digits"
-    assert sweep.fields == ["alpha", "sampling", "tail_of", "alone"]
+    assert sweep.fields == ["alpha", "sampling", "tail_player", "no_baseline"]
     assert len(sweep.missing) == len(sweep.tasks) == 2 * 11
     for task in sweep.tasks:  # results depend neither on --jobs nor on the working directory
         assert (task.config.threads, task.config.width) == (1, 4)
@@ -383,7 +384,7 @@ def test_a_sweep_and_that_it_is_not_done_again(quick, tmp_path, capsys, monkeypa
     assert report["config"] == flat(
         configure(
             VAEConfig,
-            **{"limit": 100, "hidden": "8", "latent": 3, "num_samples": 20, "epochs": 1},
+            **{"train_limit": 100, "hidden": "8", "latent": 3, "num_samples": 20, "epochs": 1},
             **{"lr": 0.01, "seed": 1, "threads": 1},
         )
     )
@@ -508,9 +509,15 @@ def test_processes_come_to_the_same_and_one_classifier_judges(quick, tmp_path):
             "--best-by: expected a metric that is the same one in every arm",
         ),
         (["vae", "--device", "tpu", "--dataset", "mnist"], "--device: expected auto or"),
-        (["gan", "--preset", "gan-tails", "--alone"], "--alone: expected no such flag where the"),
+        (
+            ["gan", "--preset", "gan-tails", "--no-baseline"],
+            "--no-baseline: expected no such flag where the",
+        ),
         (["gan", "--grid", "loss=hinge,x"], "--grid: loss=x: --loss: expected one of"),
-        (["gan", "--grid", "alpha=0,0.5", "--alone"], "--grid: alpha=0.0: --alone: expected"),
+        (
+            ["gan", "--grid", "alpha=0,0.5", "--no-baseline"],
+            "--grid: alpha=0.0: --no-baseline: expected",
+        ),
         (["gan", "--preset", "gan-tails", "--width", "0"], "--width: expected a whole number"),
         (["gan", "--imbalance", "77:0.1"], "--imbalance: expected one of the classes 0, 1, 2"),
         (["gan", "--grid", "d-steps=1,999"], "--d-steps: expected at most"),

@@ -21,7 +21,7 @@ from sqloss.models.numpy_vae import (
     train_step,
 )
 from sqloss.training.risks import CVaR
-from sqloss.training.vae.objective import TAILS, vae_objective
+from sqloss.training.vae.objective import TAIL_TERMS, vae_objective
 
 BATCH, LATENT, SHAPE = 13, 5, (1, 7, 4)
 DFS = [None, 0.5, 5.0, 1e4]
@@ -195,7 +195,7 @@ def test_a_loss_that_is_not_a_number_reaches_the_value():
             assert math.isnan(superquantile(np.array(losses), 0.5)[0])
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", TAIL_TERMS)
 @pytest.mark.parametrize("alpha", [0.0, 0.8])
 def test_objectives_are_those_of_the_torch_trainer(tail, alpha):
     draws = torch.Generator().manual_seed(0)

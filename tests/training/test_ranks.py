@@ -30,16 +30,16 @@ GAN = COMMON | {"width": 2, "lr_d": 2e-3, "lr_g": 2e-3}
 VAE_VARIANTS = {
     "normal": {"backward": "dense"},
     "learnt df": {"prior": "t", "learn_df": True, "beta": 0.5, "backward": "dense"},
-    "tail of reconstruction": {"tail": "reconstruction", "prior": "t", "beta": 2.0},
+    "tail of reconstruction": {"tail_term": "reconstruction", "prior": "t", "beta": 2.0},
     "importance-weighted": {"iwae_samples": 3, "backward": "dense"},
     "conv, oversampled": {"architecture": "conv", "channels": "2,3", "sampling": "balanced"},
     "tail alone": {"backward": "tail"},
     "microbatches": {"microbatch_size": 3},
-    "microbatches of a mean": {"alpha": 0.0, "tail": "reconstruction", "microbatch_size": 3},
+    "microbatches of a mean": {"alpha": 0.0, "tail_term": "reconstruction", "microbatch_size": 3},
 }
 GAN_VARIANTS = {
     "nonsaturating": {},
-    "least squares, conditional": {"loss": "lsgan", "conditional": True, "tail_of": "d"},
+    "least squares, conditional": {"loss": "lsgan", "conditional": True, "tail_player": "d"},
     "hinge, codes, average": {"loss": "hinge", "info_codes": 2, "ema": 0.9},
     "saturating, augmented": {"loss": "saturating", "augment": True, "sampling": "balanced"},
     "penalty": {"loss": "wgan-gp", "d_steps": 2, "info_codes": 1, "conditional": True},
@@ -232,7 +232,7 @@ def test_all_ranks_stop_after_the_same_step(train, tmp_path, rank):
         (["vae", "--dataset", "folder", "--data-dir", "/nowhere"], "--dataset folder: expected"),
         (["vae", "--output-dir", "USED"], "expected a directory without a run, got"),
         (
-            ["vae", "--lr", "1e30", "--limit", "50", "--hidden", "4", "--output-dir", "NEW"],
+            ["vae", "--lr", "1e30", "--train-limit", "50", "--hidden", "4", "--output-dir", "NEW"],
             "model is no longer finite after ",
         ),
     ],
@@ -267,7 +267,7 @@ def test_an_error_of_one_rank_ends_all(torchrun, tmp_path, flags, message):
 
 @pytest.mark.parametrize(("kind", "code"), [(UserError, 2), (MemoryError, 2)])
 def test_where_the_first_rank_cannot_write_all_end(torchrun, tmp_path, kind, code):
-    arguments = ["vae", "--limit", "50", "--hidden", "4", "--output-dir", str(tmp_path)]
+    arguments = ["vae", "--train-limit", "50", "--hidden", "4", "--output-dir", str(tmp_path)]
     (status, _, told), other = torchrun.run(
         2, on_ranks.command, arguments, None, 60.0, (kind, "the disk is full")
     )
@@ -342,7 +342,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 def test_torchrun_is_interrupted_and_others_go_on(torchrun, tmp_path):
     """As users start and interrupt it, and with the report, which the first rank makes alone."""
-    flags = ["--hidden", "4", "--limit", "60", "--batch-size", "32", "--num-samples", "20"]
+    flags = ["--hidden", "4", "--train-limit", "60", "--batch-size", "32", "--num-samples", "20"]
     process = subprocess.Popen(
         [*TORCHRUN, "-m", "sqloss", "vae", "--epochs", "100000", *flags],
         cwd=tmp_path,

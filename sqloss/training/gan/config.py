@@ -14,7 +14,7 @@ from sqloss.training.errors import UserError
 from sqloss.training.flags import as_flag, flag
 from sqloss.training.risks import Mean, Risk
 
-TAILS_OF = {"d": ("d",), "g": ("g",), "both": ("d", "g")}  # the players that train on a tail
+TAIL_PLAYERS = {"d": ("d",), "g": ("g",), "both": ("d", "g")}  # the players that train on a tail
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,12 @@ class GANConfig(ImageConfig):
 
     epochs: int = flag(50, "passes over the training images", metavar="N")
     batch_size: int = flag(32, "images per step", metavar="N")
-    tail_of: str = flag(
+    tail_player: str = flag(
         "both",
         "take the tail of the losses of the discriminator (of real and of generated images "
         "separately), of the generator, or of both",
-        choices=tuple(TAILS_OF),
+        choices=tuple(TAIL_PLAYERS),
+        formerly="tail_of",
     )
     loss: str = flag("nonsaturating", "what the two play for", choices=GAN_LOSSES)
     conditional: bool = flag(False, "give both players the class of each image")
@@ -39,7 +40,9 @@ class GANConfig(ImageConfig):
         0, "codes that the discriminator reads from generated images (InfoGAN)", metavar="K"
     )
     info_weight: float = flag(1.0, "weight of the codes' loss")
-    penalty: float = flag(10.0, "weight of the gradient penalty of --loss wgan-gp")
+    gp_weight: float = flag(
+        10.0, "weight of the gradient penalty of --loss wgan-gp", formerly="penalty"
+    )
     d_steps: int = flag(
         1, "discriminator steps, each on a batch of its own, per turn of the generator", metavar="N"
     )
@@ -71,7 +74,7 @@ class GANConfig(ImageConfig):
         super().__post_init__()
         for name in ("lr_d", "lr_g"):
             self._expect(name, 0 < getattr(self, name) < math.inf, "a number above 0")
-        for name in ("info_weight", "penalty"):
+        for name in ("info_weight", "gp_weight"):
             self._expect(name, 0 <= getattr(self, name) < math.inf, "a number from 0 up")
         for name in ("beta1", "ema"):
             self._expect(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
@@ -83,9 +86,9 @@ class GANConfig(ImageConfig):
     def _refuse_without_effect(self) -> None:
         """Whoever sets a flag that another one switches on believes to have switched that on."""
         for name, is_used, needed in (
-            ("penalty", self.loss == "wgan-gp", "--loss wgan-gp"),
+            ("gp_weight", self.loss == "wgan-gp", "--loss wgan-gp"),
             ("info_weight", self.info_codes > 0, "--info-codes above 0"),
-            ("tail_of", not self.risk.is_mean, "another risk than the mean"),
+            ("tail_player", not self.risk.is_mean, "another risk than the mean"),
         ):
             if not is_used and getattr(self, name) != getattr(GANConfig, name):
                 raise UserError(f"{as_flag(name)}: expected {needed} with it, got none")
@@ -96,7 +99,7 @@ class GANConfig(ImageConfig):
         return {player: self._of(player, risk).over_ranks for player in ("d", "g")}
 
     def _of(self, player: str, risk: Risk) -> Risk:
-        return risk if player in TAILS_OF[self.tail_of] else Mean()
+        return risk if player in TAIL_PLAYERS[self.tail_player] else Mean()
 
     @property
     def risk_names(self) -> dict[str, str]:

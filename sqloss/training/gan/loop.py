@@ -127,7 +127,7 @@ class Contender:
         of_fake = fake_losses(config.loss, judged.fake_logits)
         loss = self.risks["d"](of_real) + self.risks["d"](of_fake)
         if judged.penalties is not None:
-            loss = loss + config.penalty * self.mean(judged.penalties)
+            loss = loss + config.gp_weight * self.mean(judged.penalties)
         self._step("d", loss + self._of_codes(judged.code_losses))
         of_images = torch.stack([of_real, of_fake, judged.real_logits, judged.fake_logits])
         self._count("d", images, self._d_metrics(*ranks.whole(of_images.detach(), images)))

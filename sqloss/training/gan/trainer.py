@@ -44,7 +44,9 @@ class GANTrainer(ImageTrainer[GANConfig, loop.GANTraining]):
     config = GANConfig
     has_samples = True
     modules = (*ImageTrainer.modules, "sklearn.neighbors", "torchmetrics")
-    smaller = "a smaller --batch-size, --width, --latent, --image-size, --limit or --num-samples"
+    smaller = (
+        "a smaller --batch-size, --width, --latent, --image-size, --train-limit or --num-samples"
+    )
     metrics: ClassVar = {
         "cfid": Metric("cFID", 2, "lower", of_quality("cfid")),
         "cfid_of_real": Metric("cFID of real", 2, "", lambda report, _: report["real"]["cfid"]),
@@ -84,9 +86,9 @@ class GANTrainer(ImageTrainer[GANConfig, loop.GANTraining]):
                 "oversampling": {"alpha": 0.0, "sampling": "balanced"},
                 **{
                     f"tail-of-{players}-{alpha:g}": {
-                        "tail_of": players,
+                        "tail_player": players,
                         "alpha": alpha,
-                        "alone": True,
+                        "no_baseline": True,
                     }
                     for players in ("d", "g", "both")
                     for alpha in (0.2, 0.5, 0.8)
@@ -97,8 +99,7 @@ class GANTrainer(ImageTrainer[GANConfig, loop.GANTraining]):
     # Images that one classifier has not judged, or that are not held against the same test images,
     # have no distances to compare.
     not_swept = (
-        *("seed", "dataset", "data_dir", "download", "image_size", "limit", "celeba_attribute"),
-        *("num_samples", "classifier", "fid_weights"),
+        *("seed", *ImageTrainer.data_settings, "num_samples", "classifier", "fid_weights"),
     )
 
     def check(self, config: GANConfig) -> None:

@@ -167,7 +167,7 @@ class NumPy:
             "lr": config.learning_rate,
             "df": config.df if config.prior == "t" else None,
             "alpha": config.risks[contender].tail_alpha or 0.0,
-            "tail": config.tail,
+            "tail_term": config.tail_term,
             "beta": config.beta,
         }
 

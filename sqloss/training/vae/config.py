@@ -9,7 +9,7 @@ from sqloss.training.config import ImageConfig, parse_sizes
 from sqloss.training.errors import UserError
 from sqloss.training.flags import as_flag, flag
 from sqloss.training.risks import Mean
-from sqloss.training.vae.objective import TAILS, Objective, objective_name, vae_objective
+from sqloss.training.vae.objective import TAIL_TERMS, Objective, objective_name, vae_objective
 
 DEFAULT_LR = {"torch": 1e-3, "numpy": 1e-2}  # of Adam, and of SGD; the keys are the backends
 BACKWARDS = ("auto", "tail", "dense")
@@ -24,10 +24,11 @@ class VAEConfig(ImageConfig):
     # These change rounding alone, as a device does.
     more_may_change: ClassVar[tuple[str, ...]] = ("backward", "microbatch_size")
 
-    tail: str = flag(
+    tail_term: str = flag(
         "elbo",
         "take the tail of the whole negative ELBO, or of its reconstruction term only",
-        choices=TAILS,
+        choices=TAIL_TERMS,
+        formerly="tail",
     )
     backend: str = flag(
         "torch",
@@ -136,13 +137,14 @@ class VAEConfig(ImageConfig):
             self._expect("device", on_cpu, "auto or cpu with --backend numpy")
 
     def _check_backward(self) -> None:
+        of_all = f"--tail-term {self.tail_term}, whose KL is that of all images"
         if self.backward == "tail":
             for applies, why in (
                 (
                     self.risk.tail_alpha is None,
                     f"{self.risk.flags}, which has no tail that all of the gradient is of",
                 ),
-                (self.tail != "elbo", f"--tail {self.tail}, whose KL is that of all images"),
+                (self.tail_term != "elbo", of_all),
                 (self.uses_numpy, "--backend numpy"),
             ):
                 self._expect("backward", not applies, f"auto or dense with {why}")
@@ -152,7 +154,7 @@ class VAEConfig(ImageConfig):
                     self.risk.tail_alpha is None,
                     f"{self.risk.flags}, which wants all losses of a batch at once",
                 ),
-                (self.tail != "elbo", f"--tail {self.tail}, whose KL is that of all images"),
+                (self.tail_term != "elbo", of_all),
                 (self.backward == "dense", "--backward dense, which takes all images at once"),
             ):
                 self._expect("microbatch_size", not applies, f"0 with {why}")
@@ -160,7 +162,7 @@ class VAEConfig(ImageConfig):
     def _check_iwae(self) -> None:
         if self.iwae_samples:
             terms = "with --iwae-samples, whose bound is not a sum of reconstruction and KL"
-            self._expect("tail", self.tail == "elbo", f"elbo {terms}")
+            self._expect("tail_term", self.tail_term == "elbo", f"elbo {terms}")
             self._expect("beta", self.beta == 1, f"1 {terms}")
 
     def _refuse_without_effect(self) -> None:
@@ -195,7 +197,7 @@ class VAEConfig(ImageConfig):
 
     @property
     def _bound(self) -> tuple[str, float, int]:
-        return self.tail, self.beta, self.iwae_samples
+        return self.tail_term, self.beta, self.iwae_samples
 
     @property
     def hidden_sizes(self) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sqloss.training.risks import Risk
 
-TAILS = ("elbo", "reconstruction")  # what the risk may be of
+TAIL_TERMS = ("elbo", "reconstruction")  # what the risk may be of
 
 OfLosses = Callable[[Mapping[str, Tensor]], Tensor]
 Reduction = Callable[[Tensor], Tensor]  # losses [B] to a scalar
@@ -29,7 +29,7 @@ class Objective:
         return value if self.added is None else value + self.added(losses, self.mean)
 
 
-def vae_objective(risk: Reduction, tail: str, beta: float, iwae_samples: int) -> Objective:
+def vae_objective(risk: Reduction, tail_term: str, beta: float, iwae_samples: int) -> Objective:
     """The objective of a VAE, whose tail is that of the whole bound or of one of its terms.
 
     With iwae_samples > 0 the bound is the importance-weighted one, which has no such terms.
@@ -43,15 +43,15 @@ def vae_objective(risk: Reduction, tail: str, beta: float, iwae_samples: int) ->
             lambda losses: losses["reconstruction"],
             added=lambda losses, mean_of: beta * mean_of(losses["kl"]),
         ),
-    }[tail]
+    }[tail_term]
 
 
-def objective_name(risk: Risk, tail: str, beta: float, iwae_samples: int) -> str:
+def objective_name(risk: Risk, tail_term: str, beta: float, iwae_samples: int) -> str:
     """What ``vae_objective`` computes, in words."""
     if iwae_samples:
         return f"{risk.words} of -IW-{iwae_samples} bound"
     kl = "KL" if beta == 1 else f"{beta:g} KL"
     loss = "-ELBO" if beta == 1 else f"(reconstruction + {kl})"
-    if not risk.is_mean and tail == "reconstruction":
+    if not risk.is_mean and tail_term == "reconstruction":
         return f"{risk.words} of reconstruction + mean of {kl}"
     return f"{risk.words} of {loss}"

@@ -150,10 +150,10 @@ Every setting is in `config.json`.
 
 
 def how_trained(report: Report) -> str:
-    """What each model was trained on, in words that hold for every --tail and --beta."""
+    """What each model was trained on, in words that hold for every --tail-term and --beta."""
     config = report["config"]
     risk = report["risk"]["flags"]
-    flags = f"({risk}, --tail {config['tail']}, --beta {config['beta']:g})"
+    flags = f"({risk}, --tail-term {config['tail_term']}, --beta {config['beta']:g})"
     minimised = ", ".join(
         f"`{m}` minimises the {report['objectives'][m]}" for m in report["models"]
     )

@@ -28,7 +28,7 @@ class VAETrainer(ImageTrainer[VAEConfig, loop.VAETraining]):
     config = VAEConfig
     smaller = (
         "--microbatch-size, or a smaller --batch-size, --hidden, --channels, --latent, "
-        "--iwae-samples, --image-size, --limit or --num-samples"
+        "--iwae-samples, --image-size, --train-limit or --num-samples"
     )
     metrics: ClassVar = {
         "test_negative_elbo": Metric("-ELBO", 2, "lower", of_test("negative_elbo")),

@@ -15,13 +15,13 @@ from sqloss.training.gan.config import GANConfig
         ("epochs", 0, "a whole number from 1 to 2147483647"),
         ("batch_size", 0, "a whole number from 1 to 2147483647"),
         ("num_samples", 1, "a whole number from 2 to 2147483647"),
-        ("tail_of", "all", "one of d, g, both"),
+        ("tail_player", "all", "one of d, g, both"),
         ("loss", "vanilla", f"one of {', '.join(GAN_LOSSES)}"),
         ("info_codes", -1, "a whole number from 0 to 2147483647"),
         ("info_weight", -0.1, "a number from 0 up"),
         ("info_weight", float("inf"), "a number from 0 up"),
-        ("penalty", -1.0, "a number from 0 up"),
-        ("penalty", float("nan"), "a number from 0 up"),
+        ("gp_weight", -1.0, "a number from 0 up"),
+        ("gp_weight", float("nan"), "a number from 0 up"),
         ("d_steps", 0, "a whole number from 1 to 2147483647"),
         ("g_steps", 0, "a whole number from 1 to 2147483647"),
         ("lr_d", 0.0, "a number above 0"),
@@ -44,10 +44,13 @@ def test_a_bad_value_names_its_flag_what_is_expected_and_what_came(name, value, 
 @pytest.mark.parametrize(
     ("values", "needed"),
     [
-        ({"penalty": 1.0}, "--penalty: expected --loss wgan-gp with it"),
-        ({"penalty": 1.0, "loss": "hinge"}, "--penalty: expected --loss wgan-gp with it"),
+        ({"gp_weight": 1.0}, "--gp-weight: expected --loss wgan-gp with it"),
+        ({"gp_weight": 1.0, "loss": "hinge"}, "--gp-weight: expected --loss wgan-gp with it"),
         ({"info_weight": 2.0}, "--info-weight: expected --info-codes above 0 with it"),
-        ({"tail_of": "d", "alpha": 0.0}, "--tail-of: expected another risk than the mean with it"),
+        (
+            {"tail_player": "d", "alpha": 0.0},
+            "--tail-player: expected another risk than the mean with it",
+        ),
     ],
 )
 def test_a_flag_without_effect(values, needed):
@@ -57,13 +60,13 @@ def test_a_flag_without_effect(values, needed):
 
 
 def test_flags_with_effect():
-    configure(GANConfig, penalty=1.0, loss="wgan-gp")
+    configure(GANConfig, gp_weight=1.0, loss="wgan-gp")
     configure(GANConfig, info_weight=2.0, info_codes=1)
-    configure(GANConfig, tail_of="d", alpha=0.5)
+    configure(GANConfig, tail_player="d", alpha=0.5)
 
 
 @pytest.mark.parametrize(
-    ("tail_of", "tails", "words"),
+    ("tail_player", "tails", "words"),
     [
         ("d", "d", "CVaR 0.75 of the discriminator's and the mean of the generator's losses"),
         ("g", "g", "mean of the discriminator's and the CVaR 0.75 of the generator's losses"),
@@ -74,8 +77,8 @@ def test_flags_with_effect():
         ),
     ],
 )
-def test_the_risks_are_those_of_the_words(tail_of, tails, words):
-    config = configure(GANConfig, alpha=0.75, tail_of=tail_of)
+def test_the_risks_are_those_of_the_words(tail_player, tails, words):
+    config = configure(GANConfig, alpha=0.75, tail_player=tail_player)
     losses = torch.arange(8.0)
     mean, tail = losses.mean().item(), 6.5  # the worst two of eight
     risks = {player: risk(losses).item() for player, risk in config.players_risks("cvar").items()}

@@ -29,10 +29,10 @@ VARIANTS = {loss: {"loss": loss} for loss in GAN_LOSSES} | {
     "moving average": {"ema": 0.9},
     "augmented": {"augment": True},
     "balanced": {"sampling": "balanced"},
-    "alone": {"alone": True},
+    "alone": {"no_baseline": True},
     "standard only": {"alpha": 0.0},
-    "tail of d": {"tail_of": "d"},
-    "tail of g": {"tail_of": "g"},
+    "tail of d": {"tail_player": "d"},
+    "tail of g": {"tail_player": "g"},
     "all": {
         "loss": "wgan-gp",
         "conditional": True,
@@ -149,7 +149,7 @@ def test_all_models_start_alike(trainer, assert_same):
 
 
 @pytest.mark.parametrize(
-    ("changes", "names"), [({"alpha": 0.0}, ["standard"]), ({"alone": True}, ["cvar"])]
+    ("changes", "names"), [({"alpha": 0.0}, ["standard"]), ({"no_baseline": True}, ["cvar"])]
 )
 def test_one_model(trainer, changes, names):
     training = trainer.begin(change(trainer, **changes))
@@ -177,7 +177,7 @@ def test_all_models_see_the_same_batches_and_noise(trainer, tmp_path, steps, ass
 
 
 @pytest.mark.parametrize(
-    "changes", [{"tail_of": "d"}, {"loss": "wgan-gp"}, {"alpha": 0.0}, {"augment": True}]
+    "changes", [{"tail_player": "d"}, {"loss": "wgan-gp"}, {"alpha": 0.0}, {"augment": True}]
 )
 def test_the_standard_model_is_bit_for_bit_a_plain_training(
     trainer, tmp_path, assert_same, changes
@@ -190,12 +190,12 @@ def test_the_standard_model_is_bit_for_bit_a_plain_training(
 
 @pytest.mark.parametrize("loss", ["nonsaturating", "wgan-gp"])
 @pytest.mark.parametrize(
-    ("tail_of", "risks"), [("d", (tail, mean)), ("g", (mean, tail)), ("both", (tail, tail))]
+    ("tail_player", "risks"), [("d", (tail, mean)), ("g", (mean, tail)), ("both", (tail, tail))]
 )
 def test_the_tail_is_that_of_real_and_of_generated_images_apart(
-    trainer, tmp_path, assert_same, loss, tail_of, risks
+    trainer, tmp_path, assert_same, loss, tail_player, risks
 ):
-    config = change(trainer, loss=loss, tail_of=tail_of, epochs=2)
+    config = change(trainer, loss=loss, tail_player=tail_player, epochs=2)
     training, _ = trainer.train(trainer.run(tmp_path))
     plain, _ = train_by_hand(config, trainer.data, *risks)
     assert_same(training.models["cvar"].state_dict(), plain.state_dict())
@@ -470,9 +470,9 @@ def test_each_epoch_is_measured_anew(trainer, tmp_path):
     assert max(losses) < 1.5 * min(losses)
 
 
-@pytest.mark.parametrize("changes", [{"batch_size": 1}, {"limit": 1}])
+@pytest.mark.parametrize("changes", [{"batch_size": 1}, {"train_limit": 1}])
 def test_a_single_image_is_no_collapse(trainer, tmp_path, capsys, changes):
-    if "limit" in changes:
+    if "train_limit" in changes:
         trainer.data = dataclasses.replace(
             trainer.data,
             train_images=trainer.data.train_images[:1],

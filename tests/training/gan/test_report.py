@@ -61,7 +61,7 @@ def reported(trainer, classifier, tmp_path_factory):
 VARIANTS = {
     "two models": {},
     "one model": {"alpha": 0.0},
-    "alone": {"alone": True},
+    "alone": {"no_baseline": True},
     "conditional": {"conditional": True},
     "codes": {"info_codes": 2},
     "both": {"conditional": True, "info_codes": 1, "loss": "wgan-gp", "ema": 0.5},
@@ -226,7 +226,7 @@ def test_the_files(reported, tmp_path, variant):
             "`cvar` on the CVaR 0.8 of the discriminator's and the CVaR 0.8 of the generator's",
         ),
         (
-            {"tail_of": "g", "alpha": 0.5},
+            {"tail_player": "g", "alpha": 0.5},
             "`cvar` on the mean of the discriminator's and the CVaR 0.5 of the generator's losses.",
         ),
     ],

@@ -86,7 +86,7 @@ def test_microbatches_train_as_whole_batches_do(trainer, tmp_path, size, variant
 
 
 def test_a_mean_has_microbatches_whatever_its_tail_would_be(trainer, tmp_path):
-    mean = {"alpha": 0.0, "tail": "reconstruction", "beta": 2.0}
+    mean = {"alpha": 0.0, "tail_term": "reconstruction", "beta": 2.0}
     whole = train(trainer, tmp_path / "whole", **mean)
     assert_curves_agree(whole, train(trainer, tmp_path / "parts", microbatch_size=6, **mean))
 
@@ -103,7 +103,7 @@ def test_a_mean_has_microbatches_whatever_its_tail_would_be(trainer, tmp_path):
         ({"batch_size": 16, "microbatch_size": 4}, True),
         ({"batch_size": 16, "backward": "tail"}, True),
         ({"batch_size": 256, "backward": "dense"}, False),
-        ({"batch_size": 256, "tail": "reconstruction"}, False),
+        ({"batch_size": 256, "tail_term": "reconstruction"}, False),
     ],
 )
 def test_auto_takes_the_tail_where_it_pays(changes, takes):

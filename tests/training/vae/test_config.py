@@ -35,12 +35,12 @@ SIZES = "whole numbers from 1 to 2147483647, such as 400 or 512,256"
         ("iwae_samples", -1, "a whole number from 0 to 2147483647"),
         ("microbatch_size", -1, "a whole number from 0 to 2147483647"),
         ("backward", "sparse", "one of auto, tail, dense"),
-        ("limit", -1, "a whole number from 0 to 2147483647"),
+        ("train_limit", -1, "a whole number from 0 to 2147483647"),
         ("image_size", -1, "a whole number from 0 to 2147483647"),
         ("seed", -1, "a whole number from 0 up"),
         ("threads", -1, "a whole number from 0 up"),
         ("dataset", "imagenet", "one of digits, mnist, fashion, cifar10, celeba, folder"),
-        ("tail", "kl", "one of elbo, reconstruction"),
+        ("tail_term", "kl", "one of elbo, reconstruction"),
     ],
 )
 def test_a_bad_value_names_its_flag_what_is_expected_and_what_came(name, value, expected):
@@ -84,7 +84,7 @@ def test_a_flag_without_effect(values, told):
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"tail": "reconstruction"}, "--tail: expected elbo with --iwae-samples"),
+        ({"tail_term": "reconstruction"}, "--tail-term: expected elbo with --iwae-samples"),
         ({"beta": 2.0}, "--beta: expected 1 with --iwae-samples"),
     ],
 )
@@ -116,7 +116,7 @@ def test_what_the_numpy_backend_does_not_do(values, told):
     assert str(raised.value) == told
 
 
-ALL_IMAGES = "--tail reconstruction, whose KL is that of all images"
+ALL_IMAGES = "--tail-term reconstruction, whose KL is that of all images"
 
 
 @pytest.mark.parametrize(
@@ -128,11 +128,11 @@ ALL_IMAGES = "--tail reconstruction, whose KL is that of all images"
             "gradient is of, got tail",
         ),
         (
-            {"backward": "tail", "tail": "reconstruction"},
+            {"backward": "tail", "tail_term": "reconstruction"},
             f"--backward: expected auto or dense with {ALL_IMAGES}, got tail",
         ),
         (
-            {"microbatch_size": 8, "tail": "reconstruction"},
+            {"microbatch_size": 8, "tail_term": "reconstruction"},
             f"--microbatch-size: expected 0 with {ALL_IMAGES}, got 8",
         ),
         (

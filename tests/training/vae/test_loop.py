@@ -28,7 +28,7 @@ USUAL = (
 STEPS_PER_EPOCH = 3
 
 VARIANTS = {
-    "t": {"prior": "t", "df": 3.0, "tail": "reconstruction"},
+    "t": {"prior": "t", "df": 3.0, "tail_term": "reconstruction"},
     "learnt df": {"prior": "t", "learn_df": True},
     "importance-weighted": {"iwae_samples": 3},
     "all": {
@@ -40,9 +40,9 @@ VARIANTS = {
     },
     "the tail alone": {"backward": "tail"},
     "microbatches": {"microbatch_size": 7},
-    "alone, oversampled": {"alone": True, "sampling": "balanced"},
+    "alone, oversampled": {"no_baseline": True, "sampling": "balanced"},
     "numpy": {"backend": "numpy"},
-    "t in numpy": {"backend": "numpy", "prior": "t", "df": 3.0, "tail": "reconstruction"},
+    "t in numpy": {"backend": "numpy", "prior": "t", "df": 3.0, "tail_term": "reconstruction"},
 }
 
 
@@ -99,7 +99,7 @@ def test_in_numpy_torch_only_measures(trainer, tmp_path, monkeypatch, df, assert
 
     monkeypatch.setattr(torch.Tensor, "backward", fail)
     prior = {} if df is None else {"prior": "t", "df": df}
-    config = changed(trainer.config, backend="numpy", tail="reconstruction", lr=0.1, **prior)
+    config = changed(trainer.config, backend="numpy", tail_term="reconstruction", lr=0.1, **prior)
     training, _ = trainer.train(Run.new(tmp_path, config))
 
     initial = trainer.begin(config).models["cvar"].state_dict()
@@ -111,7 +111,7 @@ def test_in_numpy_torch_only_measures(trainer, tmp_path, monkeypatch, df, assert
         for batch in order.split(20):
             x = (trainer.data.train_images[batch] / 255).flatten(1).numpy()
             seed = int(draw_seed(generator=noise)) % 2**64
-            value = train_step(cvar, x, seed, lr=0.1, df=df, alpha=0.8, tail="reconstruction")
+            value = train_step(cvar, x, seed, lr=0.1, df=df, alpha=0.8, tail_term="reconstruction")
             total += value * len(x)
         assert training.history[2 * epoch + 1]["train_objective"] == pytest.approx(total / 50)
 
@@ -134,7 +134,7 @@ def test_alone_the_model_of_the_tail_is_what_it_is_beside_the_standard_one(
     trainer, tmp_path, assert_same
 ):
     beside, _ = trainer.train(trainer.run(tmp_path / "beside"))
-    trainer.config = changed(trainer.config, alone=True)
+    trainer.config = changed(trainer.config, no_baseline=True)
     alone, _ = trainer.train(trainer.run(tmp_path / "alone"))
     assert list(alone.models) == ["cvar"]
     assert_same(alone.models["cvar"].state_dict(), beside.models["cvar"].state_dict())
@@ -290,7 +290,7 @@ def test_what_to_do_where_a_loss_is_not_finite(trainer, tmp_path, backend):
 
 
 def test_the_objectives_of_the_run_are_measured_of_every_model(trainer, tmp_path):
-    config = changed(trainer.config, epochs=1, alpha=0.75, tail="reconstruction", beta=3.0)
+    config = changed(trainer.config, epochs=1, alpha=0.75, tail_term="reconstruction", beta=3.0)
     training, _ = trainer.train(Run.new(tmp_path, config))
     for row, model in zip(training.history, training.models.values(), strict=True):
         losses = evaluate(model, trainer.data, seed=0)

@@ -11,26 +11,26 @@ LOSSES = {
 
 
 def test_the_tail_of_the_elbo_takes_the_worst_sums():
-    objective = vae_objective(CVaR(0.5), tail="elbo", beta=2.0, iwae_samples=0)
+    objective = vae_objective(CVaR(0.5), tail_term="elbo", beta=2.0, iwae_samples=0)
     # The sums with beta 2 are 19, 4, 103 and 42; the worst half is 103 and 42.
     assert objective(LOSSES).item() == pytest.approx(72.5)
 
 
 def test_the_tail_of_the_reconstruction_leaves_the_kl_its_mean():
-    objective = vae_objective(CVaR(0.5), tail="reconstruction", beta=2.0, iwae_samples=0)
+    objective = vae_objective(CVaR(0.5), tail_term="reconstruction", beta=2.0, iwae_samples=0)
     assert objective(LOSSES).item() == pytest.approx((3 + 40) / 2 + 2 * 61 / 4)
 
 
 @pytest.mark.parametrize("tail", ["elbo", "reconstruction"])
 @pytest.mark.parametrize("risk", [CVaR(0.0), Mean()])
 def test_both_tails_are_the_mean_at_alpha_0(risk, tail):
-    objective = vae_objective(risk, tail=tail, beta=0.5, iwae_samples=0)
+    objective = vae_objective(risk, tail_term=tail, beta=0.5, iwae_samples=0)
     assert objective(LOSSES).item() == pytest.approx(46 / 4 + 0.5 * 61 / 4)
 
 
 @pytest.mark.parametrize(("alpha", "value"), [(0, 3.0), (0.5, 4.5)])
 def test_the_importance_weighted_bound_is_a_loss_like_others(alpha, value):
-    objective = vae_objective(CVaR(alpha), tail="elbo", beta=1.0, iwae_samples=8)
+    objective = vae_objective(CVaR(alpha), tail_term="elbo", beta=1.0, iwae_samples=8)
     losses = {"negative_iw_bound": torch.tensor([1.0, 5.0, 2.0, 4.0])}
     assert objective(losses).item() == pytest.approx(value)
 

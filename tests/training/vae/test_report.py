@@ -68,7 +68,7 @@ def test_the_overall_numbers(report, losses):
 
 
 def test_a_model_that_was_trained_alone(trainer, few_steps):
-    config = changed(trainer.config, alone=True)
+    config = changed(trainer.config, no_baseline=True)
     models = trainer.begin(config).models
     report = make_report(
         models, evaluated(models, trainer.data, config), trainer.data, trainer.data, config
@@ -179,7 +179,7 @@ def test_report_json_tells_that_all_is_there(report, tmp_path):
     ("changes", "words"),
     [
         ({}, "`standard` minimises the mean of -ELBO, `cvar` minimises the CVaR 0.8 of -ELBO ("),
-        ({"tail": "reconstruction"}, "CVaR 0.8 of reconstruction + mean of KL (--alpha 0.8"),
+        ({"tail_term": "reconstruction"}, "CVaR 0.8 of reconstruction + mean of KL (--alpha 0.8"),
         (
             {"beta": 2.0},
             "`standard` minimises the mean of (reconstruction + 2 KL), `cvar`",
@@ -210,7 +210,7 @@ def test_the_text_says_what_each_model_was_trained_on(trainer, few_steps, tmp_pa
     ("changes", "labels"),
     [
         ({}, {}),
-        ({"tail": "reconstruction"}, {"cvar": "CVaR 0.8 of reconstruction + mean of KL"}),
+        ({"tail_term": "reconstruction"}, {"cvar": "CVaR 0.8 of reconstruction + mean of KL"}),
         (
             {"beta": 2.0},
             {
