@@ -119,7 +119,7 @@ def train(
         **settings,
     }
     if not baseline:
-        given["alone"] = True
+        given["no_baseline"] = True
     unknown = given.keys() - settings_chosen(CustomConfig, given)
     if unknown:
         known = ", ".join(sorted(settings_chosen(CustomConfig, given)))
