@@ -232,7 +232,7 @@ class ImageConfig(RunConfig):
         return f"{self.command}-{self.dataset}"
 
     def is_of_small(self, data: Any) -> bool:
-        return math.prod(data.shape) <= SINGLE_THREADED_PIXELS
+        return bool(math.prod(data.shape) <= SINGLE_THREADED_PIXELS)
 
     def check_place(self, directory: Path) -> None:
         refuse_output_among_data(self.dataset, self.source, directory)

@@ -31,7 +31,12 @@ def mapped(batch: Any, of_tensor: Callable[[Tensor], Tensor]) -> Any:
 
 def tensors_of(batch: Any) -> list[Tensor]:
     found: list[Tensor] = []
-    mapped(batch, lambda tensor: (found.append(tensor), tensor)[1])
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    mapped(batch, keep)
     return found
 
 
