@@ -1,8 +1,10 @@
+import re
 import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from sqloss.training import Callback, UserError, train
 
 pytest.importorskip("matplotlib")
 EXAMPLES = Path(__file__).parents[3] / "examples"
+PAGE = EXAMPLES.parent / "docs" / "your_own_model.md"
 
 
 class Line(nn.Linear):
@@ -221,6 +224,23 @@ def test_errors(tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
         fit(tmp_path / "run", **settings)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_page_of_docs(tmp_path, monkeypatch, capsys):
+    """Its code runs in one piece, its callbacks with tools that note what they are told."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    names: dict = {}
+    exec("\n".join(blocks), names)
+    assert "loss_cvar" in capsys.readouterr().out
+    for module in ("wandb", "mlflow", "aim"):
+        monkeypatch.setitem(sys.modules, module, mock.MagicMock())
+    callbacks = [names[name]() for name in ("WandB", "MLflow", "Aim")]
+    fit(tmp_path / "run", callbacks=callbacks, epochs=1, test=points(20))
+    assert callbacks[0].run.log.call_args_list[0].args[0]["train_objective/standard"] > 0
+    assert sys.modules["mlflow"].log_metrics.call_args.kwargs == {"step": 1}
+    assert sys.modules["mlflow"].log_artifact.call_count == 2
+    assert callbacks[2].run.track.call_args.kwargs["context"] == {"model": "cvar"}
 
 
 @pytest.mark.parametrize("name", ["classifier", "flow"])
