@@ -46,8 +46,9 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ]
 
 
-# Of one core of an AMD EPYC (Zen 3): for the CPU, and for each architecture of a GPU
-CPU_MINUTES, CUDA_MINUTES = 7, 3
+# Of one core of an AMD EPYC (Zen 3): for the CPU, for each PTX of the CUDA files, and for the code
+# that is made of it for each architecture
+CPU_MINUTES, PTX_MINUTES, CODE_MINUTES = 6, 1.3, 1
 
 
 class NoCuda(Exception):
@@ -126,8 +127,12 @@ def cuda_settings():
         raise NoCuda(f"torch {torch.__version__} was built without CUDA")
     home = find_cuda_home(torch.version.cuda)
     os.environ["CUDA_HOME"] = home  # read when torch.utils.cpp_extension is imported
-    if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
-        os.environ["TORCH_CUDA_ARCH_LIST"] = torch_cuda_arch_list(home)
+    architectures, flags = os.environ.get("TORCH_CUDA_ARCH_LIST", ""), []
+    if not architectures and torch.cuda.is_available():
+        architectures = "visible GPUs"
+    elif not architectures:
+        families = torchs_families(home)
+        architectures, flags = f"{';'.join(families)} and PTX", code_flags(families)
     # pip's headers go last: they only fill in what the toolkit lacks
     headers = [*cuda_include_folders(home), *pip_cuda_headers()]
     if not any(os.path.isfile(f"{folder}/nv/target") for folder in headers):
@@ -135,34 +140,53 @@ def cuda_settings():
     return {
         "include_dirs": headers,
         "library_dirs": cudart_folders(home),
+        "architectures": architectures,
+        "flags": flags,
     }
 
 
-def torch_cuda_arch_list(home):
+def torchs_families(home):
     """Of the architectures that torch was built for and this nvcc knows, the first of each major
-    version, whose code the later ones of it run; with PTX of the last for what is newer.
+    version, whose code the later ones of it run.
     """
     import torch
 
     known = subprocess.run([f"{home}/bin/nvcc", "--list-gpu-code"], capture_output=True, text=True)
     built = torch._C._cuda_getArchFlags() or ""
-    architectures = first_of_each_major(built, known.stdout)
-    if not architectures:
-        raise NoCuda(f"{home}/bin/nvcc knows none of torch's architectures: {built}")
-    return architectures
+    families = first_of_each_major(built, known.stdout)
+    if not families:
+        raise NoCuda(f"{home}/bin/nvcc knows none of torch's architectures from 7.0 on: {built}")
+    return families
 
 
 def first_of_each_major(built, known):
-    """Like "8.0;9.0+PTX" for "sm_80 sm_86 sm_90"; nothing if none is known."""
+    """Like ["8.0", "9.0"] for "sm_80 sm_86 sm_90". None below 7.0, which lacks what kernels use."""
     versions = sorted(
         (int(major), int(minor))
         for major, minor in re.findall(r"\bsm_(\d+)(\d)\b", built)
-        if f"sm_{major}{minor}" in known.split()
+        if f"sm_{major}{minor}" in known.split() and int(major) >= 7
     )
     firsts = {}
     for major, minor in versions:
         firsts.setdefault(major, f"{major}.{minor}")
-    return ";".join(firsts.values()) + "+PTX" if firsts else ""
+    return list(firsts.values())
+
+
+def code_flags(families):
+    """Those of nvcc for code of each family. The source of the kernels tells architectures apart
+    below 8.0 alone: the compiler reads and optimises it once for all from there on, and makes the
+    code of each from the same PTX. The last PTX is kept, for what is newer.
+    """
+    groups = [[], []]
+    for family in families:
+        groups[float(family) >= 8].append(family.replace(".", ""))
+    groups = [group for group in groups if group]
+    codes = [[f"sm_{family}" for family in group] for group in groups]
+    codes[-1].append(f"compute_{groups[-1][0]}")
+    return [
+        f"-gencode=arch=compute_{group[0]},code=[{','.join(code)}]"
+        for group, code in zip(groups, codes, strict=True)
+    ]
 
 
 def cudart_folders(home):
@@ -206,7 +230,7 @@ def compile_architectures_in_parallel(sources):
         os.environ["NVCC_APPEND_FLAGS"] = f"{flags} --threads={threads}".strip()
 
 
-def what_is_built(build_info):
+def what_is_built(build_info, code_flags):
     """What is compiled, for how long, and how to compile less."""
     jobs = int(os.environ["MAX_JOBS"])
     cpu = CPU_MINUTES / jobs
@@ -216,12 +240,14 @@ def what_is_built(build_info):
     import torch
 
     archs = build_info["cuda_archs"]
-    count = archs.count(".") + archs.count("PTX") or torch.cuda.device_count()
+    codes = archs.count(".") or torch.cuda.device_count()
+    cuda = (len(code_flags) or codes) * PTX_MINUTES + codes * CODE_MINUTES
     return (
         f"compiling for the CPU ({cpus}) and for CUDA ({archs}): "
-        f"{duration(cpu + count * CUDA_MINUTES / jobs)} with {jobs} jobs. SQLOSS_CUDA=0 leaves out "
-        f"CUDA ({duration(cpu)}); TORCH_CUDA_ARCH_LIST=9.0 compiles for one kind of GPU "
-        f"({duration(cpu + CUDA_MINUTES / jobs)}). A build that is interrupted goes on from there."
+        f"{duration(cpu + cuda / jobs)} with {jobs} jobs. SQLOSS_CUDA=0 leaves out CUDA "
+        f"({duration(cpu)}); TORCH_CUDA_ARCH_LIST=9.0 compiles for one kind of GPU "
+        f"({duration(cpu + (PTX_MINUTES + CODE_MINUTES) / jobs)}). An interrupted build goes on "
+        "from there."
     )
 
 
@@ -245,7 +271,8 @@ def extension_and_command():
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     kernels = sorted(glob("csrc/*/cpu.cpp"))
-    sources = sorted({*glob("csrc/*.cpp"), *glob("csrc/*/*.cpp")} - set(kernels))
+    included = glob("csrc/*/autograd.cpp")  # in csrc/autograd.cpp
+    sources = sorted({*glob("csrc/*.cpp"), *glob("csrc/*/*.cpp")} - {*kernels, *included})
     # -fopenmp: at::parallel_for is a header that runs serially without it
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     common = [
@@ -272,6 +299,7 @@ def extension_and_command():
         settings["include_dirs"] += cuda["include_dirs"]
         sources += sorted(glob("csrc/*/cuda.cu"))
         flags["cxx"].append("-DSQLOSS_WITH_CUDA")
+        nvcc += cuda["flags"]
         extension = CUDAExtension(
             "sqloss._C", sources, library_dirs=cuda["library_dirs"], **settings
         )
@@ -284,7 +312,7 @@ def extension_and_command():
         "compiler": compiler_version(),
         "cpu_capabilities": tuple(CPU_CAPABILITIES),
         "cuda_toolkit": toolkit_version(os.environ["CUDA_HOME"]) if cuda else None,
-        "cuda_archs": os.environ.get("TORCH_CUDA_ARCH_LIST", "visible GPUs") if cuda else None,
+        "cuda_archs": cuda["architectures"] if cuda else None,
         "why_no_cuda": why_no_cuda,
     }
 
@@ -296,9 +324,19 @@ def extension_and_command():
             self.force = True
 
         def build_extension(self, ext):
-            print(f"sqloss: {what_is_built(build_info)}", file=sys.stderr, flush=True)
+            flags = cuda["flags"] if cuda else []
+            print(f"sqloss: {what_is_built(build_info, flags)}", file=sys.stderr, flush=True)
             if cuda:
                 compile_architectures_in_parallel(sources)
+            compile_in_order = self.compiler.compile
+
+            def compile_slowest_first(sources, **settings):  # setuptools sorts them by name
+                def slow_to_fast(source):
+                    return not source.endswith(".cu"), source.count(os.sep)
+
+                return compile_in_order(sorted(sources, key=slow_to_fast), **settings)
+
+            self.compiler.compile = compile_slowest_first
             # After the other objects, narrowest first: where two objects hold the same inline
             # function the linker keeps the first, so code for a newer CPU is never called on an
             # older one.

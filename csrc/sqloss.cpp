@@ -13,12 +13,12 @@
 #include "core/cpu_capability.h"
 #include "core/find_operator.h"
 #include "core/on.h"
-#include "cross_entropy_losses/cross_entropy_losses.h"
-#include "pointwise_losses/pointwise_losses.h"
-#include "student_t/student_t.h"
+#include "cross_entropy_losses/operators.h"
+#include "pointwise_losses/operators.h"
+#include "student_t/operators.h"
 #include "superquantile/distributed.h"
 #include "superquantile/fused_tail.h"
-#include "superquantile/superquantile.h"
+#include "superquantile/operators.h"
 
 namespace sqloss {
 namespace {

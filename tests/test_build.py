@@ -99,10 +99,24 @@ def test_sqloss_cuda_takes_0_and_1():
 def test_one_cuda_architecture_of_each_major_version():
     of = runpy.run_path(str(ROOT / "setup.py"))["first_of_each_major"]
     torchs = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_120"
-    assert of(torchs, "sm_75 sm_80 sm_86 sm_90 sm_120") == "7.5;8.0;9.0;12.0+PTX"
-    assert of("sm_50 sm_60 sm_70 sm_86 sm_90a", "sm_70\nsm_86\nsm_90") == "7.0;8.6+PTX"
-    assert of("sm_120 sm_86 sm_80", "sm_80 sm_86 sm_120") == "8.0;12.0+PTX"
-    assert of("sm_50 compute_50", "sm_75 sm_80") == ""
+    assert of(torchs, "sm_75 sm_80 sm_86 sm_90 sm_120") == ["7.5", "8.0", "9.0", "12.0"]
+    assert of("sm_50 sm_60 sm_70 sm_86 sm_90a", "sm_50\nsm_60\nsm_70\nsm_86") == ["7.0", "8.6"]
+    assert of("sm_120 sm_86 sm_80", "sm_80 sm_86 sm_120") == ["8.0", "12.0"]
+    assert of("sm_50 compute_50", "sm_75 sm_80") == []
+
+
+def test_architectures_from_8_0_on_share_what_the_source_compiles_to():
+    """As long as no source tells them apart; and nvcc is told what is built."""
+    setup_py = runpy.run_path(str(ROOT / "setup.py"))
+    assert setup_py["code_flags"](["7.5", "8.0", "9.0", "12.0"]) == [
+        "-gencode=arch=compute_75,code=[sm_75]",
+        "-gencode=arch=compute_80,code=[sm_80,sm_90,sm_120,compute_80]",
+    ]
+    assert setup_py["code_flags"](["7.0"]) == ["-gencode=arch=compute_70,code=[sm_70,compute_70]"]
+    told_apart = r"__CUDA_ARCH__\s*[<>=!]+\s*(\d+)"
+    sources = [path.read_text() for path in (ROOT / "csrc").glob("*/*.*")]
+    versions = {int(v) for source in sources for v in re.findall(told_apart, source)}
+    assert versions and max(versions) <= 800
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch was built with CUDA")

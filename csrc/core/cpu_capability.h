@@ -6,8 +6,6 @@
 // runs. Torch takes the variable at its word, so it can name more than the CPU has.
 #pragma once
 
-#include <ATen/Version.h>
-
 #include <algorithm>
 #include <array>
 #include <string>
@@ -47,11 +45,7 @@ inline std::string capability_of_cpu() {
 }
 
 // The capability in use.
-inline const std::string& cpu_capability() {
-  static const std::string lesser =
-      lesser_capability(at::get_cpu_capability(), capability_of_cpu());
-  return lesser;
-}
+const std::string& cpu_capability();
 
 // Of one operation's kernels; on other architectures than x86-64 all three are the portable ones.
 template <typename Kernels>

@@ -6,21 +6,17 @@
 // for one another; what all have to be done for, the last one of them does (last_block).
 #pragma once
 
-#include <c10/core/ScalarType.h>
-#include <c10/cuda/CUDACachingAllocator.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAFunctions.h>
-#include <c10/cuda/CUDAStream.h>
 #include <c10/util/BFloat16.h>
-#include <c10/util/Exception.h>
 #include <c10/util/Half.h>
-#include <cuda_runtime.h>
 
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <type_traits>
 #include <utility>
 
+#include "core/cuda_runtime.h"
+#include "core/dtype.h"
 #include "core/strided.h"
 
 namespace sqloss::core::cuda {
@@ -32,22 +28,6 @@ constexpr int kMaxThreads = 1024;  // of a block
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // --- host ----------------------------------------------------------------------------------------
-
-// The extent of a grid, which the hardware limits.
-inline dim3 grid(int64_t x, int64_t y = 1) {
-  TORCH_CHECK_VALUE(x <= INT32_MAX && y <= UINT16_MAX,
-                    "sqloss: expected sizes for at most 2^31 - 1 by 2^16 - 1 blocks of a CUDA ",
-                    "grid, got ", x, " by ", y);
-  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
-}
-
-// The most bytes of dynamic shared memory that a block of the current device can have.
-inline size_t shared_memory_limit() {
-  int bytes = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                        c10::cuda::current_device()));
-  return static_cast<size_t>(bytes);
-}
 
 // Runs a kernel on the current stream of the current device, with the arguments as its parameters.
 template <typename... Parameters, typename... Arguments>
@@ -61,17 +41,16 @@ void launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t sha
   std::unique_lock<std::mutex> lock(mutex, std::defer_lock);
   if (shared_bytes > kWithoutAsking) {
     lock.lock();
-    C10_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                        cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared_bytes)));
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shared_bytes)));
   }
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = threads;
   config.dynamicSmemBytes = shared_bytes;
-  config.stream = c10::cuda::getCurrentCUDAStream();
-  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  config.stream = current_stream();
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
 
 // Room for a call's intermediate results, from torch's caching allocator: kernels of the current
@@ -88,7 +67,7 @@ class Memory {
   }
 
   void allocate() {
-    if (size_ > 0) memory_ = c10::cuda::CUDACachingAllocator::get()->allocate(size_);
+    if (size_ > 0) memory_.reset(core::cuda::allocate(size_));
   }
 
   template <typename T>
@@ -99,15 +78,18 @@ class Memory {
   // Bytes from `begin` to `end`, by work on the stream.
   void zero(size_t begin, size_t end) const {
     if (begin == end) return;
-    C10_CUDA_CHECK(
-        cudaMemsetAsync(at<char>(begin), 0, end - begin, c10::cuda::getCurrentCUDAStream()));
+    check(cudaMemsetAsync(at<char>(begin), 0, end - begin, current_stream()));
   }
 
   size_t size() const { return size_; }
 
  private:
+  struct Free {
+    void operator()(void* memory) const { core::cuda::free(memory); }
+  };
+
   size_t size_ = 0;
-  c10::DataPtr memory_;
+  std::unique_ptr<void, Free> memory_;
 };
 
 // A ticket for last_block, cleared by work on the stream. To be kept until the kernel is launched.
@@ -226,17 +208,17 @@ __device__ __forceinline__ bool last_block(unsigned* ticket, unsigned blocks) {
 // f(zero of the C++ type) for a floating dtype, which is the same for all threads, and not wider
 // than Widest.
 template <typename Widest = double, typename F>
-__device__ __forceinline__ void for_dtype(at::ScalarType dtype, const F& f) {
+__device__ __forceinline__ void for_dtype(Dtype dtype, const F& f) {
   if constexpr (std::is_same_v<Widest, double>) {
-    if (dtype == at::kDouble) return f(double());
+    if (dtype == Dtype::kDouble) return f(double());
   }
   switch (dtype) {
-    case at::kFloat:
+    case Dtype::kFloat:
       return f(float());
-    case at::kHalf:
-      return f(at::Half());
+    case Dtype::kHalf:
+      return f(c10::Half());
     default:
-      return f(at::BFloat16());
+      return f(c10::BFloat16());
   }
 }
 
@@ -253,7 +235,7 @@ struct Sequence {
   static constexpr int kAlignment = 16;
 
   char* data = nullptr;  // null: absent
-  at::ScalarType dtype = at::kFloat;
+  Dtype dtype = Dtype::kFloat;
   bool adjacent = false;  // elements follow one another, from an aligned address on
   int dims = 0;
   int64_t sizes[kMaxDims], strides[kMaxDims];  // outermost first, in elements
@@ -262,8 +244,7 @@ struct Sequence {
   explicit Sequence(const Strided& strided)
       : data(strided.data), dtype(strided.dtype), dims(static_cast<int>(strided.sizes.size())) {
     if (data == nullptr) return;
-    TORCH_CHECK_VALUE(dims <= kMaxDims, "sqloss: expected a tensor whose memory is described by ",
-                      "at most ", kMaxDims, " dimensions on CUDA, got ", dims);
+    check_dims(dims, kMaxDims);
     for (int d = 0; d < dims; ++d) {
       sizes[d] = strided.sizes[d];
       strides[d] = strided.strides[d];
@@ -300,15 +281,16 @@ template <typename T>
 __device__ __forceinline__ T read(const Sequence& from, int64_t index) {
   T value;
   const int64_t offset = from.offset(index);
-  for_dtype(from.dtype,
-            [&](auto zero) { value = static_cast<T>(from.as<const decltype(zero)>()[offset]); });
+  cuda::for_dtype(from.dtype, [&](auto zero) {
+    value = static_cast<T>(from.as<const decltype(zero)>()[offset]);
+  });
   return value;
 }
 
 template <typename T>
 __device__ __forceinline__ void write(const Sequence& to, int64_t index, T value) {
   const int64_t offset = to.offset(index);
-  for_dtype(to.dtype, [&](auto zero) {
+  cuda::for_dtype(to.dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     to.as<scalar_t>()[offset] = static_cast<scalar_t>(value);
   });

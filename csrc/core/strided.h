@@ -1,59 +1,25 @@
 // A tensor as a sequence: its elements in the order of dimensions that the caller names, wherever
-// in memory they lie. Read and written tile by tile through core/tile.h.
+// in memory they lie. Made by core/tensors.h, read and written tile by tile through core/tile.h.
 #pragma once
 
-#include <ATen/core/DimVector.h>
-#include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 
 #include <algorithm>
+#include <cstdint>
+
+#include "core/dtype.h"
 
 namespace sqloss::core {
 
 struct Strided {
   char* data = nullptr;  // null: absent
-  at::ScalarType dtype = at::kFloat;
+  Dtype dtype = Dtype::kFloat;
   // Outermost first, merged where memory allows; at least one. Strides in elements, 0 where
   // expanded.
-  at::DimVector sizes, strides;
-
-  Strided() = default;
-  Strided(const at::Tensor& tensor, at::IntArrayRef order)
-      : data(static_cast<char*>(tensor.data_ptr())), dtype(tensor.scalar_type()) {
-    for (const int64_t d : order) {
-      const int64_t size = tensor.size(d), stride = tensor.stride(d);
-      if (size == 1) continue;
-      if (!sizes.empty() && strides.back() == size * stride) {
-        sizes.back() *= size;
-        strides.back() = stride;
-      } else {
-        sizes.push_back(size);
-        strides.push_back(stride);
-      }
-    }
-    if (sizes.empty()) {
-      sizes.push_back(1);
-      strides.push_back(1);
-    }
-  }
-
-  // `repeats` times the elements of a tensor of at most one dimension, as an expanded one lies.
-  static Strided repeated(const at::Tensor& tensor, int64_t repeats) {
-    Strided sequence;
-    sequence.data = static_cast<char*>(tensor.data_ptr());
-    sequence.dtype = tensor.scalar_type();
-    sequence.sizes.push_back(std::max<int64_t>(repeats, 1));
-    sequence.strides.push_back(0);
-    if (tensor.dim() > 0) {
-      sequence.sizes.push_back(std::max<int64_t>(tensor.size(0), 1));
-      sequence.strides.push_back(tensor.stride(0));
-    }
-    return sequence;
-  }
+  c10::SmallVector<int64_t, 5> sizes, strides;
 
   // Where an element of offset `offset` lies.
-  char* at(int64_t offset) const {
-    return data + offset * static_cast<int64_t>(c10::elementSize(dtype));
-  }
+  char* at(int64_t offset) const { return data + offset * element_size(dtype); }
 
   // f(position, offset, run) for the runs of adjacent elements, strides.back() apart, that make up
   // `count` elements from `begin` on; position counts from 0.

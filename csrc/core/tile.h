@@ -36,7 +36,7 @@ void gather(const scalar_t* source, int64_t stride, int64_t count, T* values) {
   }
   int64_t i = 0;
 #ifdef __F16C__
-  if constexpr (std::is_same_v<scalar_t, at::Half> && std::is_same_v<T, float>) {
+  if constexpr (std::is_same_v<scalar_t, c10::Half> && std::is_same_v<T, float>) {
     for (; i + 8 <= count; i += 8) {
       const auto halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source + i));
       _mm256_storeu_ps(values + i, _mm256_cvtph_ps(halves));
@@ -54,7 +54,7 @@ void scatter(const T* values, int64_t count, scalar_t* target, int64_t stride) {
   }
   int64_t i = 0;
 #ifdef __F16C__
-  if constexpr (std::is_same_v<scalar_t, at::Half> && std::is_same_v<T, float>) {
+  if constexpr (std::is_same_v<scalar_t, c10::Half> && std::is_same_v<T, float>) {
     for (; i + 8 <= count; i += 8) {
       const auto halves = _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i), halves);
@@ -67,9 +67,9 @@ void scatter(const T* values, int64_t count, scalar_t* target, int64_t stride) {
 // `count` <= kTile elements of `dtype`, `stride` apart: where they lie if they are adjacent Ts,
 // else in the buffer.
 template <typename T>
-const T* read_tile(const void* source, at::ScalarType dtype, int64_t stride, int64_t count,
+const T* read_tile(const void* source, Dtype dtype, int64_t stride, int64_t count,
                    Tile<T>& buffer) {
-  if (stride == 1 && dtype == c10::CppTypeToScalarType<T>::value) {
+  if (stride == 1 && dtype == kDtypeOf<T>) {
     return static_cast<const T*>(source);
   }
   for_dtype(dtype, [&](auto zero) {
@@ -80,14 +80,13 @@ const T* read_tile(const void* source, at::ScalarType dtype, int64_t stride, int
 
 // The converse: where to put `count` <= kTile values, and write_tile to take them from there.
 template <typename T>
-T* tile_to_write(void* target, at::ScalarType dtype, int64_t stride, Tile<T>& buffer) {
-  const bool in_place = stride == 1 && dtype == c10::CppTypeToScalarType<T>::value;
+T* tile_to_write(void* target, Dtype dtype, int64_t stride, Tile<T>& buffer) {
+  const bool in_place = stride == 1 && dtype == kDtypeOf<T>;
   return in_place ? static_cast<T*>(target) : buffer.data;
 }
 
 template <typename T>
-void write_tile(const T* values, void* target, at::ScalarType dtype, int64_t stride,
-                int64_t count) {
+void write_tile(const T* values, void* target, Dtype dtype, int64_t stride, int64_t count) {
   if (values == target) return;
   for_dtype(dtype, [&](auto zero) {
     scatter(values, count, static_cast<decltype(zero)*>(target), stride);
@@ -118,7 +117,7 @@ const T* read_tile(const Strided& source, int64_t begin, int64_t count, Tile<T>&
 // not foresee.
 inline void prefetch_tile(const Strided& source, int64_t begin, int64_t count, int64_t shift) {
   const int64_t stride = source.strides.back();
-  const int64_t per_line = 64 / static_cast<int64_t>(c10::elementSize(source.dtype));
+  const int64_t per_line = 64 / element_size(source.dtype);
   const int64_t step = std::max<int64_t>(1, per_line / std::max<int64_t>(1, stride));
   source.for_runs(begin, count, [&](int64_t, int64_t offset, int64_t run) {
     for (int64_t i = 0; i < run; i += step) {
@@ -146,7 +145,7 @@ void write_tile(const T* values, const Strided& target, int64_t begin, int64_t c
 }
 
 // Zeros, any count of them.
-inline void write_zeros(void* target, at::ScalarType dtype, int64_t stride, int64_t count) {
+inline void write_zeros(void* target, Dtype dtype, int64_t stride, int64_t count) {
   for_dtype(dtype, [&](auto zero) {
     auto* const to = static_cast<decltype(zero)*>(target);
     if (stride == 1) {

@@ -17,8 +17,8 @@
 #include <string_view>
 
 #include "core/on.h"
-#include "cross_entropy_losses/cross_entropy_losses.h"
-#include "superquantile/superquantile.h"
+#include "cross_entropy_losses/operators.h"
+#include "superquantile/operators.h"
 
 namespace sqloss::cross_entropy_losses {
 namespace {

@@ -745,22 +745,22 @@ void target_backward_typed(const Inputs& in, const T* grad_losses, const double*
   walk(in, coefficients, grad_losses, log_sum_exp, grad_target);
 }
 
-void forward(const Inputs& in, at::ScalarType dtype, void* losses, double* log_sum_exp,
+void forward(const Inputs& in, core::Dtype dtype, void* losses, double* log_sum_exp,
              const superquantile::FusedTail*) {
-  dtype == at::kDouble ? forward_typed(in, static_cast<double*>(losses), log_sum_exp)
-                       : forward_typed(in, static_cast<float*>(losses), log_sum_exp);
+  dtype == core::Dtype::kDouble ? forward_typed(in, static_cast<double*>(losses), log_sum_exp)
+                                : forward_typed(in, static_cast<float*>(losses), log_sum_exp);
 }
 
-void backward(const Inputs& in, at::ScalarType dtype, const void* grad_losses,
+void backward(const Inputs& in, core::Dtype dtype, const void* grad_losses,
               const double* log_sum_exp, const Classes& grad_input) {
-  dtype == at::kDouble
+  dtype == core::Dtype::kDouble
       ? backward_typed(in, static_cast<const double*>(grad_losses), log_sum_exp, grad_input)
       : backward_typed(in, static_cast<const float*>(grad_losses), log_sum_exp, grad_input);
 }
 
-void target_backward(const Inputs& in, at::ScalarType dtype, const void* grad_losses,
+void target_backward(const Inputs& in, core::Dtype dtype, const void* grad_losses,
                      const double* log_sum_exp, const Classes& grad_target) {
-  dtype == at::kDouble
+  dtype == core::Dtype::kDouble
       ? target_backward_typed(in, static_cast<const double*>(grad_losses), log_sum_exp, grad_target)
       : target_backward_typed(in, static_cast<const float*>(grad_losses), log_sum_exp, grad_target);
 }

@@ -1,11 +1,11 @@
 // From tensors to the kernels' samples and classes: everything of the cross-entropy that is neither
 // kernel nor autograd.
-#include "cross_entropy_losses/cross_entropy_losses.h"
-
 #include <c10/util/irange.h>
 
 #include "core/allocate.h"
-#include "core/dtype.h"
+#include "core/tensors.h"
+#include "cross_entropy_losses/operators.h"
+#include "superquantile/fused_tail_outputs.h"
 
 namespace sqloss::cross_entropy_losses {
 namespace {
@@ -37,7 +37,7 @@ Classes by_class(const at::Tensor& tensor) {
   for (const int64_t d : c10::irange(tensor.dim())) {
     if (d != 1) order.push_back(d);
   }
-  return {core::Strided(tensor, order), tensor.stride(1)};
+  return {core::strided(tensor, order), tensor.stride(1)};
 }
 
 // The tensors of one call as the kernels take them.
@@ -81,7 +81,7 @@ struct Samples {
     } else {
       at::DimVector order(target.dim());
       for (const int64_t d : c10::irange(target.dim())) order[d] = d;
-      inputs.target = core::Strided(target, order);
+      inputs.target = core::strided(target, order);
     }
     if (weight_) weight = weight_->to(dtype).contiguous();
     inputs.weight = weight_ ? weight.data_ptr() : nullptr;
@@ -102,7 +102,7 @@ Outputs forward(const Kernels& kernels, const at::Tensor& input, const at::Tenso
                   core::empty(samples.sizes, at::kDouble, input)};
   const auto& [losses, log_sum_exp] = outputs;
   if (samples.inputs.samples > 0) {
-    kernels.forward(samples.inputs, samples.dtype, losses.data_ptr(),
+    kernels.forward(samples.inputs, core::dtype_of(samples.dtype), losses.data_ptr(),
                     static_cast<double*>(log_sum_exp.data_ptr()), nullptr);
   }
   return outputs;
@@ -118,7 +118,7 @@ CvarOutputs forward_cvar(const Kernels& kernels, const at::Tensor& tail_fraction
   at::Tensor losses = core::empty(samples.sizes, samples.dtype, input);
   at::Tensor log_sum_exp = core::empty(samples.sizes, at::kDouble, input);
   const superquantile::FusedTailOutputs outputs(kName, tail_fraction, extra, losses);
-  kernels.forward(samples.inputs, samples.dtype, losses.data_ptr(),
+  kernels.forward(samples.inputs, core::dtype_of(samples.dtype), losses.data_ptr(),
                   static_cast<double*>(log_sum_exp.data_ptr()), &outputs.tail);
   return {outputs.value, std::move(losses), std::move(log_sum_exp), outputs.threshold,
           outputs.counts};
@@ -148,7 +148,7 @@ InputGradients backward(const Kernels& kernels, const at::Tensor& grad_losses,
     if (!wanted) return core::empty({0}, input.scalar_type(), input);
     at::Tensor grad = core::empty_like(of);
     if (grad.numel() > 0) {
-      kernel(samples.inputs, samples.dtype, grads.data_ptr(),
+      kernel(samples.inputs, core::dtype_of(samples.dtype), grads.data_ptr(),
              static_cast<const double*>(exponents.data_ptr()), by_class(grad));
     }
     return grad;

@@ -13,13 +13,10 @@
 // any number of threads, repetition and capability (but for those without fused multiply-add).
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <array>
-#include <optional>
+#include <cstdint>
 #include <string_view>
-#include <tuple>
 
+#include "core/dtype.h"
 #include "core/kernels.h"
 #include "core/strided.h"
 #include "superquantile/fused_tail.h"
@@ -49,42 +46,17 @@ struct Inputs {
 struct Kernels {
   // On CUDA finds the tail of up to kMostFusedLosses as well, of samples that are not ignored;
   // null: none is wanted.
-  void (*forward)(const Inputs&, at::ScalarType dtype, void* losses, double* log_sum_exp,
+  void (*forward)(const Inputs&, core::Dtype dtype, void* losses, double* log_sum_exp,
                   const superquantile::FusedTail*);
   // Samples of zero gradient get zeros, whatever is in them. They are not read, but by class beside
   // samples that have a gradient.
-  void (*backward)(const Inputs&, at::ScalarType dtype, const void* grad_losses,
+  void (*backward)(const Inputs&, core::Dtype dtype, const void* grad_losses,
                    const double* log_sum_exp, const Classes& grad_input);
   // The same for the gradient of the probabilities.
-  void (*target_backward)(const Inputs&, at::ScalarType dtype, const void* grad_losses,
+  void (*target_backward)(const Inputs&, core::Dtype dtype, const void* grad_losses,
                           const double* log_sum_exp, const Classes& grad_target);
 };
 
 SQLOSS_DECLARE_KERNELS
-
-// From tensors to kernels. input is [N, C, d1, ...], of any strides, which are never copied; target
-// int64 [N, d1, ...] or of input's shape; weight [C]. Returns losses [N, d1, ...] and log_sum_exp
-// of that shape, in float64 because it is subtracted from logits of any size. Errors about the
-// values of target name `function`.
-using Outputs = std::tuple<at::Tensor, at::Tensor>;
-Outputs forward(const Kernels&, const at::Tensor& input, const at::Tensor& target,
-                const std::optional<at::Tensor>& weight, int64_t ignore_index,
-                double label_smoothing, std::string_view function);
-
-// The losses + extra and the tail of those that are not ignored, in one. `extra` has the shape and
-// dtype of the losses. Returns value, losses, log_sum_exp, threshold, counts.
-using CvarOutputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-CvarOutputs forward_cvar(const Kernels&, const at::Tensor& tail_fraction,
-                         const std::optional<at::Tensor>& extra, const at::Tensor& input,
-                         const at::Tensor& target, const std::optional<at::Tensor>& weight,
-                         int64_t ignore_index, double label_smoothing);
-
-// The gradients of input and of target, which must be probabilities for it, that output_mask wants;
-// the others are empty.
-using InputGradients = std::tuple<at::Tensor, at::Tensor>;
-InputGradients backward(const Kernels&, const at::Tensor& grad_losses, const at::Tensor& input,
-                        const at::Tensor& target, const std::optional<at::Tensor>& weight,
-                        const at::Tensor& log_sum_exp, int64_t ignore_index, double label_smoothing,
-                        std::array<bool, 2> output_mask);
 
 }  // namespace sqloss::cross_entropy_losses

@@ -69,8 +69,8 @@ struct Numbers {
 
   explicit Numbers(const Classes& classes)
       : first(classes.first),
-        stride(classes.stride * static_cast<int64_t>(c10::elementSize(first.dtype))),
-        size(static_cast<int64_t>(c10::elementSize(first.dtype))) {}
+        stride(classes.stride * core::element_size(first.dtype)),
+        size(core::element_size(first.dtype)) {}
 
   __device__ __forceinline__ char* at(int64_t sample) const {
     return first.data == nullptr ? nullptr : first.data + first.offset(sample) * size;
@@ -395,7 +395,7 @@ class Column {
   static constexpr int kTogether = kAdjacent ? kSamples : 1;  // read and written at once
   static constexpr int kPlaces = kSamples / kTogether;
 
-  at::ScalarType dtype_;
+  core::Dtype dtype_;
   int64_t stride_;
   char* samples_[kPlaces];
 };
@@ -763,7 +763,7 @@ class Row {
     return adjacent_ && reinterpret_cast<uintptr_t>(at(c)) % alignof(Run) == 0;
   }
 
-  at::ScalarType dtype_;
+  core::Dtype dtype_;
   bool adjacent_;
   int64_t stride_;
   char* sample_;
@@ -948,7 +948,7 @@ bool in_vectors(const core::Strided& first, int64_t class_stride) {
   for (size_t d = 0; d + 1 < first.strides.size(); ++d) {
     if (!whole(first.strides[d])) return false;
   }
-  const auto size = kSamples * c10::elementSize(first.dtype);
+  const auto size = kSamples * core::element_size(first.dtype);
   return reinterpret_cast<uintptr_t>(first.data) % std::min<size_t>(size, 16) == 0;
 }
 bool in_vectors(const Classes& classes) {
@@ -1056,22 +1056,22 @@ void target_backward_typed(const Inputs& in, const T* grad_losses, const double*
   }
 }
 
-void forward(const Inputs& in, at::ScalarType dtype, void* losses, double* log_sum_exp,
+void forward(const Inputs& in, core::Dtype dtype, void* losses, double* log_sum_exp,
              const superquantile::FusedTail* tail) {
-  dtype == at::kDouble ? forward_typed(in, static_cast<double*>(losses), log_sum_exp, tail)
-                       : forward_typed(in, static_cast<float*>(losses), log_sum_exp, tail);
+  dtype == core::Dtype::kDouble ? forward_typed(in, static_cast<double*>(losses), log_sum_exp, tail)
+                                : forward_typed(in, static_cast<float*>(losses), log_sum_exp, tail);
 }
 
-void backward(const Inputs& in, at::ScalarType dtype, const void* grad_losses,
+void backward(const Inputs& in, core::Dtype dtype, const void* grad_losses,
               const double* log_sum_exp, const Classes& grad_input) {
-  dtype == at::kDouble
+  dtype == core::Dtype::kDouble
       ? backward_typed(in, static_cast<const double*>(grad_losses), log_sum_exp, grad_input)
       : backward_typed(in, static_cast<const float*>(grad_losses), log_sum_exp, grad_input);
 }
 
-void target_backward(const Inputs& in, at::ScalarType dtype, const void* grad_losses,
+void target_backward(const Inputs& in, core::Dtype dtype, const void* grad_losses,
                      const double* log_sum_exp, const Classes& grad_target) {
-  dtype == at::kDouble
+  dtype == core::Dtype::kDouble
       ? target_backward_typed(in, static_cast<const double*>(grad_losses), log_sum_exp, grad_target)
       : target_backward_typed(in, static_cast<const float*>(grad_losses), log_sum_exp, grad_target);
 }

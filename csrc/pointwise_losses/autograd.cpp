@@ -19,7 +19,8 @@
 #include <string>
 
 #include "core/on.h"
-#include "pointwise_losses/pointwise_losses.h"
+#include "pointwise_losses/operators.h"
+#include "superquantile/operators.h"
 
 namespace sqloss::pointwise_losses {
 namespace {

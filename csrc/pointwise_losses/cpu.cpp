@@ -275,16 +275,16 @@ void backward_typed(const Inputs& in, const T* grad_losses, const Gradients& gra
   });
 }
 
-void forward(const Inputs& in, at::ScalarType dtype, void* losses,
-             const superquantile::FusedTail*) {
-  dtype == at::kDouble ? forward_typed(in, static_cast<double*>(losses))
-                       : forward_typed(in, static_cast<float*>(losses));
+void forward(const Inputs& in, core::Dtype dtype, void* losses, const superquantile::FusedTail*) {
+  dtype == core::Dtype::kDouble ? forward_typed(in, static_cast<double*>(losses))
+                                : forward_typed(in, static_cast<float*>(losses));
 }
 
-void backward(const Inputs& in, at::ScalarType dtype, const void* grad_losses,
+void backward(const Inputs& in, core::Dtype dtype, const void* grad_losses,
               const Gradients& gradients) {
-  dtype == at::kDouble ? backward_typed(in, static_cast<const double*>(grad_losses), gradients)
-                       : backward_typed(in, static_cast<const float*>(grad_losses), gradients);
+  dtype == core::Dtype::kDouble
+      ? backward_typed(in, static_cast<const double*>(grad_losses), gradients)
+      : backward_typed(in, static_cast<const float*>(grad_losses), gradients);
 }
 
 }  // namespace

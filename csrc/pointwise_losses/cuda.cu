@@ -49,7 +49,7 @@ struct Column {
     const bool in_vectors = elements % vector == 0;
     const size_t last = strided.sizes.size() - 1;
     even = last == 0 || strided.sizes[last] % (in_vectors ? vector : elements) == 0;
-    const int64_t size = c10::elementSize(strided.dtype);
+    const int64_t size = core::element_size(strided.dtype);
     const int64_t alignment = std::min<int64_t>(vector * size, 16);
     vectors = in_vectors && even && strided.strides[last] == 1 &&
               reinterpret_cast<uintptr_t>(strided.data) % alignment == 0;
@@ -135,6 +135,49 @@ struct Group {
         }
       }
       f(Place<kCount>{vector, begin + i, step, inside});
+    }
+  }
+};
+
+// The functions of the loss that a call names.
+template <typename T>
+struct AnyLoss {
+  Loss named;
+  BinaryCrossEntropyWithLogits<T> binary_cross_entropy_with_logits;
+  Mse<T> mse;
+  SmoothL1<T> smooth_l1;
+  Huber<T> huber;
+  GaussianNll<T> gaussian_nll;
+
+  explicit AnyLoss(const Inputs& in)
+      : named(in.loss),
+        binary_cross_entropy_with_logits(in),
+        mse(in),
+        smooth_l1(in),
+        huber(in),
+        gaussian_nll(in) {}
+
+  __device__ __forceinline__ T loss(T x, T y, T other) const {
+    return of_named([&](const auto& functions) { return functions.loss(x, y, other); });
+  }
+  __device__ __forceinline__ Derivatives<T> derivatives(T x, T y, T other) const {
+    return of_named([&](const auto& functions) { return functions.derivatives(x, y, other); });
+  }
+
+ private:
+  template <typename F>
+  __device__ __forceinline__ auto of_named(const F& f) const {
+    switch (named) {
+      case Loss::kBinaryCrossEntropyWithLogits:
+        return f(binary_cross_entropy_with_logits);
+      case Loss::kMse:
+        return f(mse);
+      case Loss::kSmoothL1:
+        return f(smooth_l1);
+      case Loss::kHuber:
+        return f(huber);
+      default:
+        return f(gaussian_nll);
     }
   }
 };
@@ -412,6 +455,30 @@ void launch_groups(Kernel kernel, size_t shared_bytes, const Columns& columns, c
 
 bool has_weights(const Inputs& in) { return in.weight.data != nullptr || in.other.data != nullptr; }
 
+// Whether there are kernels for inputs without: a gaussian_nll always has a var.
+template <typename Function>
+constexpr bool kMayLackWeights = true;
+template <typename T>
+constexpr bool kMayLackWeights<GaussianNll<T>> = false;
+template <typename T>
+constexpr bool kMayLackWeights<AnyLoss<T>> = false;
+
+// f(elements at a time, functions of the loss). Each loss has kernels of its own for floats whose
+// elements lie a stride apart in any thread, where trainings spend their time. Doubles and other
+// strides share kernels that look the loss up for each element: with their own there would be
+// twice as many to compile.
+template <typename T, typename F>
+void for_functions(const Inputs& in, bool even, const F& f) {
+  constexpr std::integral_constant<int, kVector<T>> several;
+  constexpr std::integral_constant<int, 1> one;
+  if (!even) return f(one, AnyLoss<T>(in));
+  if constexpr (std::is_same_v<T, float>) {
+    for_loss(in.loss, [&](const auto& make) { f(several, make(T(), in)); });
+  } else {
+    f(several, AnyLoss<T>(in));
+  }
+}
+
 template <typename T>
 void forward_typed(const Inputs& in, T* losses, const superquantile::FusedTail* tail) {
   const Columns columns(in, kVector<T>);
@@ -422,15 +489,12 @@ void forward_typed(const Inputs& in, T* losses, const superquantile::FusedTail* 
   memory.allocate();
   double* const sums = add ? memory.at<double>(place) : nullptr;
   const FinishOfLaunch<T> of_tail(tail, in.samples);
-  for_loss(in.loss, [&](const auto& make) {
-    const auto loss = make(T(), in);
+  for_functions<T>(in, columns.even(), [&](auto count, const auto& loss) {
     using Function = std::decay_t<decltype(loss)>;
-    auto kernel = !columns.even() ? forward_kernel<T, 1, true, Function>
-                                  : forward_kernel<T, kVector<T>, true, Function>;
-    if constexpr (!std::is_same_v<Function, GaussianNll<T>>) {  // which always has a var
-      if (columns.even() && !has_weights(in)) {
-        kernel = forward_kernel<T, kVector<T>, false, Function>;
-      }
+    constexpr int kCount = count;
+    auto kernel = forward_kernel<T, kCount, true, Function>;
+    if constexpr (kMayLackWeights<Function>) {
+      if (!has_weights(in)) kernel = forward_kernel<T, kCount, false, Function>;
     }
     launch_groups(kernel, of_tail.shared_bytes, columns, groups, loss, sums, losses,
                   of_tail.finish);
@@ -448,31 +512,31 @@ void backward_typed(const Inputs& in, const T* grad_losses, const Gradients& gra
   const Groups groups = groups_for(in, columns, kVector<T>);
   const bool even = columns.even() && outputs.even();
   const bool of_input = gradients.target.data == nullptr && gradients.other.data == nullptr;
-  for_loss(in.loss, [&](const auto& make) {
-    const auto loss = make(T(), in);
+  for_functions<T>(in, even, [&](auto count, const auto& loss) {
     using Function = std::decay_t<decltype(loss)>;
-    auto kernel = !even      ? backward_kernel<T, 1, true, false, Function>
-                  : of_input ? backward_kernel<T, kVector<T>, true, true, Function>
-                             : backward_kernel<T, kVector<T>, true, false, Function>;
-    if constexpr (!std::is_same_v<Function, GaussianNll<T>>) {
-      if (even && of_input && !has_weights(in)) {
-        kernel = backward_kernel<T, kVector<T>, false, true, Function>;
-      }
+    constexpr int kCount = count;
+    auto kernel = backward_kernel<T, kCount, true, false, Function>;
+    if constexpr (kCount > 1) {
+      if (of_input) kernel = backward_kernel<T, kCount, true, true, Function>;
+    }
+    if constexpr (kMayLackWeights<Function>) {
+      if (of_input && !has_weights(in)) kernel = backward_kernel<T, kCount, false, true, Function>;
     }
     launch_groups(kernel, 0, columns, groups, loss, grad_losses, outputs);
   });
 }
 
-void forward(const Inputs& in, at::ScalarType dtype, void* losses,
+void forward(const Inputs& in, core::Dtype dtype, void* losses,
              const superquantile::FusedTail* tail) {
-  dtype == at::kDouble ? forward_typed(in, static_cast<double*>(losses), tail)
-                       : forward_typed(in, static_cast<float*>(losses), tail);
+  dtype == core::Dtype::kDouble ? forward_typed(in, static_cast<double*>(losses), tail)
+                                : forward_typed(in, static_cast<float*>(losses), tail);
 }
 
-void backward(const Inputs& in, at::ScalarType dtype, const void* grad_losses,
+void backward(const Inputs& in, core::Dtype dtype, const void* grad_losses,
               const Gradients& gradients) {
-  dtype == at::kDouble ? backward_typed(in, static_cast<const double*>(grad_losses), gradients)
-                       : backward_typed(in, static_cast<const float*>(grad_losses), gradients);
+  dtype == core::Dtype::kDouble
+      ? backward_typed(in, static_cast<const double*>(grad_losses), gradients)
+      : backward_typed(in, static_cast<const float*>(grad_losses), gradients);
 }
 
 }  // namespace

@@ -1,14 +1,14 @@
 // From tensors to the kernels' sequences: everything of the pointwise losses that is neither kernel
 // nor autograd.
-#include "pointwise_losses/pointwise_losses.h"
-
 #include <c10/core/DeviceGuard.h>
 
 #include <numeric>
 #include <utility>
 
 #include "core/allocate.h"
-#include "core/dtype.h"
+#include "core/tensors.h"
+#include "pointwise_losses/operators.h"
+#include "superquantile/fused_tail_outputs.h"
 
 namespace sqloss::pointwise_losses {
 namespace {
@@ -66,7 +66,7 @@ struct Sequences {
 
   core::Strided sequence(const at::Tensor& tensor) {
     if (tensor.scalar_type() == at::kDouble) dtype = at::kDouble;
-    return core::Strided(tensor, order);
+    return core::strided(tensor, order);
   }
 };
 
@@ -96,7 +96,7 @@ at::Tensor forward(const Kernels& kernels, std::string_view loss, const at::Tens
   if (sequences.inputs.elements == 0) {  // no tile of a sample
     losses.fill_(0.0 / sequences.inputs.divisor);
   } else if (losses.numel() > 0) {
-    kernels.forward(sequences.inputs, sequences.dtype, losses.data_ptr(), nullptr);
+    kernels.forward(sequences.inputs, core::dtype_of(sequences.dtype), losses.data_ptr(), nullptr);
   }
   return losses;
 }
@@ -115,7 +115,8 @@ CvarOutputs forward_cvar(const Kernels& kernels, const at::Tensor& tail_fraction
   at::Tensor losses = core::empty(input.sizes().slice(0, sample_dims), sequences.dtype, input);
   const superquantile::FusedTailOutputs outputs("pointwise_losses_cvar", tail_fraction, extra,
                                                 losses);
-  kernels.forward(sequences.inputs, sequences.dtype, losses.data_ptr(), &outputs.tail);
+  kernels.forward(sequences.inputs, core::dtype_of(sequences.dtype), losses.data_ptr(),
+                  &outputs.tail);
   return {outputs.value, std::move(losses), outputs.threshold, outputs.counts};
 }
 
@@ -140,7 +141,7 @@ InputGradients backward(const Kernels& kernels, const at::Tensor& grad_losses,
                             core::Strided& sequence) -> at::Tensor {
     if (!wanted) return core::empty({0}, input.scalar_type(), input);
     at::Tensor grad = core::empty_like(of);
-    sequence = core::Strided(grad, sequences.order);
+    sequence = core::strided(grad, sequences.order);
     return grad;
   };
   InputGradients outputs{gradient(input, output_mask[0], gradients.input),
@@ -148,8 +149,8 @@ InputGradients backward(const Kernels& kernels, const at::Tensor& grad_losses,
                          gradient(other ? *other : input, output_mask[2], gradients.other)};
   const bool any = output_mask[0] || output_mask[1] || output_mask[2];
   if (any && input.numel() > 0) {
-    kernels.backward(sequences.inputs, sequences.dtype, grad_losses.contiguous().data_ptr(),
-                     gradients);
+    kernels.backward(sequences.inputs, core::dtype_of(sequences.dtype),
+                     grad_losses.contiguous().data_ptr(), gradients);
   }
   return outputs;
 }

@@ -17,13 +17,9 @@
 // multiply-add). The CPU and GPUs of different architectures may differ in the last places.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <cstdint>
 
-#include <array>
-#include <optional>
-#include <string_view>
-#include <tuple>
-
+#include "core/dtype.h"
 #include "core/kernels.h"
 #include "core/strided.h"
 #include "superquantile/fused_tail.h"
@@ -31,9 +27,6 @@
 namespace sqloss::pointwise_losses {
 
 enum class Loss { kBinaryCrossEntropyWithLogits, kMse, kSmoothL1, kHuber, kGaussianNll };
-
-// The loss of this name; raises ValueError.
-Loss loss_named(std::string_view name);
 
 // Samples of more elements are not each for one block, which leaves losses to add after all blocks.
 constexpr int64_t kMostFusedElements = 8192;
@@ -58,38 +51,12 @@ struct Gradients {
 struct Kernels {
   // On CUDA finds the tail of up to kMostFusedLosses of up to kMostFusedElements each as well;
   // null: none is wanted.
-  void (*forward)(const Inputs&, at::ScalarType dtype, void* losses,
-                  const superquantile::FusedTail*);
+  void (*forward)(const Inputs&, core::Dtype dtype, void* losses, const superquantile::FusedTail*);
   // Samples of zero gradient get zeros, whatever is in them. They are not read, but where short
   // ones share a tile of the CPU with others.
-  void (*backward)(const Inputs&, at::ScalarType dtype, const void* grad_losses, const Gradients&);
+  void (*backward)(const Inputs&, core::Dtype dtype, const void* grad_losses, const Gradients&);
 };
 
 SQLOSS_DECLARE_KERNELS
-
-// From tensors to kernels. All tensors are of one shape and of any strides, which are never copied;
-// its first `sample_dims` dimensions are those of the samples and of the losses returned.
-at::Tensor forward(const Kernels&, std::string_view loss, const at::Tensor& input,
-                   const at::Tensor& target, const std::optional<at::Tensor>& weight,
-                   const std::optional<at::Tensor>& other, double parameter, bool full,
-                   int64_t sample_dims, bool mean);
-
-// The losses + extra and their tail in one. `extra` has the shape and dtype of the losses.
-using CvarOutputs =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;  // value, losses, threshold, counts
-CvarOutputs forward_cvar(const Kernels&, const at::Tensor& tail_fraction,
-                         const std::optional<at::Tensor>& extra, std::string_view loss,
-                         const at::Tensor& input, const at::Tensor& target,
-                         const std::optional<at::Tensor>& weight,
-                         const std::optional<at::Tensor>& other, double parameter, bool full,
-                         int64_t sample_dims, bool mean);
-
-// The gradients of input, target and other that output_mask wants; the others are empty.
-using InputGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-InputGradients backward(const Kernels&, const at::Tensor& grad_losses, std::string_view loss,
-                        const at::Tensor& input, const at::Tensor& target,
-                        const std::optional<at::Tensor>& weight,
-                        const std::optional<at::Tensor>& other, double parameter, bool full,
-                        int64_t sample_dims, bool mean, std::array<bool, 3> output_mask);
 
 }  // namespace sqloss::pointwise_losses

@@ -27,7 +27,7 @@
 #include <utility>
 
 #include "core/on.h"
-#include "student_t/student_t.h"
+#include "student_t/operators.h"
 
 namespace sqloss::student_t {
 namespace {

@@ -654,16 +654,16 @@ void backward(const Inputs& in, const Gradients& gradients) {
   of_prior_df.finish();
 }
 
-void forward_of(const Inputs& in, at::ScalarType dtype, const Outputs& out) {
-  dtype == at::kDouble ? forward<double>(in, out) : forward<float>(in, out);
+void forward_of(const Inputs& in, core::Dtype dtype, const Outputs& out) {
+  dtype == core::Dtype::kDouble ? forward<double>(in, out) : forward<float>(in, out);
 }
 
-void noise_of(const Inputs& in, at::ScalarType dtype, const NoiseOutputs& out) {
-  dtype == at::kDouble ? noise_only<double>(in, out) : noise_only<float>(in, out);
+void noise_of(const Inputs& in, core::Dtype dtype, const NoiseOutputs& out) {
+  dtype == core::Dtype::kDouble ? noise_only<double>(in, out) : noise_only<float>(in, out);
 }
 
-void backward_of(const Inputs& in, at::ScalarType dtype, const Gradients& gradients) {
-  dtype == at::kDouble ? backward<double>(in, gradients) : backward<float>(in, gradients);
+void backward_of(const Inputs& in, core::Dtype dtype, const Gradients& gradients) {
+  dtype == core::Dtype::kDouble ? backward<double>(in, gradients) : backward<float>(in, gradients);
 }
 
 }  // namespace

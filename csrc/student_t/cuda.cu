@@ -757,7 +757,7 @@ void forward(const Inputs& in, const Outputs& out) {
   if (!several) return;
   Strided kl;
   kl.data = static_cast<char*>(out.kl);
-  kl.dtype = c10::CppTypeToScalarType<T>::value;
+  kl.dtype = core::kDtypeOf<T>;
   kl.sizes.push_back(kl_rows);
   kl.strides.push_back(1);
   add_up<T>({partial, kl_rows, parts, Sequence(kl)}, {});
@@ -827,16 +827,16 @@ void backward(const Inputs& in, const Gradients& gradients) {
   add_up<T>(df.sums(memory), prior_df.sums(memory));
 }
 
-void forward_of(const Inputs& in, at::ScalarType dtype, const Outputs& out) {
-  dtype == at::kDouble ? forward<double>(in, out) : forward<float>(in, out);
+void forward_of(const Inputs& in, core::Dtype dtype, const Outputs& out) {
+  dtype == core::Dtype::kDouble ? forward<double>(in, out) : forward<float>(in, out);
 }
 
-void noise_of(const Inputs& in, at::ScalarType dtype, const NoiseOutputs& out) {
-  dtype == at::kDouble ? noise_only<double>(in, out) : noise_only<float>(in, out);
+void noise_of(const Inputs& in, core::Dtype dtype, const NoiseOutputs& out) {
+  dtype == core::Dtype::kDouble ? noise_only<double>(in, out) : noise_only<float>(in, out);
 }
 
-void backward_of(const Inputs& in, at::ScalarType dtype, const Gradients& gradients) {
-  dtype == at::kDouble ? backward<double>(in, gradients) : backward<float>(in, gradients);
+void backward_of(const Inputs& in, core::Dtype dtype, const Gradients& gradients) {
+  dtype == core::Dtype::kDouble ? backward<double>(in, gradients) : backward<float>(in, gradients);
 }
 
 }  // namespace

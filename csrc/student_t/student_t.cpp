@@ -1,7 +1,5 @@
 // From tensors to the kernels' sequences: everything of Student-t sampling that is neither kernel
 // nor autograd.
-#include "student_t/student_t.h"
-
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ops/randint.h>
 #include <c10/core/DeviceGuard.h>
@@ -12,7 +10,8 @@
 #include <utility>
 
 #include "core/allocate.h"
-#include "core/dtype.h"
+#include "core/tensors.h"
+#include "student_t/operators.h"
 
 namespace sqloss::student_t {
 namespace {
@@ -49,7 +48,7 @@ DfShape check_df(const char* name, const at::Tensor& df, const at::Tensor& loc) 
 core::Strided sequence(const at::Tensor& tensor) {
   at::DimVector order(tensor.dim());
   std::iota(order.begin(), order.end(), 0);
-  return core::Strided(tensor, order);
+  return core::strided(tensor, order);
 }
 
 // The tensors of one call as sequences.
@@ -102,7 +101,7 @@ struct Call {
     inputs.loc = sequence(loc);
     inputs.scale = sequence(scale);
     if (prior_df) inputs.prior_df = df_sequence(*prior_df, inputs.prior_df_shape);
-    inputs.seeds = seed.dim() == 0 ? core::Strided::repeated(seed, inputs.rows)
+    inputs.seeds = seed.dim() == 0 ? core::repeated(seed, inputs.rows)
                                    : sequence(seed.expand(leading));  // raises its own error
     if (rows) inputs.row_ids = sequence(*rows);
     const bool is_double = loc.scalar_type() == at::kDouble || scale.scalar_type() == at::kDouble;
@@ -114,7 +113,7 @@ struct Call {
   core::Strided df_sequence(const at::Tensor& df, DfShape shape) const {
     if (shape == DfShape::kFull) return sequence(df);
     const bool scalar = shape == DfShape::kScalar;
-    return core::Strided::repeated(df, scalar ? inputs.rows * inputs.columns : inputs.rows);
+    return core::repeated(df, scalar ? inputs.rows * inputs.columns : inputs.rows);
   }
 };
 
@@ -151,7 +150,7 @@ Outs forward(const Kernels& kernels, const OptionalTensor& df, const at::Tensor&
   if (return_z) out.z = sequence(std::get<0>(outputs));
   if (call.inputs.kl != Kl::kNone) out.kl = std::get<1>(outputs).data_ptr();
   if (loc.numel() > 0) {
-    kernels.forward(call.inputs, call.dtype, out);
+    kernels.forward(call.inputs, core::dtype_of(call.dtype), out);
   } else {
     std::get<1>(outputs).zero_();  // of rows without columns
   }
@@ -192,7 +191,7 @@ InputGradients backward(const Kernels& kernels, const OptionalTensor& grad_z,
                          gradient(scale, output_mask[2], gradients.scale),
                          gradient(prior_df, output_mask[3], gradients.prior_df)};
   if (loc.numel() > 0) {
-    kernels.backward(call.inputs, call.dtype, gradients);
+    kernels.backward(call.inputs, core::dtype_of(call.dtype), gradients);
   } else {
     std::get<0>(outputs).zero_();  // of degrees of freedom for no element
     std::get<3>(outputs).zero_();
@@ -210,7 +209,7 @@ NoiseTensors noise(const Kernels& kernels, const at::Tensor& loc, const at::Tens
   NoiseTensors outputs{core::empty(shape, loc.scalar_type(), loc),
                        core::empty(shape, loc.scalar_type(), loc)};
   const NoiseOutputs out{sequence(std::get<0>(outputs)), sequence(std::get<1>(outputs))};
-  if (loc.numel() > 0) kernels.noise(call.inputs, call.dtype, out);
+  if (loc.numel() > 0) kernels.noise(call.inputs, core::dtype_of(call.dtype), out);
   return outputs;
 }
 

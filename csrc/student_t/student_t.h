@@ -19,13 +19,9 @@
 // samples are in double and in an order that depends on sizes alone.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <cstdint>
 
-#include <array>
-#include <optional>
-#include <string_view>
-#include <tuple>
-
+#include "core/dtype.h"
 #include "core/kernels.h"
 #include "core/strided.h"
 
@@ -34,10 +30,6 @@ namespace sqloss::student_t {
 // What `scale` holds: the scale, its logarithm, or twice that.
 enum class Parameterization { kScale, kLogScale, kLogvar };
 enum class Kl { kNone, kMc, kAnalyticEntropy, kClosedForm };
-
-// By their names; raise ValueError.
-Parameterization parameterization_named(std::string_view name);
-Kl kl_named(std::string_view name);
 
 // What degrees of freedom are given for: every element, every column, or all of them.
 enum class DfShape { kFull, kColumns, kScalar };
@@ -77,45 +69,12 @@ struct NoiseOutputs {
 // The kernels of one CPU capability, or of CUDA on the current stream of the current device.
 // `dtype` is that of the computation and of the KL divergence. There is an element or more.
 struct Kernels {
-  void (*forward)(const Inputs&, at::ScalarType dtype, const Outputs&);
-  void (*backward)(const Inputs&, at::ScalarType dtype, const Gradients&);
+  void (*forward)(const Inputs&, core::Dtype dtype, const Outputs&);
+  void (*backward)(const Inputs&, core::Dtype dtype, const Gradients&);
   // The random numbers alone; of the inputs, only the sizes, seeds and row_ids are read.
-  void (*noise)(const Inputs&, at::ScalarType dtype, const NoiseOutputs&);
+  void (*noise)(const Inputs&, core::Dtype dtype, const NoiseOutputs&);
 };
 
 SQLOSS_DECLARE_KERNELS
-
-// From tensors to kernels. loc and scale have one shape [..., columns]; df and prior_df that too,
-// or [columns], or none; seed broadcasts to the shape [...], which rows has. Strides are any. No
-// num_samples is one sample, without a dimension of its own in z and kl. Outputs that are not
-// wanted are empty.
-using Outs = std::tuple<at::Tensor, at::Tensor>;  // z, kl
-Outs forward(const Kernels&, const std::optional<at::Tensor>& df, const at::Tensor& loc,
-             const at::Tensor& scale, const std::optional<at::Tensor>& prior_df,
-             const at::Tensor& seed, const std::optional<at::Tensor>& rows,
-             std::optional<int64_t> num_samples, std::string_view parameterization,
-             std::string_view kl, bool kl_mean, bool return_z);
-
-// The gradients of df, loc, scale and prior_df that output_mask wants; without a prior_df, that of
-// df holds both.
-using InputGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-InputGradients backward(const Kernels&, const std::optional<at::Tensor>& grad_z,
-                        const std::optional<at::Tensor>& grad_kl,
-                        const std::optional<at::Tensor>& df, const at::Tensor& loc,
-                        const at::Tensor& scale, const std::optional<at::Tensor>& prior_df,
-                        const at::Tensor& seed, const std::optional<at::Tensor>& rows,
-                        std::optional<int64_t> num_samples, std::string_view parameterization,
-                        std::string_view kl, bool kl_mean, std::array<bool, 4> output_mask);
-
-// The random numbers of the samples, -2 log(u) and cos(2 pi v), of the dtype and with the shape of
-// loc, after num_samples: for derivatives beyond those of backward.
-using NoiseTensors = std::tuple<at::Tensor, at::Tensor>;  // energy, cosine
-NoiseTensors noise(const Kernels&, const at::Tensor& loc, const at::Tensor& seed,
-                   const std::optional<at::Tensor>& rows, std::optional<int64_t> num_samples);
-
-// A seed, int64 of no dimension on the device: 64 random bits of the generator, or of the device's
-// own.
-at::Tensor draw_seed(const std::optional<at::Generator>& generator, at::Device device);
-at::Tensor draw_seed_by_torch(const std::optional<at::Generator>& generator, at::Device device);
 
 }  // namespace sqloss::student_t

@@ -7,7 +7,7 @@
 
 #include "core/on.h"
 #include "superquantile/distributed.h"
-#include "superquantile/superquantile.h"
+#include "superquantile/operators.h"
 
 namespace sqloss::superquantile {
 namespace {

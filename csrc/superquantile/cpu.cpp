@@ -91,8 +91,8 @@ class Row {
   // The items from `begin` on, as many as there are in one piece before `end`.
   Run<T, W> run_at(int64_t begin, int64_t end, Buffer& buffer) const {
     const int64_t whole_blocks = (end - begin) / kLanes * kLanes;
-    const bool in_place = in_.losses.dtype == c10::CppTypeToScalarType<T>::value &&
-                          in_.losses.stride == 1 && in_.mask.data == nullptr && !kWeighted<W>;
+    const bool in_place = in_.losses.dtype == core::kDtypeOf<T> && in_.losses.stride == 1 &&
+                          in_.mask.data == nullptr && !kWeighted<W>;
     if (in_place && whole_blocks > 0) {
       const auto* losses = static_cast<const T*>(at(in_.losses, row_, begin));
       return {losses, nullptr, whole_blocks, whole_blocks};
@@ -229,7 +229,7 @@ SQLOSS_INLINE double target_of(const Losses& in, double tail_fraction, double to
 }
 
 // Writes the results of adjacent rows.
-void write_results(const Result* results, int64_t row, int64_t rows, at::ScalarType dtype,
+void write_results(const Result* results, int64_t row, int64_t rows, core::Dtype dtype,
                    const Tails& tails) {
   for_dtype(dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
@@ -377,7 +377,7 @@ class RowsInOnePiece {
         for (int64_t i = 0; i < count; ++i) to[i] = panel.data[i * kLanes + r];
       }
     }
-    return {copies, c10::CppTypeToScalarType<V>::value, row_stride, 1};
+    return {copies, core::kDtypeOf<V>, row_stride, 1};
   }
 
   Scratch<T> losses_;
@@ -424,12 +424,12 @@ void forward_rows(const Losses& in, double tail_fraction, const Tails& tails) {
 template <typename F>
 void for_types(const Losses& in, const F& f) {
   const bool weighted = in.weight.data != nullptr;
-  if (in.losses.dtype == at::kDouble) {
+  if (in.losses.dtype == core::Dtype::kDouble) {
     weighted ? f(double(), double()) : f(double(), Unweighted());
   } else if (!weighted) {
     f(float(), Unweighted());
   } else {
-    in.weight.dtype == at::kFloat ? f(float(), float()) : f(float(), double());
+    in.weight.dtype == core::Dtype::kFloat ? f(float(), float()) : f(float(), double());
   }
 }
 
@@ -454,7 +454,7 @@ class Slopes {
  public:
   using Number = typename Slope<T, W>::Number;
 
-  void read(const Tails& tails, const Gradients& gradients, at::ScalarType dtype, int64_t row,
+  void read(const Tails& tails, const Gradients& gradients, core::Dtype dtype, int64_t row,
             int64_t rows) {
     const auto numbers = [&](const void* source, Tile<double>& room) {
       if (source == nullptr) std::fill_n(room.data, rows, 0.0);

@@ -102,14 +102,13 @@ Losses rows_from(const Losses& in, int64_t begin, int64_t count) {
   part.rows = count;
   for (Matrix* matrix : {&part.losses, &part.weight, &part.mask}) {
     if (matrix->data == nullptr) continue;
-    matrix->data =
-        static_cast<char*>(matrix->data) +
-        begin * matrix->row_stride * static_cast<int64_t>(c10::elementSize(matrix->dtype));
+    matrix->data = static_cast<char*>(matrix->data) +
+                   begin * matrix->row_stride * core::element_size(matrix->dtype);
   }
   return part;
 }
-Tails rows_from(const Tails& tails, int64_t begin, at::ScalarType dtype) {
-  const int64_t bytes = begin * static_cast<int64_t>(c10::elementSize(dtype));
+Tails rows_from(const Tails& tails, int64_t begin, core::Dtype dtype) {
+  const int64_t bytes = begin * core::element_size(dtype);
   return {static_cast<char*>(tails.value) + bytes, static_cast<char*>(tails.threshold) + bytes,
           tails.counts + begin};
 }

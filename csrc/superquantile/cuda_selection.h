@@ -255,7 +255,7 @@ constexpr int kRun = 4;
 
 // Whether a matrix consists of aligned runs of so many numbers.
 inline bool in_runs(const Matrix& matrix, int64_t rows, int64_t n, int64_t run) {
-  const int64_t bytes = run * static_cast<int64_t>(c10::elementSize(matrix.dtype));
+  const int64_t bytes = run * core::element_size(matrix.dtype);
   return matrix.stride == 1 && n % run == 0 && (rows == 1 || matrix.row_stride % run == 0) &&
          reinterpret_cast<uintptr_t>(matrix.data) % std::min<int64_t>(bytes, 16) == 0;
 }
@@ -313,9 +313,9 @@ __device__ __forceinline__ auto read_items(const Losses& in, bool runs, int64_t 
   return items;
 }
 
-__device__ __forceinline__ void write_result(const Result& result, at::ScalarType dtype,
-                                             int64_t row, const Tails& tails) {
-  for_dtype(dtype, [&](auto zero) {
+__device__ __forceinline__ void write_result(const Result& result, core::Dtype dtype, int64_t row,
+                                             const Tails& tails) {
+  core::cuda::for_dtype(dtype, [&](auto zero) {
     using scalar_t = decltype(zero);
     static_cast<scalar_t*>(tails.value)[row] = static_cast<scalar_t>(result.value);
     static_cast<scalar_t*>(tails.threshold)[row] = static_cast<scalar_t>(result.threshold);
@@ -369,7 +369,7 @@ __device__ __forceinline__ void finish_tail(const Finish& finish, unsigned block
   const Result result =
       tail_of<T, Counted, BlockGroup>(items, finish.tail_fraction, kAlphaRounding);
   if (threadIdx.x == 0) {
-    write_result(result, c10::CppTypeToScalarType<T>::value, 0, finish.tails);
+    write_result(result, core::kDtypeOf<T>, 0, finish.tails);
   }
 }
 

@@ -1,6 +1,7 @@
 #include "superquantile/distributed.h"
 
 #include <ATen/ops/empty.h>
+#include <c10/util/irange.h>
 
 #include <algorithm>
 #include <array>
@@ -8,7 +9,7 @@
 #include <cmath>
 #include <limits>
 
-#include "core/dtype.h"
+#include "core/tensors.h"
 #include "core/total_order.h"
 #include "superquantile/superquantile.h"
 
@@ -446,7 +447,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> distributed(
 
   at::Tensor value = at::empty({}, x.options()), threshold = at::empty({}, x.options());
   at::Tensor counts = at::empty({3}, x.options().dtype(at::kDouble));
-  core::for_dtype(x.scalar_type(), [&](auto zero) {
+  core::for_dtype(core::dtype_of(x.scalar_type()), [&](auto zero) {
     using T = decltype(zero);
     const auto run = [&](auto mass) {
       Payload payload(function, all_reduce);

@@ -31,7 +31,7 @@ struct alignas(64) Panel {
 // An element of a matrix.
 inline const void* at(const Matrix& matrix, int64_t row, int64_t i) {
   const int64_t offset = row * matrix.row_stride + i * matrix.stride;
-  return static_cast<const char*>(matrix.data) + offset * at::elementSize(matrix.dtype);
+  return static_cast<const char*>(matrix.data) + offset * core::element_size(matrix.dtype);
 }
 
 // Elements [begin, begin + count) of `rows` <= kLanes rows from `row` on, count <= kPanel; 0 in the

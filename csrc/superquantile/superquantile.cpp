@@ -1,13 +1,13 @@
 // From tensors to the kernels' matrices: everything of the superquantile that is neither kernel
 // nor autograd.
-#include "superquantile/superquantile.h"
-
 #include <ATen/TensorUtils.h>
 #include <ATen/WrapDimUtilsMulti.h>
 #include <ATen/ops/empty.h>
+#include <c10/util/irange.h>
 
 #include "core/allocate.h"
-#include "core/dtype.h"
+#include "core/tensors.h"
+#include "superquantile/operators.h"
 
 namespace sqloss::superquantile {
 namespace {
@@ -66,7 +66,7 @@ struct MatrixView {
       owner = tensor.permute(reduction.order).contiguous();
       strides = at::DimVector{reduction.n, 1};
     }
-    matrix = {owner.data_ptr(), owner.scalar_type(), (*strides)[0], (*strides)[1]};
+    matrix = {owner.data_ptr(), core::dtype_of(owner.scalar_type()), (*strides)[0], (*strides)[1]};
   }
 };
 
@@ -188,8 +188,9 @@ at::Tensor backward(const Kernels& kernels, const OptionalTensor& grad_value,
   if (!reduction.matrix_strides(grad_losses)) {
     rows = at::empty({reduction.rows, reduction.n}, losses.options());
   }
-  const Matrix grad = rows.defined() ? Matrix{rows.data_ptr(), rows.scalar_type(), reduction.n, 1}
-                                     : MatrixView(reduction, grad_losses).matrix;
+  const Matrix grad =
+      rows.defined() ? Matrix{rows.data_ptr(), core::dtype_of(rows.scalar_type()), reduction.n, 1}
+                     : MatrixView(reduction, grad_losses).matrix;
   const Inputs inputs(reduction, losses, weight, mask);
   kernels.backward(inputs.view(reduction),
                    {nullptr, thresholds.data_ptr(), static_cast<Counts*>(counts3.data_ptr())},

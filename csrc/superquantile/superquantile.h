@@ -17,15 +17,13 @@
 // the batch and on how much shared memory the kind of GPU has.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <c10/macros/Macros.h>
-#include <c10/util/irange.h>
 
+#include <cstdint>
 #include <limits>
-#include <optional>
 #include <string_view>
-#include <tuple>
 
+#include "core/dtype.h"
 #include "core/kernels.h"
 
 namespace sqloss::superquantile {
@@ -38,7 +36,7 @@ constexpr double kSumRounding = 0x1p-53;
 // A matrix [rows, n] anywhere in memory, strides in elements (0 where expanded).
 struct Matrix {
   void* data = nullptr;  // null: absent
-  at::ScalarType dtype = at::kFloat;
+  core::Dtype dtype = core::Dtype::kFloat;
   int64_t row_stride = 0;
   int64_t stride = 0;
 };
@@ -156,22 +154,5 @@ struct Kernels {
 };
 
 SQLOSS_DECLARE_KERNELS
-
-// From tensors to kernels. `dim` lists the reduced dimensions (non-negative, none twice; empty:
-// all); weight and mask have the shape of losses; tail_fraction is a 0-dim float64 tensor.
-// Errors name `function`, and read `none_counts` where no loss counts (struct Caller). Returns
-// value and threshold [kept dims] in the dtype of losses and counts [kept dims, 3] in float64.
-using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-Outputs forward(const Kernels&, const at::Tensor& losses, const at::Tensor& tail_fraction,
-                const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& mask,
-                at::IntArrayRef dim, bool keepdim, std::string_view function,
-                std::string_view none_counts);
-
-// The gradient of losses from those of value and threshold (either may be absent, not both).
-at::Tensor backward(const Kernels&, const std::optional<at::Tensor>& grad_value,
-                    const std::optional<at::Tensor>& grad_threshold, const at::Tensor& losses,
-                    const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& mask,
-                    const at::Tensor& threshold, const at::Tensor& counts, at::IntArrayRef dim,
-                    bool keepdim);
 
 }  // namespace sqloss::superquantile

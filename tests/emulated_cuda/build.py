@@ -23,11 +23,15 @@ def load(operations=OPERATIONS):
     os.environ.setdefault("MAX_JOBS", "2")
     compile_and_load(
         "emulated_cuda",
-        [str(FOLDER / f"{name}.cpp") for name in ("emulation", *operations)],
+        [
+            *(str(FOLDER / f"{name}.cpp") for name in ("emulation", *operations)),
+            str(CSRC / "core" / "torch.cpp"),
+        ],
         # First the emulation's headers, in the place of torch's of the same names
         extra_include_paths=[str(FOLDER / "include"), str(CSRC)],
         extra_cflags=[
             *("-std=c++20", "-O1", "-mavx2", "-mfma", "-ffp-contract=off"),
+            "-DSQLOSS_WITH_CUDA",
             "-DSQLOSS_LONG_ROW=16384",  # so that tests are quick to have some
             *("-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-w"),
         ],

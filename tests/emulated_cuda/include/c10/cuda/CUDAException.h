@@ -2,4 +2,3 @@
 #include <cuda_runtime.h>
 
 #define C10_CUDA_CHECK(call) TORCH_INTERNAL_ASSERT((call) == cudaSuccess)
-#define C10_CUDA_KERNEL_LAUNCH_CHECK() static_cast<void>(0)
