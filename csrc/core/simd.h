@@ -332,13 +332,15 @@ struct Lanes {
   }
   template <typename T, typename U, typename Mask>
   void add(const Block<T>& a, const Block<U>& b, const Mask& mask) {
-    const Block<T> x = a.chosen(mask);  // 0 * b elsewhere: b is finite
+    // 0 * 0 elsewhere. Who adds the chosen b as well has them converted once
+    const Block<T> x = a.chosen(mask);
+    const Block<U> y = b.chosen(mask);
     for (int i = 0; i < 4; ++i) {
       if constexpr (sizeof(T) == 4 && sizeof(U) == 4) {
         // The product of two floats is exact in double: fused or not, the sum is the same
-        sum[i] = _mm256_fmadd_pd(x.doubles(i), b.doubles(i), sum[i]);
+        sum[i] = _mm256_fmadd_pd(x.doubles(i), y.doubles(i), sum[i]);
       } else {
-        sum[i] = _mm256_add_pd(sum[i], _mm256_mul_pd(x.doubles(i), b.doubles(i)));
+        sum[i] = _mm256_add_pd(sum[i], _mm256_mul_pd(x.doubles(i), y.doubles(i)));
       }
     }
   }
