@@ -219,7 +219,7 @@ OPERATIONS = {
         "sqloss.cvar of many rows, dim=1 and dim=0",
         batched,
         [1, 2, 3, 8, 64, 256, 1024, 4096],
-        quick=[8, 1024],
+        quick=[1, 8, 1024],
         gpu_sizes=[1024],
     ),
     "weighted": Operation("sqloss.cvar(weight=, mask=)", weighted, [2**20]),

@@ -325,9 +325,9 @@ def sampled_positions(n):
         x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
         return x ^ x >> 31
 
-    # all that it could look at: 64, or the first half of n^(2/3) and a few more
-    size = max(64, int(n ** (2 / 3) / 2) + 2)
-    return torch.tensor([scrambled(i) * n >> 64 for i in range(size)])
+    size = 64 if n <= 8192 else int(np.cbrt(float(n) * n)) // 2
+    pieces = [i + (scrambled(i) >> 11) * 2.0**-53 for i in range(size)]
+    return torch.tensor([min(int(piece * (n / size)), n - 1) for piece in pieces])
 
 
 MISLEADING = {

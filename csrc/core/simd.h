@@ -48,7 +48,9 @@ inline double fold(double (&lanes)[kLanes]) {
 //   block.compress(mask, out)  stores the chosen ones in order, and garbage up to kLanes numbers
 //   lanes.add(block)           adds the numbers, each in its lane
 //   lanes.add(block, mask)     adds the chosen ones
-//   lanes.add(a, b, mask)      adds the products a * b of the chosen ones, as doubles; b is finite
+//   lanes.add_products(of_b, a, b, mask)
+//                              adds the products a * b of the chosen ones, as doubles, and these b
+//                              to the lanes of_b; b is finite
 //   lanes.total()              of the lanes, in one order
 //   without(a, b), any(mask), count(mask), of_doubles(mask): the mask for a Block<double>
 //   Counts<T>: add(mask of a Block<T>), total(); up to kLanes * 2^32 numbers
@@ -132,9 +134,10 @@ struct Lanes {
     add(block.doubles(), mask);
   }
   template <typename T, typename U>
-  void add(const Block<T>& a, const Block<U>& b, Mask mask) {
+  void add_products(Lanes& of_b, const Block<T>& a, const Block<U>& b, Mask mask) {
     const Doubles x = a.doubles(), y = b.doubles();
     add(Doubles{{_mm512_mul_pd(x.v[0], y.v[0]), _mm512_mul_pd(x.v[1], y.v[1])}}, mask);
+    of_b.add(y, mask);
   }
   double total() const {
     double lanes[kLanes];
@@ -330,15 +333,19 @@ struct Lanes {
   void add(const Block<T>& block, const Mask& mask) {
     add(block.chosen(mask));
   }
+  // Each b is converted once, and its register is soon free.
   template <typename T, typename U, typename Mask>
-  void add(const Block<T>& a, const Block<U>& b, const Mask& mask) {
-    const Block<T> x = a.chosen(mask);  // 0 * b elsewhere: b is finite
+  void add_products(Lanes& of_b, const Block<T>& a, const Block<U>& b, const Mask& mask) {
+    const Block<T> x = a.chosen(mask);  // 0 * 0 elsewhere
+    const Block<U> y = b.chosen(mask);
     for (int i = 0; i < 4; ++i) {
+      const __m256d number = y.doubles(i);
+      of_b.sum[i] = _mm256_add_pd(of_b.sum[i], number);
       if constexpr (sizeof(T) == 4 && sizeof(U) == 4) {
         // The product of two floats is exact in double: fused or not, the sum is the same
-        sum[i] = _mm256_fmadd_pd(x.doubles(i), b.doubles(i), sum[i]);
+        sum[i] = _mm256_fmadd_pd(x.doubles(i), number, sum[i]);
       } else {
-        sum[i] = _mm256_add_pd(sum[i], _mm256_mul_pd(x.doubles(i), b.doubles(i)));
+        sum[i] = _mm256_add_pd(sum[i], _mm256_mul_pd(x.doubles(i), number));
       }
     }
   }
@@ -545,11 +552,12 @@ struct Lanes {
     add(block.chosen(mask));
   }
   template <typename T, typename U, typename Mask>
-  void add(const Block<T>& a, const Block<U>& b, const Mask& mask) {
+  void add_products(Lanes& of_b, const Block<T>& a, const Block<U>& b, const Mask& mask) {
     const Block<T> x = a.chosen(mask);  // 0 * b elsewhere: b is finite
     for (int i = 0; i < 8; ++i) {
       sum[i] = vaddq_f64(sum[i], vmulq_f64(x.doubles(i), b.doubles(i)));
     }
+    of_b.add(b, mask);
   }
   double total() const {
     double lanes[kLanes];
@@ -660,9 +668,10 @@ struct Lanes {
     add(block.chosen(mask));
   }
   template <typename T, typename U, typename Int>
-  void add(const Block<T>& a, const Block<U>& b, const MaskOf<Int>& mask) {
+  void add_products(Lanes& of_b, const Block<T>& a, const Block<U>& b, const MaskOf<Int>& mask) {
     const Block<T> x = a.chosen(mask);  // 0 * b elsewhere: b is finite
     for (int i = 0; i < 4; ++i) sum[i] += x.doubles(i) * b.doubles(i);
+    of_b.add(b, mask);
   }
   double total() const {
     double lanes[kLanes];

@@ -216,36 +216,63 @@ class Row {
   int64_t row_;
 };
 
-// What the tail of a reduction has to weigh.
-template <typename W>
-SQLOSS_INLINE double target_of(const Losses& in, double tail_fraction, double total) {
-  TORCH_CHECK_VALUE(std::isfinite(total), in.caller.function,
-                    ": weight: expected a finite sum in every reduction, got ", total);
-  TORCH_CHECK_VALUE(total > 0, in.caller.function, ": ", in.caller.none_counts);
-  // With weights, the sums that reach k are rounded as well
-  const double rounding =
-      kAlphaRounding + (kWeighted<W> ? static_cast<double>(in.n) * kSumRounding : 0.0);
-  return tail_target(tail_fraction, total, rounding);
+// Raises where the weights of some rows add up to nothing or to infinity.
+void check_totals(const Losses& in, const double* totals, int64_t rows) {
+  bool valid = true;
+  for (int64_t r = 0; r < rows; ++r) valid &= totals[r] > 0 && totals[r] < kInfinity<double>;
+  for (int64_t r = 0; r < (valid ? 0 : rows); ++r) {
+    TORCH_CHECK_VALUE(std::isfinite(totals[r]), in.caller.function,
+                      ": weight: expected a finite sum in every reduction, got ", totals[r]);
+    TORCH_CHECK_VALUE(totals[r] > 0, in.caller.function, ": ", in.caller.none_counts);
+  }
 }
 
-// Writes the results of adjacent rows.
-void write_results(const Result* results, int64_t row, int64_t rows, core::Dtype dtype,
-                   const Tails& tails) {
-  for_dtype(dtype, [&](auto zero) {
-    using scalar_t = decltype(zero);
-    for (int64_t r = 0; r < rows; ++r) {
-      static_cast<scalar_t*>(tails.value)[row + r] = static_cast<scalar_t>(results[r].value);
-      static_cast<scalar_t*>(tails.threshold)[row + r] =
-          static_cast<scalar_t>(results[r].threshold);
-      tails.counts[row + r] = results[r].counts;
-    }
-  });
+// How far sums that reach k can be off, as a share of the total: with weights they are rounded,
+// too.
+template <typename W>
+double rounding_of(const Losses& in) {
+  return kAlphaRounding + (kWeighted<W> ? static_cast<double>(in.n) * kSumRounding : 0.0);
 }
+
+// The results of up to kLanes adjacent rows.
+struct Results {
+  double value[kLanes];
+  double threshold[kLanes];
+  double above[kLanes];
+  double at[kLanes];
+  double tail[kLanes];
+
+  SQLOSS_INLINE void set(int64_t r, const Result& result) {
+    value[r] = result.value;
+    threshold[r] = result.threshold;
+    above[r] = result.counts.above;
+    at[r] = result.counts.at;
+    tail[r] = result.counts.tail;
+  }
+
+  void write(const Tails& tails, core::Dtype dtype, int64_t row, int64_t rows) const {
+    for_dtype(dtype, [&](auto zero) {
+      using scalar_t = decltype(zero);
+      auto* const values = static_cast<scalar_t*>(tails.value) + row;
+      auto* const thresholds = static_cast<scalar_t*>(tails.threshold) + row;
+      const auto write = [&](int64_t size) {
+        for (int64_t r = 0; r < size; ++r) values[r] = static_cast<scalar_t>(value[r]);
+        for (int64_t r = 0; r < size; ++r) thresholds[r] = static_cast<scalar_t>(threshold[r]);
+      };
+      rows == kLanes ? write(kLanes) : write(rows);  // a constant count is whole vectors
+    });
+    for (int64_t r = 0; r < rows; ++r) tails.counts[row + r] = {above[r], at[r], tail[r]};
+  }
+};
 
 template <typename T, typename W>
-Result tail_of(const Losses& in, int64_t row, double tail_fraction, Bracket<T> guess) {
-  const auto target = [&](double total) { return target_of<W>(in, tail_fraction, total); };
-  const Tail<T> tail = select(Row<T, W>(in, row), tail_fraction, target, guess);
+Result tail_of(const Losses& in, int64_t row, double tail_fraction, Bracket<T> guess,
+               Room<T, W>& room) {
+  const auto target = [&](double total) {
+    check_totals(in, &total, 1);
+    return tail_target(tail_fraction, total, rounding_of<W>(in));
+  };
+  const Tail<T> tail = select(Row<T, W>(in, row), tail_fraction, target, guess, room);
   return tail_result(tail_fraction, tail.total, static_cast<double>(tail.threshold), tail.above,
                      tail.at, tail.sum);
 }
@@ -293,6 +320,7 @@ void read_short_rows(const Losses& in, int64_t row, int64_t rows, ShortRows<T, W
 template <typename T, typename W>
 void forward_short_rows(const Losses& in, double tail_fraction, const Tails& tails) {
   const Comparators comparators = comparators_of(in.n);
+  const double rounding = rounding_of<W>(in);
   const int64_t panels = (in.rows + kLanes - 1) / kLanes;
   const int64_t grain = std::max<int64_t>(1, kChunk / (in.n * kLanes));
   at::parallel_for(0, panels, grain, [&](int64_t first, int64_t last) {
@@ -300,16 +328,19 @@ void forward_short_rows(const Losses& in, double tail_fraction, const Tails& tai
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t row = panel * kLanes, rows = std::min(kLanes, in.rows - row);
       read_short_rows(in, row, rows, side_by_side);
-      const auto target = [&](int64_t lane, double total) {
-        return lane < rows ? target_of<W>(in, tail_fraction, total) : 0.0;
+      const auto targets = [&](const double* totals, double* targets) {
+        check_totals(in, totals, rows);
+        for (int64_t r = 0; r < kLanes; ++r) {
+          targets[r] = tail_target(tail_fraction, totals[r], rounding);
+        }
       };
-      const ShortTails found = short_tails(side_by_side, in.n, comparators, target);
-      Result results[kLanes];
+      const ShortTails found = short_tails(side_by_side, in.n, comparators, targets);
+      Results results;
       for (int64_t r = 0; r < kLanes; ++r) {
-        results[r] = tail_result(tail_fraction, found.total[r], found.threshold[r], found.above[r],
-                                 found.at[r], found.sum[r]);
+        results.set(r, tail_result(tail_fraction, found.total[r], found.threshold[r],
+                                   found.above[r], found.at[r], found.sum[r]));
       }
-      write_results(results, row, rows, in.losses.dtype, tails);
+      results.write(tails, in.losses.dtype, row, rows);
     }
   });
 }
@@ -320,7 +351,7 @@ class Guess {
  public:
   Guess(int64_t n, double tail_fraction)
       : share_(tail_fraction), comparators_(comparators_of(kSample)) {
-    for (int64_t i = 0; i < kSample; ++i) positions_[i] = hashed_position(i, n);
+    for (int64_t i = 0; i < kSample; ++i) positions_[i] = sampled_position(i, kSample, n);
   }
 
   void brackets(const Losses& in, int64_t row, int64_t rows, Bracket<T> (&brackets)[kLanes]) const {
@@ -399,17 +430,18 @@ void forward_rows(const Losses& in, double tail_fraction, const Tails& tails) {
   const bool gathered = in_cache && side_by_side(in.losses) && in.rows >= kLanes;
   const auto rows = [&](int64_t begin, int64_t end) {
     RowsInOnePiece<T, W> pieces;
+    Room<T, W> room;
     for (int64_t row = begin; row < end; row += kLanes) {
       const int64_t count = std::min(kLanes, end - row);
       const Losses nearby = gathered ? pieces.copy(in, row, count) : in;
       const int64_t first = gathered ? 0 : row;
       Bracket<T> brackets[kLanes];
       if (guess) guess->brackets(nearby, first, count, brackets);
-      Result results[kLanes];
+      Results results;
       for (int64_t r = 0; r < count; ++r) {
-        results[r] = tail_of<T, W>(nearby, first + r, tail_fraction, brackets[r]);
+        results.set(r, tail_of<T, W>(nearby, first + r, tail_fraction, brackets[r], room));
       }
-      write_results(results, row, count, in.losses.dtype, tails);
+      results.write(tails, in.losses.dtype, row, count);
     }
   };
   // Threads over rows; over the chunks of a row where rows would leave threads without work.
@@ -465,13 +497,16 @@ class Slopes {
     const double* const of_value = numbers(gradients.value, of_value_);
     const double* const of_threshold = numbers(gradients.threshold, of_threshold_);
     const double* const thresholds = numbers(tails.threshold, thresholds_);
+    T* __restrict threshold = threshold_.data;
+    Number* __restrict above = above_.data;
+    Number* __restrict at_threshold = at_.data;
     for (int64_t r = 0; r < rows; ++r) {
       const Density density = gradient_density(of_value[r], of_threshold[r], tails.counts[row + r]);
       // Above +inf are the NaNs alone, which a threshold of NaN means
       const bool nan = core::is_nan(thresholds[r]);
-      threshold_.data[r] = nan ? kInfinity<T> : static_cast<T>(thresholds[r]);
-      above_.data[r] = static_cast<Number>(nan ? density.at : density.above);
-      at_.data[r] = static_cast<Number>(nan ? 0.0 : density.at);
+      threshold[r] = nan ? kInfinity<T> : static_cast<T>(thresholds[r]);
+      above[r] = static_cast<Number>(nan ? density.at : density.above);
+      at_threshold[r] = static_cast<Number>(nan ? 0.0 : density.at);
     }
   }
 

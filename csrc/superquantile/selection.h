@@ -6,9 +6,10 @@
 //   in cache   (up to kInCache items) bisection of the ordered keys, in every other step at the key
 //              of an item: a step is one vectorised count without branches, so that no order of the
 //              losses is slow; every few steps the items outside the remaining range are dropped,
-//              and the last few are each tried. The ends of a guessed bracket, where there is one,
-//              are the first steps: it changes how long the threshold is looked for, and no bit of
-//              the result. Then one pass sums above the threshold.
+//              and the last few are each tried. Where there is a guessed bracket, the first read
+//              counts what lies above it and keeps what lies in it: the guess changes how long the
+//              threshold is looked for, and no bit of the result. Then one pass sums above the
+//              threshold.
 //   long rows  1. a sample at hashed positions gives a bracket [lo, hi] that holds the threshold
 //                 all but surely;
 //              2. one read of the row sums and counts what lies above hi, and notes the blocks that
@@ -30,9 +31,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <numeric>
+#include <type_traits>
 #include <vector>
 
+#include "core/inline.h"
 #include "core/scratch.h"
 #include "core/simd.h"
 #include "core/total_order.h"
@@ -187,40 +192,71 @@ double mass_from(const Run<T, W>& run, ordered_key_t<T> key) {
   return mass.total();
 }
 
-// Bounds of the threshold, lo <= hi, that are never NaN: where it is NaN, hi is +inf.
-template <typename T>
-struct Bracket {
-  T lo = -kInfinity<T>, hi = kInfinity<T>;
-};
+// The compilers' own vectors, of which a loop over lanes would not make use here.
+template <typename V, int64_t kCount>
+using VectorOf __attribute__((vector_size(kCount * sizeof(V)))) = V;
 
-// The threshold, known to be in `range`, as are all items. Where it is in the bracket `guess`, few
-// steps find it.
+template <typename Vector, typename V>
+SQLOSS_INLINE Vector load(const V* numbers) {
+  Vector vector;
+  std::memcpy(&vector, numbers, sizeof(vector));
+  return vector;
+}
+template <typename Vector, typename V>
+SQLOSS_INLINE void store(const Vector& vector, V* numbers) {
+  std::memcpy(numbers, &vector, sizeof(vector));
+}
+
+// So few items that each is tried as the threshold.
+constexpr int64_t kFew = 2 * kLanes;
+
+// The threshold among at most kFew items, none of them NaN. A vector of items is compared with one
+// item after the other, so that masses add up in lanes and in the order of the items.
 template <typename T, typename W>
-T bisect(Run<T, W> run, double target, KeyRange<T> range, Bracket<T> guess = {}) {
-  constexpr int64_t kStepsToDrop = 2;
-  constexpr int64_t kFew = 2 * kLanes;  // every one is tried
-  using Keys = KeyRange<T>;
-  Items<T, W> left;
-  double above = 0;  // the mass of the run above range.hi
-  const auto split = [&](typename Keys::Key middle) {
-    const double mass = mass_from(run, middle);
-    const bool reached = mass >= target;
-    range.lo = reached ? middle : range.lo;
-    range.hi = reached ? range.hi : middle - 1;
-    above = reached ? above : mass;
-  };
-  const auto guessed_step = [&](T bound) {
-    const auto key = Keys::key(bound);
-    if (range.lo < key && key <= range.hi) split(key);
-  };
-  const bool guessed = guess.lo > -kInfinity<T> || guess.hi < kInfinity<T>;
-  if (guessed) {
-    guessed_step(guess.hi);
-    guessed_step(guess.lo);
+T try_each(const Run<T, W>& run, double target) {
+  using Count = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  using Mass = std::conditional_t<kWeighted<W>, double, Count>;
+  constexpr int64_t kCount = 32 / sizeof(Mass);
+  using Losses = VectorOf<T, kCount>;
+  using Masses = VectorOf<Mass, kCount>;
+  Mass wanted = static_cast<Mass>(std::ceil(target));
+  if constexpr (kWeighted<W>) {
+    // All of them reached it, which sums that round in another order must not deny
+    const double total = std::accumulate(run.weights, run.weights + run.positions, 0.0);
+    wanted = std::min(target, total);
   }
-  int64_t steps = guessed ? kStepsToDrop : 0;  // since items were dropped
+  const Losses none = -kInfinity<T> - Losses{};
+  Losses threshold = none;
+  for (int64_t i = 0; i < run.positions; i += kCount) {
+    const auto losses = load<Losses>(run.losses + i);
+    Masses masses{};
+    for (int64_t j = 0; j < run.positions; ++j) {
+      const auto reached = losses <= run.losses[j];
+      if constexpr (kWeighted<W>) {
+        const auto mask = __builtin_convertvector(reached, VectorOf<int64_t, kCount>);
+        masses += mask ? static_cast<double>(run.weights[j]) - Masses{} : Masses{};
+      } else {
+        masses -= reached;
+      }
+    }
+    const auto reached = __builtin_convertvector(masses >= wanted, decltype(losses <= losses));
+    const auto larger = reached & (losses > threshold);
+    threshold = larger ? losses : threshold;
+  }
+  T largest = -kInfinity<T>;
+  for (int64_t i = 0; i < kCount; ++i) largest = std::max<T>(largest, threshold[i]);
+  return largest;
+}
+
+// The threshold, known to be in `range`. `above` is the mass of the items above the range.
+template <typename T, typename W>
+T bisect(Run<T, W> run, double target, KeyRange<T> range, double above, Items<T, W>& left) {
+  constexpr int64_t kStepsToDrop = 2;
+  using Keys = KeyRange<T>;
+  int64_t steps = 0;  // since items were dropped
   for (bool at_item = true; range.lo < range.hi && !Keys::is_nan(range.lo); at_item = !at_item) {
-    if (steps >= kStepsToDrop && run.positions > kFew && range.hi < Keys::key(kInfinity<T>)) {
+    const bool due = steps >= kStepsToDrop || run.positions <= kFew;
+    if (due && range.hi < Keys::key(kInfinity<T>)) {
       // By the comparison that counted `above`: `beyond` may tie with hi (0 and -0, or denormals
       // where the processor takes them for 0)
       const T lo = Keys::loss(range.lo), beyond = Keys::loss(range.hi + 1);
@@ -234,28 +270,59 @@ T bisect(Run<T, W> run, double target, KeyRange<T> range, Bracket<T> guess = {})
       above = 0;
       // lo was reached, which sums that round in another order must not deny
       if (kWeighted<W>) target = std::min(target, run.total());
-      if (run.positions <= kFew) {
-        T threshold = lo;
-        for (int64_t i = 0; i < run.positions; ++i) {
-          const T loss = run.losses[i];
-          Mass<T, W> mass;
-          run.for_blocks([&](const Block<T>& block, const W* weight) {
-            mass.add(block.reaches(loss), weight);
-          });
-          threshold = mass.total() >= target ? std::max(threshold, loss) : threshold;
-        }
-        return threshold + T(0);
-      }
+      if (run.positions <= kFew) return try_each(run, target) + T(0);
       steps = 0;
     }
     // Keys are dense near 0, and losses elsewhere: halving the keys alone leaves all items in the
     // range for many steps
     const auto item = Keys::key(run.losses[run.positions / 2]);
     const bool to_item = at_item && range.lo < item && item <= range.hi;
-    split(to_item ? item : range.lo + (range.hi - range.lo) / 2 + 1);
+    const auto middle = to_item ? item : range.lo + (range.hi - range.lo) / 2 + 1;
+    const double mass = mass_from(run, middle);
+    const bool reached = mass >= target;
+    range.lo = reached ? middle : range.lo;
+    range.hi = reached ? range.hi : middle - 1;
+    above = reached ? above : mass;
     ++steps;
   }
   return Keys::loss(range.lo) + T(0);  // never -0, nor a denormal that ties with 0
+}
+
+// Bounds of the threshold, lo <= hi, that are never NaN: where it is NaN, hi is +inf.
+template <typename T>
+struct Bracket {
+  T lo = -kInfinity<T>, hi = kInfinity<T>;
+};
+
+// The threshold, which is likely to be in the bracket: one read of the items tells, and keeps those
+// in it. How long it takes depends on the guess, and no bit of the result does.
+template <typename T, typename W>
+T bisect(const Run<T, W>& run, double target, Bracket<T> guess, Items<T, W>& left) {
+  using Keys = KeyRange<T>;
+  const Keys all;
+  const bool guessed = guess.lo > -kInfinity<T> || guess.hi < kInfinity<T>;
+  if (!guessed || guess.hi == -kInfinity<T>) return bisect(run, target, all, 0.0, left);
+  Mass<T, W> reaching_hi;
+  left.size = 0;
+  left.reserve(run.positions);
+  run.for_blocks([&](const Block<T>& block, const W* weight) {
+    const auto reached = block.reaches(guess.hi);
+    reaching_hi.add(reached, weight);
+    left.append(block, weight, without(block.reaches(guess.lo), reached));
+  });
+  const double beyond = reaching_hi.total();
+  const auto lo = Keys::key(guess.lo), hi = Keys::key(guess.hi);
+  if (beyond >= target) {
+    // Most often it is hi, with which many tie
+    if (mass_from(run, hi + 1) < target) return guess.hi + T(0);
+    return bisect(run, target, {hi + 1, all.hi}, 0.0, left);
+  }
+  const Run<T, W> between = left.run();
+  const double reaching_lo = beyond + between.total();
+  if (reaching_lo >= target || guess.lo == -kInfinity<T>) {
+    return bisect(between, target - beyond, {lo, hi - 1}, 0.0, left);
+  }
+  return bisect(run, target, {all.lo, lo - 1}, reaching_lo, left);
 }
 
 // What lies above the threshold and at it, and everything.
@@ -268,11 +335,14 @@ struct Tail {
   double total;
 };
 
+// Adds the losses of a mask to a sum, by their mass, and that mass.
 template <typename T, typename W>
-void add_losses(Lanes& sum, const Block<T>& block, const W* weight, const auto& mask) {
+void add_losses(Lanes& sum, Mass<T, W>& mass, const Block<T>& block, const W* weight,
+                const auto& mask) {
   if constexpr (kWeighted<W>) {
-    sum.add(block, Block<W>::load(weight), mask);
+    sum.add_products(mass.weights, block, Block<W>::load(weight), mask);
   } else {
+    mass.add(mask, weight);
     sum.add(block, mask);
   }
 }
@@ -285,9 +355,8 @@ Tail<T> tail_at(const Run<T, W>& run, T threshold, double total) {
   Mass<T, W> above, at;
   run.for_blocks([&](const Block<T>& block, const W* weight) {
     const auto is_above = block.above(bound);
-    above.add(is_above, weight);
+    add_losses(lanes, above, block, weight, is_above);
     at.add(without(block.reaches(bound), is_above), weight);
-    add_losses<T, W>(lanes, block, weight, is_above);
   });
   if (nan) return {threshold, 0.0, 0.0, above.total(), total};
   const bool all = bound == -kInfinity<T>;
@@ -337,10 +406,10 @@ C10_NOINLINE int64_t sum_above(const Run<T, W>& run, Bracket<T> bracket, Partiti
     __builtin_prefetch(run.losses + i + kGroup);
     if constexpr (kWeighted<W>) __builtin_prefetch(weight + kGroup);
     const auto is_above = block.above(bracket.hi);
-    above.add(is_above, weight);
-    add_losses<T, W>(sum, block, weight, is_above);
+    // First, which leaves more registers to the sums
     noted[found] = static_cast<uint16_t>(i);
     found += any(without(block.reaches(bracket.lo), is_above));
+    add_losses(sum, above, block, weight, is_above);
   }
   sums.sum = sum;
   sums.above = above;
@@ -361,7 +430,8 @@ C10_NOINLINE void take_candidates(const Run<T, W>& run, Bracket<T> bracket, cons
     const W* weight = kWeighted<W> ? run.weights + noted[i] : nullptr;
     const auto reached = block.reaches(bracket.hi);
     const auto between = without(block.above(bracket.lo), reached);
-    ties.add(without(reached, block.above(bracket.hi)), weight);
+    const auto tied = without(reached, block.above(bracket.hi));
+    if (!kWeighted<W> || any(tied)) ties.add(tied, weight);  // weights are added at a cost
     block.compress(between, losses_out + found);
     if constexpr (kWeighted<W>) {
       Block<W>::load(weight).compress(mask_of_weights<W>(between), weights_out + found);
@@ -441,20 +511,24 @@ inline uint64_t hash(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// The i-th position of a sample of n.
-inline int64_t hashed_position(int64_t i, int64_t n) {
-  return static_cast<int64_t>(static_cast<unsigned __int128>(hash(i)) * n >> 64);
+// The i-th of `size` positions in a row of n: anywhere in the i-th of as many equal pieces, so that
+// a sample reads memory forwards.
+inline int64_t sampled_position(int64_t i, int64_t size, int64_t n) {
+  const double fraction = static_cast<double>(hash(i) >> 11) * 0x1p-53;
+  const double piece = static_cast<double>(n) / static_cast<double>(size);
+  const auto position = static_cast<int64_t>((static_cast<double>(i) + fraction) * piece);
+  return std::min(position, n - 1);
 }
 
 // Narrows the bracket to a share of the mass, give or take `deviations` standard deviations of the
 // sample's.
 template <typename Source, typename T = typename Source::Loss, typename W = typename Source::Weight>
 Bracket<T> sampled_bracket(const Source& source, double share, int64_t sample_size,
-                           double deviations, Bracket<T> bracket) {
+                           double deviations, Bracket<T> bracket, Items<T, W>& left) {
   Scratch<int64_t> positions;
   positions.reserve(sample_size);
   for (int64_t i = 0; i < sample_size; ++i) {
-    positions.data()[i] = hashed_position(i, source.size());
+    positions.data()[i] = sampled_position(i, sample_size, source.size());
   }
   Items<T, W> sample;
   sample.reserve(sample_size);
@@ -476,11 +550,11 @@ Bracket<T> sampled_bracket(const Source& source, double share, int64_t sample_si
       total * (deviations * std::sqrt(share * (1 - share) / effective) + 1 / effective);
   const auto bound = [](T loss) { return core::is_nan(loss) ? kInfinity<T> : loss; };
   if (share * total > margin) {
-    const T hi = bisect(run, share * total - margin, KeyRange<T>());
+    const T hi = bisect(run, share * total - margin, KeyRange<T>(), 0.0, left);
     bracket.hi = std::min(bracket.hi, bound(hi));
   }
   if (share * total + margin <= total) {
-    const T lo = bisect(run, share * total + margin, KeyRange<T>());
+    const T lo = bisect(run, share * total + margin, KeyRange<T>(), 0.0, left);
     bracket.lo = std::max(bracket.lo, bound(lo));
   }
   return bracket;
@@ -493,18 +567,26 @@ inline int64_t sample_size(int64_t n) {
   return static_cast<int64_t>(size) / 2;
 }
 
+// Memory for the selection of one row after another.
+template <typename T, typename W>
+struct Room {
+  Items<T, W> row;   // where it is not in one piece
+  Items<T, W> left;  // of bisection
+};
+
 // The tail of a row that holds about `share` of its mass, and target(total mass) exactly. A row in
 // cache begins with the guess.
 template <typename Source, typename Target, typename T = typename Source::Loss,
           typename W = typename Source::Weight>
-Tail<T> select(const Source& source, double share, const Target& target, Bracket<T> guess) {
+Tail<T> select(const Source& source, double share, const Target& target, Bracket<T> guess,
+               Room<T, W>& room) {
   using Keys = KeyRange<T>;
   if (source.size() > kInCache) {
     Bracket<T> known;
     // The narrower, the fewer candidates: at 3.3 one row in a thousand is read again
     for (const double deviations : {3.3, 8.0, 16.0}) {
       const Bracket<T> bracket =
-          sampled_bracket(source, share, sample_size(source.size()), deviations, known);
+          sampled_bracket(source, share, sample_size(source.size()), deviations, known, room.left);
       Items<T, W> found;
       const Partition part = partition(source, bracket, found);
       const double wanted = target(part.total);
@@ -525,17 +607,17 @@ Tail<T> select(const Source& source, double share, const Target& target, Bracket
         continue;
       }
       const KeyRange<T> range{Keys::key(bracket.lo), Keys::key(bracket.hi)};
-      const Tail<T> tail = tail_at(candidates, bisect(candidates, rest, range), between);
+      const T threshold = bisect(candidates, rest, range, 0.0, room.left);
+      const Tail<T> tail = tail_at(candidates, threshold, between);
       const double sum_at_hi =
           part.ties > 0 ? part.ties * static_cast<double>(bracket.hi) : 0.0;  // no 0 * inf
       return {tail.threshold, part.sum + sum_at_hi + tail.sum, reaches_hi + tail.above, tail.at,
               part.total};
     }
   }
-  Items<T, W> room;
-  const Run<T, W> run = source.whole(room);
+  const Run<T, W> run = source.whole(room.row);
   const double total = run.total();
-  return tail_at(run, bisect(run, target(total), Keys(), guess), total);
+  return tail_at(run, bisect(run, target(total), guess, room.left), total);
 }
 
 }  // namespace sqloss::superquantile::CPU_CAPABILITY

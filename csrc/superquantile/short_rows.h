@@ -122,21 +122,6 @@ struct ShortTails {
   double at[kLanes];
 };
 
-// The compilers' own vectors, of which a loop over lanes would not make use here.
-template <typename V, int64_t kCount>
-using VectorOf __attribute__((vector_size(kCount * sizeof(V)))) = V;
-
-template <typename Vector, typename V>
-SQLOSS_INLINE Vector load(const V* numbers) {
-  Vector vector;
-  std::memcpy(&vector, numbers, sizeof(vector));
-  return vector;
-}
-template <typename Vector, typename V>
-SQLOSS_INLINE void store(const Vector& vector, V* numbers) {
-  std::memcpy(numbers, &vector, sizeof(vector));
-}
-
 // The larger keys of two vectors of lanes to the upper ones, with their weights.
 template <typename Key, typename W>
 SQLOSS_INLINE void compare_exchange(Key* upper, Key* lower, W* upper_weights, W* lower_weights) {
@@ -195,10 +180,10 @@ void guess_brackets(const Panel<T>& sample, int64_t size, const Comparators& com
   }
 }
 
-// The tails of rows of `n` losses, which weigh target_of(lane, total weight).
-template <typename T, typename W, typename TargetOf>
+// The tails of rows of `n` losses; find_targets(total weights, what the tails have to weigh).
+template <typename T, typename W, typename FindTargets>
 ShortTails short_tails(ShortRows<T, W>& rows, int64_t n, const Comparators& comparators,
-                       const TargetOf& target_of) {
+                       const FindTargets& find_targets) {
   using Key = SignedKey<T>;
   constexpr int64_t kCount = 4;  // lanes of a vector of doubles
   using Doubles = VectorOf<double, kCount>;
@@ -218,6 +203,7 @@ ShortTails short_tails(ShortRows<T, W>& rows, int64_t n, const Comparators& comp
 
   ShortTails tails;
   Key threshold[kLanes];
+  double targets[kLanes];
   if constexpr (kWeighted<W>) {
     Panel<double> reached;
     for (int64_t lane = 0; lane < kLanes; lane += kCount) {
@@ -228,16 +214,17 @@ ShortTails short_tails(ShortRows<T, W>& rows, int64_t n, const Comparators& comp
       }
       store(total, tails.total + lane);
     }
+    find_targets(tails.total, targets);
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const double target = target_of(lane, tails.total[lane]);
       int64_t i = lane;
-      while (i + kLanes < n * kLanes && !(reached.data[i] >= target)) i += kLanes;
+      while (i + kLanes < n * kLanes && !(reached.data[i] >= targets[lane])) i += kLanes;
       threshold[lane] = keys.data[i];
     }
   } else {
     std::copy_n(rows.kept, kLanes, tails.total);
+    find_targets(tails.total, targets);
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const auto rank = static_cast<int64_t>(std::ceil(target_of(lane, tails.total[lane])));
+      const auto rank = static_cast<int32_t>(std::ceil(targets[lane]));
       threshold[lane] = keys.data[std::clamp<int64_t>(rank - 1, 0, n - 1) * kLanes + lane];
     }
   }

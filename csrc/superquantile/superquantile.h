@@ -113,8 +113,8 @@ struct Density {
 // weight. The threshold moves with the losses at it, in equal shares.
 C10_HOST_DEVICE inline Density gradient_density(double grad_value, double grad_threshold,
                                                 const Counts& c) {
-  return {grad_value / c.tail,
-          grad_value * ((c.tail - c.above) / c.tail / c.at) + grad_threshold / c.at};
+  const double share_at = (c.tail - c.above) / c.tail;
+  return {grad_value / c.tail, (grad_value * share_at + grad_threshold) / c.at};
 }
 
 // Gradients of the outputs, one per row, null where there is none; dtype of the losses.
