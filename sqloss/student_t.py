@@ -449,8 +449,8 @@ def _prepared(
         usual = usual and (tensor.dim() == 0 or tensor.shape in (shape, shape[-1:]))
     if not usual:
         shape = _broadcast_shape(function, shape, others)
-    for given in (scale, log_scale, logvar, df, prior_df):
-        if isinstance(given, Tensor) and given.dtype != dtype:
+    for argument in (scale, log_scale, logvar, df, prior_df):
+        if isinstance(argument, Tensor) and argument.dtype != dtype:
             dtype = _result_type(loc, scale, log_scale, logvar, df, prior_df)
             loc = loc.to(dtype)
             if parameter.dtype == torch.float64:  # would be taken for the dtype of the computation
