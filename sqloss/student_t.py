@@ -436,22 +436,26 @@ def _prepared(
     of_df = None if df is None else _as_tensor(function, "df", df, loc)
     of_prior = None if prior_df is None else _as_tensor(function, "prior_df", prior_df, loc)
 
-    others = {parameterization: parameter, "df": of_df, "prior_df": of_prior}
+    others = ((parameterization, parameter), ("df", of_df), ("prior_df", of_prior))
     device, shape, dtype = loc.device, loc.shape, loc.dtype
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != device:
+    usual = True
+    for name, tensor in others:
+        if tensor is None:
+            continue
+        if tensor.device != device:
             raise ValueError(
                 f"{function}: {name}: expected the device of loc, {device}, got {tensor.device}"
             )
-    usual = (shape, shape[-1:], ())
-    if not all(tensor is None or tensor.shape in usual for tensor in others.values()):
+        usual = usual and (tensor.dim() == 0 or tensor.shape in (shape, shape[-1:]))
+    if not usual:
         shape = _broadcast_shape(function, shape, others)
-    tensors = [x for x in (scale, log_scale, logvar, df, prior_df) if isinstance(x, Tensor)]
-    if any(tensor.dtype != dtype for tensor in tensors):
-        dtype = _result_type(loc, *tensors)
-        loc = loc.to(dtype)
-        if parameter.dtype == torch.float64:  # would be taken for the dtype of the computation
-            parameter = parameter.to(dtype)
+    for argument in (scale, log_scale, logvar, df, prior_df):
+        if isinstance(argument, Tensor) and argument.dtype != dtype:
+            dtype = _result_type(loc, scale, log_scale, logvar, df, prior_df)
+            loc = loc.to(dtype)
+            if parameter.dtype == torch.float64:  # would be taken for the dtype of the computation
+                parameter = parameter.to(dtype)
+            break
     return _Prepared(
         _expanded_df(of_df, shape),
         _expanded(loc, shape),
@@ -473,8 +477,9 @@ def _expanded_df(df: Tensor | None, shape: torch.Size) -> Tensor | None:
     return _expanded(df, shape)
 
 
-def _result_type(*tensors: Tensor) -> torch.dtype:
-    """torch.result_type of floating tensors, which torch.compile does not trace."""
+def _result_type(*given: float | Tensor | None) -> torch.dtype:
+    """torch.result_type of the floating tensors of these, which torch.compile does not trace."""
+    tensors = [tensor for tensor in given if isinstance(tensor, Tensor)]
     dtypes = [tensor.dtype for tensor in tensors if tensor.dim() > 0]
     return functools.reduce(torch.promote_types, dtypes or [tensor.dtype for tensor in tensors])
 
@@ -493,9 +498,9 @@ def _as_tensor(function: str, argument: str, given: float | Tensor, loc: Tensor)
 
 
 def _broadcast_shape(
-    function: str, shape: torch.Size, others: dict[str, Tensor | None]
+    function: str, shape: torch.Size, others: tuple[tuple[str, Tensor | None], ...]
 ) -> torch.Size:
-    for name, tensor in others.items():
+    for name, tensor in others:
         if tensor is None:
             continue
         try:

@@ -33,11 +33,16 @@ namespace sqloss::core::CPU_CAPABILITY {
 
 constexpr int64_t kLanes = 16;
 
-inline double fold(double (&lanes)[kLanes]) {
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+// The sum of the first `count` lanes, halves added to halves. Each step is a loop of a fixed
+// length: vectors of any other are stored and loaded again in parts, for which a CPU waits.
+template <int64_t count = kLanes>
+double fold(double (&lanes)[kLanes]) {
+  if constexpr (count == 1) {
+    return lanes[0];
+  } else {
+    for (int64_t i = 0; i < count / 2; ++i) lanes[i] += lanes[i + count / 2];
+    return fold<count / 2>(lanes);
   }
-  return lanes[0];
 }
 
 // Numbers are compared with bounds that are never NaN: a NaN lies above all of them.

@@ -169,18 +169,23 @@ struct OrderedSum {
   template <typename T>
   void add(const T* values, int64_t count) {
     const int64_t whole = count - count % kLanes;
-    for (int64_t i = 0; i < whole; i += kLanes) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        sum[lane] += static_cast<double>(values[i + lane]);
-      }
-    }
-    for (int64_t i = whole; i < count; ++i) sum[i - whole] += static_cast<double>(values[i]);
+    for (int64_t i = 0; i < whole; i += kLanes) add_lanes(values + i);
+    if (whole == count) return;
+    T rest[kLanes] = {};  // adding zeros changes nothing
+    std::copy_n(values + whole, count - whole, rest);
+    add_lanes(rest);
   }
 
   double total() const {
     double lanes[kLanes];
-    std::memcpy(lanes, sum, sizeof(sum));
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = sum[lane];
     return fold(lanes);
+  }
+
+ private:
+  template <typename T>
+  void add_lanes(const T* values) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) sum[lane] += static_cast<double>(values[lane]);
   }
 };
 

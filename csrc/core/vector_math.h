@@ -1,6 +1,6 @@
 // exp, logarithms and a sine in which the compiler finds vectors: no branch, no table, no call.
 // Every CPU with fused multiply-add, as all with AVX2 have it, computes the same bits; others
-// differ from them in the last places. Within three units in the last place of the true value (exp
+// differ from them in the last places. Within four units in the last place of the true value (exp
 // of more than 1: six).
 //
 // In the namespace of who includes it: a csrc/*/cpu.cpp, once per CPU capability, or a cuda.cu.
@@ -65,8 +65,6 @@ struct Float<float> {
   // A number that exp_small takes for 0, and what is below with it: the 2^n of all of them has an
   // exponent of no bits. Above the other, exp is infinite.
   static constexpr float kExpIsZero = -88.0f, kExpOfMoreIsInfinite = 89.0f;
-  // Terms of the series below whose remainder is under half a unit in the last place
-  static constexpr int kExpTerms = 8, kExpm1Terms = 10, kLogTerms = 5, kSineTerms = 7;
 };
 
 template <>
@@ -77,9 +75,11 @@ struct Float<double> {
   static constexpr double kLn2High = 6.93147180369123816490e-01,
                           kLn2Low = 1.90821492927058770002e-10;
   static constexpr double kExpIsZero = -709.0, kExpOfMoreIsInfinite = 710.0;
-  static constexpr int kExpTerms = 14, kExpm1Terms = 17, kLogTerms = 11, kLog1pTerms = 17,
-                       kSineTerms = 12;
 };
+
+// Polynomials of float come closest: of all as short they have about the smallest relative error,
+// under half a unit in the last place (least squares, weighted ever more where the error is large,
+// rounded one coefficient after another). Those of double are series, cut off where it is as small.
 
 // sum of of[k] * x^k by Estrin's scheme: neighbours are joined by x, pairs of them by x^2, and so
 // on. A CPU waits for the longest chain of operations, not for their number, and this chain is half
@@ -130,6 +130,37 @@ SQLOSS_INLINE T atanh_series(T z) {
   return polynomial(coefficients, z);
 }
 
+// exp(r) for |r| <= ln 2 / 2
+SQLOSS_INLINE float exp_near_0(float r) {
+  constexpr Coefficients<7, float> kNearest = {
+      {1.0f, 1.0f, 0.49999994f, 0.166665211f, 0.0416682661f, 0.00836867746f, 0.00138207339f}};
+  return polynomial(kNearest, r);
+}
+SQLOSS_INLINE double exp_near_0(double r) { return exp_series<14>(r); }
+
+// (exp(r) - 1) / r for |r| <= ln 2
+SQLOSS_INLINE float expm1_ratio_near_0(float r) {
+  constexpr Coefficients<7, float> kNearest = {{1.0f, 0.500000238f, 0.166666478f, 0.0416620672f,
+                                                0.0083342595f, 0.0014091928f, 0.000198528462f}};
+  return polynomial(kNearest, r);
+}
+SQLOSS_INLINE double expm1_ratio_near_0(double r) { return exp_series<17, 1>(r); }
+
+// (exp(x) - 1 - x) / x^2 for x from -1/2 to 0
+SQLOSS_INLINE float exp_remainder_below_0(float x) {
+  constexpr Coefficients<5, float> kNearest = {
+      {0.5f, 0.166665897f, 0.0416518003f, 0.00824305788f, 0.00116847863f}};
+  return polynomial(kNearest, x);
+}
+SQLOSS_INLINE double exp_remainder_below_0(double x) { return exp_series<14, 2>(x); }
+
+// (atanh(s) / s - 1) / s^2, given s^2 <= 1/81
+SQLOSS_INLINE float atanh_remainder_near_0(float s2) {
+  constexpr Coefficients<3, float> kNearest = {{0.333333343f, 0.199987426f, 0.145223379f}};
+  return polynomial(kNearest, s2);
+}
+SQLOSS_INLINE double atanh_remainder_near_0(double s2) { return atanh_series<11, 1>(s2); }
+
 // exp(x), not of numbers near kExpOfMoreIsInfinite, as 2^n * exp(x - n ln 2), |x - n ln 2| <= ln 2
 // / 2; of what is less than kExpIsZero 0, and about there, or of float on a GPU, less than a normal
 // number.
@@ -150,7 +181,7 @@ SQLOSS_INLINE T exp_small(T x) {
   // Multiplied, not added to the exponent of the series: that would make numbers of some NaNs.
   const T two_to_n =
       bits_as<T>(Bits((bits_as<Bits>(rounded) + Type::kExponentOfOne) << Type::kMantissaBits));
-  return exp_series<Type::kExpTerms>(rest) * two_to_n;
+  return exp_near_0(rest) * two_to_n;
 }
 
 // exp(x) of any x
@@ -164,15 +195,19 @@ SQLOSS_INLINE T exp(T x) {
   return half * half;
 }
 
-// sin(pi / 2 * s) / s for s^2 <= 1, given s^2: the series of sine
-template <int kCount, typename T>
-SQLOSS_INLINE T sine_series(T s2) {
+// sin(pi / 2 * s) / s, given s^2 <= 1
+SQLOSS_INLINE float sine_ratio(float s2) {
+  constexpr Coefficients<5, float> kNearest = {
+      {1.57079637f, -0.64596504f, 0.0796955377f, -0.00468238816f, 0.000155544316f}};
+  return polynomial(kNearest, s2);
+}
+SQLOSS_INLINE double sine_ratio(double s2) {
   constexpr auto coefficients = [] {
     constexpr double kQuarterTurnSquared = 2.46740110027233965471;  // (pi / 2)^2
-    Coefficients<kCount, T> result{};
+    Coefficients<12, double> result{};
     double factor = 1.57079632679489661923;
-    for (int k = 0; k < kCount; ++k) {
-      result.of[k] = T(factor);
+    for (int k = 0; k < 12; ++k) {
+      result.of[k] = factor;
       factor *= -kQuarterTurnSquared / ((2 * k + 2) * (2 * k + 3));
     }
     return result;
@@ -190,7 +225,7 @@ SQLOSS_INLINE float log1p_of_fraction(float t) {
 }
 SQLOSS_INLINE double log1p_of_fraction(double t) {
   const double s = t / (2.0 + t);
-  return 2.0 * s * atanh_series<Float<double>::kLog1pTerms>(s * s);
+  return 2.0 * s * atanh_series<17>(s * s);
 }
 
 // log(1 + r) for r from sqrt(1/2) - 1 to sqrt(2) - 1: of float r - r^2 / 2 + r^3 times the
@@ -204,7 +239,7 @@ SQLOSS_INLINE float log1p_near_0(float r) {
 }
 SQLOSS_INLINE double log1p_near_0(double r) {
   const double s = r / (r + 2.0);
-  return 2.0 * s * atanh_series<Float<double>::kLogTerms>(s * s);
+  return 2.0 * s * atanh_series<11>(s * s);
 }
 
 // w = (1 + m_less_1) 2^e with 1 + m_less_1 in [sqrt(1/2), sqrt(2)), of a normal positive w.

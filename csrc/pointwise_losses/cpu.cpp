@@ -31,8 +31,10 @@ template <typename T>
 class InputTiles {
  public:
   const T *input, *target, *weight, *other;
+  const bool plain;  // weight and other are all ones
 
-  explicit InputTiles(const Inputs& in) : in_(in) {
+  explicit InputTiles(const Inputs& in)
+      : plain(in.weight.data == nullptr && in.other.data == nullptr), in_(in) {
     if (in.weight.data == nullptr || in.other.data == nullptr) {
       std::fill_n(ones_.data, kTile, T(1));
     }
@@ -55,21 +57,50 @@ class InputTiles {
 };
 
 // The loops below are functions of their own: the compiler believes __restrict of parameters alone.
+// A loss whose elements begin with a long chain of operations (Function::first) takes two loops: a
+// core overlaps the work on more vectors of elements if each is a shorter chain. Factors that are
+// all ones are left out, which changes no bit.
 
 template <typename Function, typename T>
+constexpr bool kInTwo = requires(const Function& loss, T x) { loss.first(x); };
+
+template <typename Function, typename T>
+[[gnu::noinline]] void first_tile(const Function& loss, const T* __restrict x, int64_t count,
+                                  T* __restrict first) {
+  for (int64_t i = 0; i < count; ++i) first[i] = loss.first(x[i]);
+}
+
+// losses holds what first_tile made, of a loss in two loops.
+template <bool kPlain, typename Function, typename T>
 [[gnu::noinline]] void loss_tile(const Function& loss, const T* __restrict x, const T* __restrict y,
                                  const T* __restrict weight, const T* __restrict other,
                                  int64_t count, T* __restrict losses) {
-  for (int64_t i = 0; i < count; ++i) losses[i] = loss.loss(x[i], y[i], other[i]) * weight[i];
+  for (int64_t i = 0; i < count; ++i) {
+    const T o = kPlain ? T(1) : other[i];
+    T element;
+    if constexpr (kInTwo<Function, T>) {
+      element = loss.loss(x[i], y[i], o, losses[i]);
+    } else {
+      element = loss.loss(x[i], y[i], o);
+    }
+    losses[i] = kPlain ? element : element * weight[i];
+  }
 }
 
-template <typename Function, typename T>
+template <bool kPlain, typename Function, typename T>
 [[gnu::noinline]] void gradient_tile(const Function& loss, const T* __restrict x,
                                      const T* __restrict y, const T* __restrict weight,
                                      const T* __restrict other, const T* __restrict grad,
                                      int64_t count, T* __restrict grad_x) {
   for (int64_t i = 0; i < count; ++i) {
-    grad_x[i] = chain(grad[i], grad[i] * weight[i], loss.derivatives(x[i], y[i], other[i]).input);
+    const T o = kPlain ? T(1) : other[i], scale = kPlain ? grad[i] : grad[i] * weight[i];
+    T derivative;
+    if constexpr (kInTwo<Function, T>) {
+      derivative = loss.derivatives(x[i], y[i], o, grad_x[i]).input;
+    } else {
+      derivative = loss.derivatives(x[i], y[i], o).input;
+    }
+    grad_x[i] = chain(grad[i], scale, derivative);
   }
 }
 
@@ -88,6 +119,13 @@ template <typename Function, typename T>
   }
 }
 
+template <typename Function, typename T>
+void write_losses(const Function& loss, const InputTiles<T>& in, int64_t count, T* losses) {
+  if constexpr (kInTwo<Function, T>) first_tile(loss, in.input, count, losses);
+  const auto write = in.plain ? loss_tile<true, Function, T> : loss_tile<false, Function, T>;
+  write(loss, in.input, in.target, in.weight, in.other, count, losses);
+}
+
 // --- forward -------------------------------------------------------------------------------------
 
 // Tiles of whole samples.
@@ -103,12 +141,10 @@ void forward_short(const Inputs& in, const Function& loss, T* losses) {
                        const int64_t samples = std::min(per_tile, in.samples - first);
                        tiles.read(first * n, samples * n);
                        if (n == 1) {  // the sum and mean of one
-                         loss_tile(loss, tiles.input, tiles.target, tiles.weight, tiles.other,
-                                   samples, losses + first);
+                         write_losses(loss, tiles, samples, losses + first);
                          continue;
                        }
-                       loss_tile(loss, tiles.input, tiles.target, tiles.weight, tiles.other,
-                                 samples * n, elements.data);
+                       write_losses(loss, tiles, samples * n, elements.data);
                        for (int64_t s = 0; s < samples; ++s) {
                          double sum = 0;
                          for (int64_t i = 0; i < n; ++i)
@@ -135,7 +171,7 @@ void forward_long(const Inputs& in, const Function& loss, T* losses) {
       for (int64_t i = from; i < to; i += kTile) {
         const int64_t count = std::min(kTile, to - i);
         tiles.read(sample * in.elements + i, count);
-        loss_tile(loss, tiles.input, tiles.target, tiles.weight, tiles.other, count, elements.data);
+        write_losses(loss, tiles, count, elements.data);
         lanes.add(elements.data, count);
       }
       sums[task] = lanes.total();
@@ -169,7 +205,10 @@ class GradientTiles {
              int64_t count) {
     T* const x = place(gradients_.input, begin, count, buffers_[0]);
     if (gradients_.target.data == nullptr && gradients_.other.data == nullptr) {
-      gradient_tile(loss, in.input, in.target, in.weight, in.other, grad, count, x);
+      if constexpr (kInTwo<Function, T>) first_tile(loss, in.input, count, x);
+      const auto write_x =
+          in.plain ? gradient_tile<true, Function, T> : gradient_tile<false, Function, T>;
+      write_x(loss, in.input, in.target, in.weight, in.other, grad, count, x);
     } else {
       T* const y = place(gradients_.target, begin, count, buffers_[1]);
       T* const other = place(gradients_.other, begin, count, buffers_[2]);

@@ -31,15 +31,21 @@ template <typename T>
 struct BinaryCrossEntropyWithLogits {
   explicit BinaryCrossEntropyWithLogits(const Inputs&) {}
 
+  // What the loss and its derivatives begin with; it may be given to them.
+  SQLOSS_INLINE static T first(T x) { return exp_small(-std::abs(x)); }
+
   // softplus(x) = max(x, 0) + log(1 + exp(-|x|)): nothing cancels where y is 0 or 1
-  SQLOSS_INLINE static T loss(T x, T y, T pos_weight) {
-    const T size = std::abs(x), log_term = log1p_of_fraction(exp_small(-size));
+  SQLOSS_INLINE static T loss(T x, T y, T pos_weight) { return loss(x, y, pos_weight, first(x)); }
+  SQLOSS_INLINE static T loss(T x, T y, T pos_weight, T e) {
+    const T size = std::abs(x), log_term = log1p_of_fraction(e);
     const T negative = T(1) - y, positive = pos_weight * y;
     const T linear = (x > T(0) ? negative : positive) * size;  // of one softplus: the other's is 0
     return core::CPU_CAPABILITY::multiply_add(negative + positive, log_term, linear);
   }
   SQLOSS_INLINE static Derivatives<T> derivatives(T x, T y, T pos_weight) {
-    const T e = exp_small(-std::abs(x));
+    return derivatives(x, y, pos_weight, first(x));
+  }
+  SQLOSS_INLINE static Derivatives<T> derivatives(T x, T y, T pos_weight, T e) {
     const T large = quotient(T(1), T(1) + e), small = e * large;  // sigmoid(|x|), sigmoid(-|x|)
     const T sigmoid = x > T(0) ? large : small, rest = x > T(0) ? small : large;
     const T log_term = log1p_of_fraction(e);

@@ -63,7 +63,7 @@ constexpr double kTwoToMinus21 = 1.0 / (1 << 21), kTwoToMinus30 = 1.0 / (1 << 30
 // cos(2 pi v) = sin(pi / 2 * (1 - 4 |v|)) for v in [-1/2, 1/2); quarter is 1 - 4 |v|.
 template <typename T>
 SQLOSS_INLINE T cosine_of_turn(T quarter) {
-  return quarter * core::CPU_CAPABILITY::sine_series<Float<T>::kSineTerms>(quarter * quarter);
+  return quarter * core::CPU_CAPABILITY::sine_ratio(quarter * quarter);
 }
 
 // From a word each: u = (word + 1/2) / 2^32, v = word / 2^32 as a signed number. Both end in
@@ -116,7 +116,7 @@ SQLOSS_INLINE T student_t_sample(const Noise<T>& noise, T df, T inverse_df) {
   const T two_to_j = power_of_2(bits_as<Bits>(rounded));
   const T two_to_minus_j = power_of_2(Bits(0) - bits_as<Bits>(rounded));
   const T rest = multiply_add(-two_to_minus_j, two_to_minus_j, T(1));
-  const T series = core::CPU_CAPABILITY::exp_series<Type::kExpm1Terms, 1>(r);
+  const T series = core::CPU_CAPABILITY::expm1_ratio_near_0(r);
   const T finite = near_root(df * multiply_add(r, series, rest)) * two_to_j;
   const bool is_infinite = e > T(-2) * (Type::kExpIsZero + T(1));
   return (is_infinite ? std::numeric_limits<T>::infinity() : finite) * noise.cosine;
@@ -128,7 +128,7 @@ template <typename T>
 SQLOSS_INLINE T one_less_inverse_psi(T e) {
   // Below, psi - 1 is summed as its series, sum of (-e)^k / (k + 1)!; elsewhere nothing cancels.
   const bool small = e < T(0.5);
-  const T series = -e * core::CPU_CAPABILITY::exp_series<Float<T>::kExpTerms, 2>(-e);
+  const T series = -e * core::CPU_CAPABILITY::exp_remainder_below_0(-e);
   const T psi = T(1) + series;
   const T rest = T(1) - core::CPU_CAPABILITY::exp_small(-e), rest_less_e = rest - e;
   return near_quotient(small ? series : rest_less_e, small ? psi : rest);
@@ -202,7 +202,7 @@ template <typename T>
 SQLOSS_INLINE T log1p_less_ratio(Square<T> y, T ratio) {
   constexpr T kSmallSquare = T(0.25);
   const T s = near_quotient(y.value, T(2) + y.value), s2 = s * s;
-  const T series = core::CPU_CAPABILITY::atanh_series<Float<T>::kLogTerms, 1>(s2);
+  const T series = core::CPU_CAPABILITY::atanh_remainder_near_0(s2);
   const T of_small = s * ratio + T(2) * s * s2 * series;
   const T of_large = log1p_of_square(y) - ratio;
   return y.value < kSmallSquare ? of_small : of_large;
