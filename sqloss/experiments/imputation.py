@@ -20,7 +20,7 @@ from sqloss.student_t import draw_seed
 from sqloss.training.data import Dataset
 from sqloss.training.errors import require
 from sqloss.training.flags import LARGEST, expect, flag
-from sqloss.training.tables import aligned
+from sqloss.training.tables import table
 
 BATCH_SIZE = 100  # images, of which one-shot imputation decodes many draws at once
 WINDOW = 7  # pixels, of the structural similarity
@@ -355,7 +355,7 @@ def as_table(rows: Sequence[Row]) -> str:
         + [f"{row['accuracy']:.1%}"]
         for row in rows
     ]
-    return "\n".join(aligned([["missing: method", "RMSE", "MAE", "SSIM", "accuracy"], *cells]))
+    return table([["missing: method", "RMSE", "MAE", "SSIM", "accuracy"], *cells])
 
 
 def name_of(model: str, method: str) -> str:
