@@ -57,7 +57,7 @@ def sweep(trainer: str, output_dir: Path | None = None, **given: Any) -> int:
 
 def carry_out(whole: Sweep, metric: str, jobs: int) -> int:
     """Do the runs of a sweep that are not done yet, and tell what all have come to."""
-    with alone_in(whole.directory, "sweep"):
+    with alone_in(whole.directory):
         missing = whole.missing
         say(f"sweep: {whole.directory}, {len(missing)} of {len(whole.tasks)} runs to do")
         try:

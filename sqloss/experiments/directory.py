@@ -1,4 +1,4 @@
-"""Work of many trainings in one directory, which a file of settings there says is one work."""
+"""The directory of a sweep: one process at a time, and always the same settings."""
 
 import contextlib
 import json
@@ -10,19 +10,22 @@ from sqloss.training.errors import UserError, require
 from sqloss.training.files import write_json
 
 
-def keep_settings(path: Path, settings: Mapping[str, Any], work: str, begun: bool) -> None:
-    """Make the directory of ``path`` that of a work with these settings, and keep them there.
+def keep_settings(
+    path: Path, settings: Mapping[str, Any], begun: bool, older: Mapping[str, Any]
+) -> None:
+    """Make the directory of ``path`` that of a sweep with these settings, and keep them there.
 
-    Where the work has ``begun``, UserError is raised for settings that are not those of before.
+    Where the sweep has ``begun``, UserError is raised for settings that are not those of before;
+    ``older`` are those of a sweep from when there were no such flags.
     """
     if begun and path.exists():
-        refuse_others(path, settings, work)
+        refuse_others(path, settings, older)
     make_directory(path.parent)
     write_json(path, dict(settings))
 
 
 @contextlib.contextmanager
-def alone_in(directory: Path, work: str) -> Iterator[None]:
+def alone_in(directory: Path) -> Iterator[None]:
     """Hold a directory for this process; where it ends otherwise, the system lets go of it."""
     filelock = require("filelock")
     make_directory(directory)
@@ -31,7 +34,7 @@ def alone_in(directory: Path, work: str) -> Iterator[None]:
         lock.acquire(blocking=False)
     except filelock.Timeout as error:
         raise UserError(
-            f"--output-dir: expected a directory in which no {work} is under way, got {directory}, "
+            f"--output-dir: expected a directory in which no sweep is under way, got {directory}, "
             "in which another process is at work"
         ) from error
     try:
@@ -49,9 +52,9 @@ def make_directory(directory: Path) -> None:
         ) from error
 
 
-def refuse_others(path: Path, settings: Mapping[str, Any], work: str) -> None:
+def refuse_others(path: Path, settings: Mapping[str, Any], older: Mapping[str, Any]) -> None:
     try:
-        before = dict(json.loads(path.read_text()))
+        before = {**older, **json.loads(path.read_text())}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--output-dir: cannot use {path}: {error}") from error
     differing = sorted(
@@ -59,6 +62,6 @@ def refuse_others(path: Path, settings: Mapping[str, Any], work: str) -> None:
     )
     if differing:
         raise UserError(
-            f"--output-dir: expected a directory without a {work}, or one with these settings, "
+            "--output-dir: expected a directory without a sweep, or one with these settings, "
             f"got {path.parent}, where these differ: {', '.join(differing)}"
         )

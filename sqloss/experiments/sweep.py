@@ -239,7 +239,9 @@ def plan_arms(
     common = {k: v for k, v in {**given, **whole}.items() if k not in left_out}
     settings = {"command": trainer.name, **common, **measurement.settings}
     begun = any(directory.glob("*/seed-*"))
-    keep_settings(directory / "sweep.json", settings, "sweep", begun)
+    known = [setting for name, setting in settings_of(kind).items() if name in common]
+    older = dict(itertools.chain.from_iterable(each.in_format(0).items() for each in known))
+    keep_settings(directory / "sweep.json", settings, begun, older)
     return Sweep(measurement, directory, swept(preset.arms), tasks)
 
 

@@ -498,6 +498,9 @@ def test_other_settings_are_refused(quick, tmp_path, capsys):
     assert "these differ: batch_size, beta" in capsys.readouterr().err
     assert sweep("gan", tmp_path, *GAN) == 2
     assert (tmp_path / "sweep.json").read_bytes() == before
+    stored = json.loads(before)
+    del stored["risk"]  # as a sweep from before there was this flag
+    (tmp_path / "sweep.json").write_text(json.dumps(stored))
     # More seeds and more arms, elsewhere: no other settings.
     assert sweep("vae", tmp_path, *VAE, "--seeds", "2", "--data-dir", "elsewhere") == 0
     assert "1 of 2 runs to do" in capsys.readouterr().err
