@@ -8,18 +8,17 @@ from typing import Any
 
 from sqloss.training.errors import UserError, require
 from sqloss.training.files import write_json
+from sqloss.training.flags import renamed, settings_of
 
 
-def keep_settings(
-    path: Path, settings: Mapping[str, Any], begun: bool, older: Mapping[str, Any]
-) -> None:
+def keep_settings(path: Path, settings: Mapping[str, Any], kind: type, begun: bool) -> None:
     """Make the directory of ``path`` that of a sweep with these settings, and keep them there.
 
-    Where the sweep has ``begun``, UserError is raised for settings that are not those of before;
-    ``older`` are those of a sweep from when there were no such flags.
+    They are of runs of a ``kind`` of configuration, and others. Where the sweep has ``begun``,
+    UserError is raised for settings that are not those of before.
     """
     if begun and path.exists():
-        refuse_others(path, settings, older)
+        refuse_others(path, settings, kind)
     make_directory(path.parent)
     write_json(path, dict(settings))
 
@@ -52,11 +51,17 @@ def make_directory(directory: Path) -> None:
         ) from error
 
 
-def refuse_others(path: Path, settings: Mapping[str, Any], older: Mapping[str, Any]) -> None:
+def refuse_others(path: Path, settings: Mapping[str, Any], kind: type) -> None:
     try:
-        before = {**older, **json.loads(path.read_text())}
+        stored = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--output-dir: cannot use {path}: {error}") from error
+    before: dict[str, Any] = {}
+    for name, setting in settings_of(kind).items():
+        if name in settings:  # an older sweep may lack it
+            before |= setting.in_format(0)
+    former = renamed(kind)
+    before |= {former.get(name, name): value for name, value in stored.items()}
     differing = sorted(
         k for k in before.keys() | settings.keys() if before.get(k) != settings.get(k)
     )

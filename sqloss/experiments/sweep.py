@@ -239,9 +239,7 @@ def plan_arms(
     common = {k: v for k, v in {**given, **whole}.items() if k not in left_out}
     settings = {"command": trainer.name, **common, **measurement.settings}
     begun = any(directory.glob("*/seed-*"))
-    known = [setting for name, setting in settings_of(kind).items() if name in common]
-    older = dict(itertools.chain.from_iterable(each.in_format(0).items() for each in known))
-    keep_settings(directory / "sweep.json", settings, begun, older)
+    keep_settings(directory / "sweep.json", settings, kind, begun)
     return Sweep(measurement, directory, swept(preset.arms), tasks)
 
 

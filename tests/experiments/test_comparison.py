@@ -149,7 +149,7 @@ def test_the_report_tells_means_differences_and_corrected_p(tmp_path):
 
 def compare(directory, *arguments):
     flags = (
-        *("--limit", "200", "--hidden", "8", "--latent", "3", "--epochs", "1"),
+        *("--train-limit", "200", "--hidden", "8", "--latent", "3", "--epochs", "1"),
         *("--iterations", "3", "--burn-in", "1", "--neighbour-images", "50", "--test-images", "0"),
     )
     command = ("impute", "--compare", "--output-dir", str(directory))

@@ -499,7 +499,8 @@ def test_other_settings_are_refused(quick, tmp_path, capsys):
     assert sweep("gan", tmp_path, *GAN) == 2
     assert (tmp_path / "sweep.json").read_bytes() == before
     stored = json.loads(before)
-    del stored["risk"]  # as a sweep from before there was this flag
+    del stored["risk"]  # as a sweep from before there were these flags
+    stored["limit"] = stored.pop("train_limit")
     (tmp_path / "sweep.json").write_text(json.dumps(stored))
     # More seeds and more arms, elsewhere: no other settings.
     assert sweep("vae", tmp_path, *VAE, "--seeds", "2", "--data-dir", "elsewhere") == 0
