@@ -53,7 +53,7 @@ def make_directory(directory: Path) -> None:
 
 def refuse_others(path: Path, settings: Mapping[str, Any], kind: type) -> None:
     try:
-        stored = dict(json.loads(path.read_text()))
+        stored: dict[str, Any] = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"--output-dir: cannot use {path}: {error}") from error
     before: dict[str, Any] = {}

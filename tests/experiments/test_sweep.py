@@ -627,7 +627,7 @@ class Numbers:
     def __len__(self):
         return 8
 
-    def batches(self, rows):
+    def batches(self, rows, training):
         return (each.float()[:, None] for each in rows)
 
     def fingerprint(self):
