@@ -10,16 +10,12 @@ from typing import Any
 import torch
 
 import sqloss
-from sqloss.experiments.commands import (
-    NOT_COMPARED,
-    PLAIN,
-    evaluate,
-    impute,
-    sweep,
-)
-from sqloss.experiments.comparison import CompareConfig
+from sqloss.experiments.commands import evaluate, impute, sweep
+from sqloss.experiments.comparison import NOT_COMPARED, PLAIN, CompareConfig
 from sqloss.experiments.imputation import ImputeConfig
+from sqloss.experiments.measurement import Measurement
 from sqloss.experiments.sweep import SweepConfig
+from sqloss.experiments.sweep_report import metric_to_choose_by
 from sqloss.training import ranks
 from sqloss.training.command import INTERRUPTED, train
 from sqloss.training.config import RunConfig, expanded
@@ -169,8 +165,8 @@ def add_sweep_flags(sweep: argparse.ArgumentParser) -> None:
         )
         defaults = {
             "grid": "none",
-            "preset": f"none; there are {', '.join(trainer.presets)}",
-            "best_by": trainer.main_metrics[0],
+            "preset": f"none; there are {', '.join(trainer.presets) or 'none'}",
+            "best_by": metric_to_choose_by(Measurement(name), ""),
         }
         add_config_flags(part, SweepConfig, defaults)
         part.add_argument(
@@ -222,7 +218,7 @@ def add_impute_flags(impute: argparse.ArgumentParser) -> None:
         type=expanded,
         default=argparse.SUPPRESS,
         metavar="DIR",
-        help="where compare.csv and compare.md go; trainings that are there already are not done "
+        help="where the runs, sweep.csv and sweep.md go; runs that are there already are not done "
         "again (default: runs/impute-DATASET)",
     )
     training = impute.add_argument_group(

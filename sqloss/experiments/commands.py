@@ -4,16 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqloss.experiments.comparison import (
-    CLASSIFIER_SEED,
-    CompareConfig,
-    Ledger,
-    Task,
-    as_markdown,
-    make_arms,
-    make_tasks,
-    trials,
-)
+from sqloss.experiments.comparison import CompareConfig, plan_comparison
 from sqloss.experiments.directory import alone_in
 from sqloss.experiments.imputation import (
     COLUMNS,
@@ -26,7 +17,8 @@ from sqloss.experiments.imputation import (
     vae_methods,
 )
 from sqloss.experiments.imputation_plots import draw_imputations
-from sqloss.experiments.sweep import SweepConfig
+from sqloss.experiments.measurement import Measurement
+from sqloss.experiments.sweep import Sweep, SweepConfig
 from sqloss.experiments.sweep import plan as plan_sweep
 from sqloss.experiments.sweep import prepare as prepare_sweep
 from sqloss.experiments.sweep import train as train_sweep
@@ -41,7 +33,7 @@ from sqloss.experiments.sweep_report import (
 from sqloss.training.command import INTERRUPTED
 from sqloss.training.errors import UserError, require
 from sqloss.training.files import as_csv, write_atomically
-from sqloss.training.flags import as_flag, changed, configure, settings_of
+from sqloss.training.flags import as_flag, settings_of
 from sqloss.training.ranks import say
 from sqloss.training.saved_run import SavedRun, load_saved_run
 from sqloss.training.shares import classifier_of
@@ -53,24 +45,24 @@ from sqloss.training.vae.config import VAEConfig
 
 Settings = TypeVar("Settings", BoundsConfig, ImputeConfig, CompareConfig, SweepConfig)
 
-# How priors are compared where nothing else is asked for.
-PLAIN: dict[str, Any] = {"alpha": 0.0, "imbalance": "none"}
-# What its arms set themselves, and what it has no use for: no report, no checkpoints.
-NOT_COMPARED = ("prior", "df", "learn_df", "num_samples", "checkpoint_every")
-
 
 def sweep(trainer: str, output_dir: Path | None = None, **given: Any) -> int:
     """Train with several settings and seeds, a run for each, and compare what they come to."""
     sweep_config, given = taken(SweepConfig, given)
-    metric = metric_to_choose_by(trainer, sweep_config.best_by)
+    metric = metric_to_choose_by(Measurement(trainer), sweep_config.best_by)
     whole = plan_sweep(trainer, sweep_config, output_dir, given)
     refuse_other_tails(whole, metric)
-    with alone_in(whole.directory, "sweep"):
+    return carry_out(whole, metric, sweep_config.jobs)
+
+
+def carry_out(whole: Sweep, metric: str, jobs: int) -> int:
+    """Do the runs of a sweep that are not done yet, and tell what all have come to."""
+    with alone_in(whole.directory):
         missing = whole.missing
         say(f"sweep: {whole.directory}, {len(missing)} of {len(whole.tasks)} runs to do")
         try:
             prepare_sweep(whole, say)
-            for number, task in enumerate(train_sweep(whole, sweep_config.jobs), 1):
+            for number, task in enumerate(train_sweep(whole, jobs), 1):
                 write_csv(whole)
                 say(f"{number}/{len(missing)}: {outcome(whole, task, metric)}")
         except KeyboardInterrupt:
@@ -91,7 +83,11 @@ def impute(run_dir: Path | None = None, compare: bool = False, **given: Any) -> 
         require(needed)
     impute_config, given = taken(ImputeConfig, given)
     if run_dir is None:
-        return compare_priors(impute_config, **given)
+        output_dir = given.pop("output_dir", None)
+        compare_config, given = taken(CompareConfig, given)
+        whole = plan_comparison(compare_config, impute_config, output_dir, given)
+        metric = metric_to_choose_by(whole.measurement, "")
+        return carry_out(whole, metric, compare_config.jobs)
     refuse_all_but(VAEConfig.of_machine, given, "with RUN_DIR, whose models are trained already")
     return impute_with(load_saved_run(VAE, run_dir, given), impute_config, run_dir)
 
@@ -118,51 +114,6 @@ def impute_with(trained: SavedRun, impute_config: ImputeConfig, directory: Path)
         f"the classifier gets {rows[0]['accuracy_of_originals']:.1%} of the originals right; "
         f"the rows are in {directory / 'impute.csv'}, the pictures beside it"
     )
-    return 0
-
-
-def compare_priors(
-    impute_config: ImputeConfig, output_dir: Path | None = None, **given: Any
-) -> int:
-    """Train every arm with every seed, unless it is there already, and compare what they impute."""
-    compare_config, given = taken(CompareConfig, given)
-    config = configure(VAEConfig, **PLAIN | given)
-    if compare_config.jobs > 1 and not config.cpu_threads:
-        config = changed(config, threads=1)
-    tasks = make_tasks(make_arms(config, compare_config), compare_config.seeds)
-    directory = output_dir or Path("runs") / f"impute-{config.dataset}"
-    config.check_place(directory)
-    with alone_in(directory, "comparison"):
-        return compare_in(directory, tasks, config, impute_config, compare_config.jobs)
-
-
-def compare_in(
-    directory: Path,
-    tasks: Sequence[Task],
-    config: VAEConfig,
-    impute_config: ImputeConfig,
-    jobs: int,
-) -> int:
-    ledger = Ledger(directory, config, impute_config)
-    missing = [task for task in tasks if ledger.lacks(task)]
-    say(f"comparison: {directory}, {len(missing)} of {len(tasks)} trainings to do")
-    if missing:
-        whole = VAE.load(config)
-        whole = first_test_images(whole, impute_config.test_images)
-        say(whole.imbalanced(config.imbalance, config.seed).in_words(whole))
-        set_threads(config, whole)
-        classifier = classifier_of(whole, config.torch_device, CLASSIFIER_SEED)
-        try:
-            for rows in trials(missing, whole, classifier, impute_config, jobs):
-                ledger.add(rows)
-                say(f"done: {rows[0]['arm']}, seed {rows[0]['seed']}")
-        except KeyboardInterrupt:
-            say("\nstopped; what is done is kept: the same command does the rest")
-            return INTERRUPTED
-    rows = ledger.of(tasks)
-    write_atomically(directory / "compare.md", as_markdown(rows).encode())
-    show(as_markdown(rows, metrics=["rmse"]).rstrip())
-    say(f"the same for the other metrics: {directory / 'compare.md'}; every number: {ledger.path}")
     return 0
 
 

@@ -7,11 +7,11 @@ background. What a method returns has the observed pixels as they were.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from sqloss.experiments.measurement import Row
 from sqloss.models import VAE
 from sqloss.models.classifier import Classifier
 from sqloss.models.pixels import pixels
@@ -20,7 +20,7 @@ from sqloss.student_t import draw_seed
 from sqloss.training.data import Dataset
 from sqloss.training.errors import require
 from sqloss.training.flags import LARGEST, expect, flag
-from sqloss.training.tables import aligned
+from sqloss.training.tables import table
 
 BATCH_SIZE = 100  # images, of which one-shot imputation decodes many draws at once
 WINDOW = 7  # pixels, of the structural similarity
@@ -30,19 +30,10 @@ PCA_ITERATIONS = 10  # more fit the observed pixels better and the missing ones 
 Method = Callable[[Tensor], Tensor]  # pixels [N, C, H, W], NaN where missing, to whole ones
 Methods = dict[tuple[str, str], Method]  # by model and name
 Imputed = dict[tuple[str, str], Tensor]  # images, by model and method
-Row = dict[str, Any]  # how well one method did on one mask, by these columns
 COLUMNS = (
-    "model",
-    "method",
-    "mask",
-    "missing",
-    "rmse",
-    "mae",
-    "ssim",
-    "accuracy",
+    *("model", "method", "mask", "missing", "rmse", "mae", "ssim", "accuracy"),
     "accuracy_of_originals",
 )
-METRICS = ("rmse", "mae", "ssim", "accuracy")
 NO_MODEL = "baseline"  # in the column of models
 ONE_SHOT = "one-shot"
 PSEUDO_GIBBS = "pseudo-Gibbs"
@@ -80,13 +71,8 @@ class ImputeConfig:
         for name in ("square_side", "test_images", "neighbour_images"):
             in_range = 0 <= getattr(self, name) <= LARGEST
             expect(self, name, in_range, f"a whole number from 0 to {LARGEST}")
-        in_range = 0 <= self.burn_in < self.iterations
-        expect(
-            self,
-            "burn_in",
-            in_range,
-            f"a whole number from 0 to below --iterations {self.iterations}",
-        )
+        expected = f"a whole number from 0 to below --iterations {self.iterations}"
+        expect(self, "burn_in", 0 <= self.burn_in < self.iterations, expected)
 
 
 # What is missing: bool [N, 1, H, W], True where it is, for all channels of a pixel.
@@ -355,7 +341,7 @@ def as_table(rows: Sequence[Row]) -> str:
         + [f"{row['accuracy']:.1%}"]
         for row in rows
     ]
-    return "\n".join(aligned([["missing: method", "RMSE", "MAE", "SSIM", "accuracy"], *cells]))
+    return table([["missing: method", "RMSE", "MAE", "SSIM", "accuracy"], *cells])
 
 
 def name_of(model: str, method: str) -> str:

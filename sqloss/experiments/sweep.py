@@ -1,4 +1,4 @@
-"""Sweeps: arms, each trained with every seed as a run of its own, and compared by their reports.
+"""Sweeps: arms, each trained with every seed as a run of its own, measured and compared.
 
 An arm is a change to the configuration. With one seed all arms start alike, as far as their models
 are alike, and see the data in the same order: their differences are paired by the seed.
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sqloss.experiments.directory import keep_settings
+from sqloss.experiments.measurement import Measurement
 from sqloss.experiments.processes import in_processes
 from sqloss.training.config import RunConfig
 from sqloss.training.errors import UserError, require
@@ -26,21 +27,21 @@ from sqloss.training.flags import (
     flag,
     flat,
     renamed,
+    settings_chosen,
     settings_of,
     warn_of_renamed,
 )
 from sqloss.training.loop import NonFiniteError
 from sqloss.training.progress import Silence
 from sqloss.training.run import Run
-from sqloss.training.trainer import Preset, product
+from sqloss.training.trainer import Preset, Trainer, arm_name, product
 from sqloss.training.trainers import TRAINERS
 
 Flags = Mapping[str, Any]  # values of fields of a configuration
 Arms = Mapping[str, Flags]
-Row = dict[str, Any]
 
+FAILED = "failed.json"  # in the directory of a run that came to no end
 BASELINE = "baseline"  # the only arm where nothing is swept
-FAILED = "failed.json"  # in the directory of a run that came to no report
 
 
 @dataclass(frozen=True)
@@ -121,21 +122,30 @@ def parse_value(given: str, kind: Any, text: str) -> Any:
         raise UserError(f"--grid: expected {kinds[kind]} for {given}, got {text!r}") from error
 
 
-def make_arms(command: str, sweep_config: SweepConfig) -> Arms:
-    """Every arm of the preset with every combination of the grids."""
+def make_arms(command: str, sweep_config: SweepConfig, given: Flags) -> Arms:
+    """Every arm of the preset with every combination of the grids.
+
+    An arm lacks the flags of what it has not chosen, such as the alpha of another risk.
+    """
     preset = find_preset(command, sweep_config.preset)
     grids = parse_grids(command, sweep_config.grid)
-    twice = [name for name in grids if any(name in flags for flags in preset.arms.values())]
-    if twice:
-        raise UserError(
-            f"--grid: expected flags that --preset {sweep_config.preset} does not sweep over, "
-            f"got {as_flag(twice[0])[2:]}"
-        )
-    return {
-        ", ".join(filter(None, [name, other])) or BASELINE: {**flags, **others}
-        for name, flags in preset.arms.items()
-        for other, others in product(grids).items()
-    }
+    arms: dict[str, Flags] = {}
+    for (name, flags), combination in itertools.product(
+        preset.arms.items(), product(grids).values()
+    ):
+        all_flags = {**preset.base, **given, **flags, **combination}
+        chosen = settings_chosen(TRAINERS[command].config, all_flags)
+        others = {other: value for other, value in combination.items() if other in chosen}
+        arms[", ".join(filter(None, [name, arm_name(others)])) or BASELINE] = {**flags, **others}
+    for name in grids:
+        if any(name in flags for flags in preset.arms.values()):
+            expected = f"flags that --preset {sweep_config.preset} does not sweep over"
+        elif name not in swept(arms):
+            expected = "flags of what some arm has chosen"
+        else:
+            continue
+        raise UserError(f"--grid: expected {expected}, got {as_flag(name)[2:]}")
+    return arms
 
 
 def swept(arms: Arms) -> list[str]:
@@ -154,81 +164,105 @@ class Task(NamedTuple):
     directory: Path
 
     @property
-    def is_done(self) -> bool:
-        return (self.directory / "report.json").exists() or self.has_failed
-
-    @property
     def has_failed(self) -> bool:
         return (self.directory / FAILED).exists()
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is to be trained, in a directory that is its own."""
+    """What is to be trained and measured, in a directory that is its own."""
 
-    command: str
+    measurement: Measurement
     directory: Path
     fields: Sequence[str]  # that the arms set
     tasks: Sequence[Task]
 
+    def is_done(self, task: Task) -> bool:
+        return (task.directory / self.measurement.file).exists() or task.has_failed
+
     @property
     def missing(self) -> list[Task]:
-        return [task for task in self.tasks if not task.is_done]
+        return [task for task in self.tasks if not self.is_done(task)]
 
 
 def plan(command: str, sweep_config: SweepConfig, output_dir: Path | None, given: Flags) -> Sweep:
-    """The sweep that flags ask for; ``given`` are those of the trainer.
-
-    Its directory is made, and refused where it holds runs with other settings.
-    """
-    require("joblib")
-    trainer = TRAINERS[command]
-    kind = trainer.config
-    preset, arms = find_preset(command, sweep_config.preset), make_arms(command, sweep_config)
-    fields = swept(arms)
-    for name in fields:
+    """The sweep that flags ask for; ``given`` are those of the trainer."""
+    preset, arms = (
+        find_preset(command, sweep_config.preset),
+        make_arms(command, sweep_config, given),
+    )
+    for name in swept(arms):
         if name in given:
             raise UserError(
                 f"{as_flag(name)}: expected no such flag where the sweep sets it, "
                 f"got {as_text(given[name])}"
             )
-    base: dict[str, Any] = {"threads": 1, **preset.base, **given}
-    config = configure(kind, **base)
+    return plan_arms(
+        Measurement(command),
+        Preset(preset.base, arms),
+        sweep_config.seeds,
+        given,
+        output_dir,
+        name=f"sweep-{sweep_config.preset or command}",
+        origin="--grid" if sweep_config.grid else "--preset",
+    )
+
+
+def plan_arms(
+    measurement: Measurement,
+    preset: Preset,
+    seeds: int,
+    given: Flags,
+    output_dir: Path | None,
+    name: str,
+    origin: str,
+) -> Sweep:
+    """A sweep over the arms of a preset; ``name`` begins that of its directory.
+
+    The directory is made, and refused where it holds runs with other settings. ``origin`` is the
+    flag that the arms come from.
+    """
+    require("joblib")
+    trainer = measurement.trainer
+    kind = trainer.config
+    defaults = {"threads": 1, **preset.base}
+    configs = configure_arms(kind, defaults, given, {"": {}, **preset.arms}, origin)
+    config = configs.pop("")
     whole = flat(config)
-    name = config.title.replace(command, sweep_config.preset or command, 1)
-    directory = output_dir or Path("runs") / f"sweep-{name}"
-    common = base | dict(trainer.shared_settings(directory, whole))
-    origin = "--grid" if sweep_config.grid else "--preset"
-    configs = {
-        arm: configure_arm(kind, common, flags, f"{origin}: {arm}") for arm, flags in arms.items()
-    }
+    directory = output_dir or Path("runs") / config.title.replace(trainer.name, name, 1)
+    shared = trainer.shared_settings(directory, whole)
+    configs = {arm: changed(config, **shared) for arm, config in configs.items()}
     for config in configs.values():
         config.check_place(directory)
-    tasks = make_tasks(directory, configs, sweep_config.seeds)
+    tasks = make_tasks(directory, configs, seeds)
     left_out = ("seed", *kind.of_machine)
-    settings = {"command": command} | {k: v for k, v in whole.items() if k not in left_out}
+    common = {k: v for k, v in {**given, **whole}.items() if k not in left_out}
+    settings = {"command": trainer.name, **common, **measurement.settings}
     begun = any(directory.glob("*/seed-*"))
-    keep_settings(directory / "sweep.json", settings, "sweep", begun)
-    return Sweep(command, directory, fields, tasks)
+    keep_settings(directory / "sweep.json", settings, kind, begun)
+    return Sweep(measurement, directory, swept(preset.arms), tasks)
 
 
-def configure_arm(kind: type[RunConfig], base: Flags, flags: Flags, name: str) -> RunConfig:
-    """The configuration of an arm; its name is told where what is wrong comes from the arm."""
-    try:
-        return configure(kind, **{**base, **flags})
-    except UserError as error:
-        if complaint(kind, base) == str(error):
-            raise
-        raise UserError(f"{name}: {error}") from error
+def configure_arms(
+    kind: type[RunConfig], defaults: Flags, given: Flags, arms: Arms, origin: str
+) -> dict[str, RunConfig]:
+    """The configurations of arms; an arm without a name is what they change.
 
-
-def complaint(kind: type[RunConfig], values: Flags) -> str:
-    """What is wrong with values, if anything is."""
-    try:
-        configure(kind, **values)
-    except UserError as error:
-        return str(error)
-    return ""
+    A flag that is given for what an arm has not chosen, such as the alpha of another risk, is meant
+    for other arms, and refused where none has a use for it. What is wrong with an arm alone is told
+    of the arm.
+    """
+    base = {**defaults, **given}
+    chosen = {arm: settings_chosen(kind, {**base, **flags}) for arm, flags in arms.items()}
+    useless = given.keys() - set().union(*(names for arm, names in chosen.items() if arm))
+    configs = {}
+    for arm, flags in arms.items():
+        own = {k: v for k, v in base.items() if k in chosen[arm] | useless}
+        try:
+            configs[arm] = configure(kind, **{**own, **flags})
+        except UserError as error:
+            raise UserError(f"{origin}: {arm}: {error}" if arm else str(error)) from error
+    return configs
 
 
 def make_tasks(directory: Path, configs: Mapping[str, RunConfig], seeds: int) -> list[Task]:
@@ -249,12 +283,12 @@ def make_tasks(directory: Path, configs: Mapping[str, RunConfig], seeds: int) ->
     ]
 
 
-def data_of(command: str, config: RunConfig) -> Any:
+def data_of(trainer: Trainer[Any, Any], config: RunConfig) -> Any:
     """The data of a run; read once per process, as far as the runs are of one data set."""
-    names = TRAINERS[command].data_settings
-    key = (command, *(value for name, value in flat(config).items() if name in names))
+    values = flat(config)
+    key = (trainer.name, *(values.get(name) for name in trainer.data_settings))
     if _loaded.get("key") != key:
-        _loaded.update(key=key, data=TRAINERS[command].load(config))
+        _loaded.update(key=key, data=trainer.load(config))
     return _loaded["data"]
 
 
@@ -266,14 +300,14 @@ def prepare(sweep: Sweep, tell: Callable[[str], object]) -> None:
 
     What the runs train on is told, once where it is the same for many.
     """
-    trainer = TRAINERS[sweep.command]
+    trainer = sweep.measurement.trainer
     told = set()
     missing = sweep.missing
     for task in {task.arm: task for task in missing}.values():
         config = task.config
         config.check_machine()
         trainer.check(config)
-        whole = data_of(sweep.command, config)
+        whole = data_of(trainer, config)
         trainer.check_data(whole, config)
         run_in(task.directory, config)
         data = trainer.training_data(whole, config)
@@ -283,24 +317,24 @@ def prepare(sweep: Sweep, tell: Callable[[str], object]) -> None:
             told.add(words)
             tell(words)
     if missing:
-        config = missing[0].config
-        trainer.prepare(config, data_of(sweep.command, config), sweep.tasks[0].config.seed)
+        config, first = missing[0].config, sweep.tasks[0].config.seed
+        whole = data_of(trainer, config)
+        sweep.measurement.prepare(sweep.directory, config, whole, first)
 
 
 def train(sweep: Sweep, jobs: int) -> Iterator[Task]:
     """Do what is missing; the tasks as they are done."""
-    return in_processes(train_run, [(sweep.command, task) for task in sweep.missing], jobs)
+    return in_processes(train_run, [(sweep.measurement, task) for task in sweep.missing], jobs)
 
 
-def train_run(command: str, task: Task) -> Task:
-    """Train one arm with one seed and report on it, or note why that cannot be."""
-    config = task.config
-    run = run_in(task.directory, config)
-    run.begin(TRAINERS[command], data_of(command, config))
+def train_run(measurement: Measurement, task: Task) -> Task:
+    """Train one arm with one seed and measure it, or note why that cannot be."""
+    run, is_trained = run_in(task.directory, task.config), task.arm not in measurement.untrained
+    run.begin(measurement.trainer, data_of(measurement.trainer, task.config))
     try:
-        if not run.fit(Silence()):
+        if is_trained and not run.fit(Silence()):
             raise KeyboardInterrupt
-        run.report()
+        measurement.measure(run, is_trained)
     except NonFiniteError as error:
         reason = str(error.__cause__ or error)  # without what a run of its own would leave behind
         write_json(task.directory / FAILED, {"error": reason})

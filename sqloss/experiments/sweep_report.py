@@ -1,43 +1,50 @@
 """What a sweep has come to: a row per run and model, means over seeds, and paired differences."""
 
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+from sqloss.experiments.measurement import (
+    Control,
+    Key,
+    Measurement,
+    Row,
+    Series,
+    finite,
+    series_of,
+)
 from sqloss.experiments.statistics import Paired, mean_interval, paired, paired_table
-from sqloss.experiments.sweep import FAILED, Row, Sweep, Task, data_of
+from sqloss.experiments.sweep import FAILED, Sweep, Task, data_of
 from sqloss.experiments.sweep_plots import Panel, draw_panels
 from sqloss.training.errors import UserError
 from sqloss.training.files import as_csv, write_atomically
 from sqloss.training.flags import as_text, flat
 from sqloss.training.progress import counted
-from sqloss.training.tables import CONFIDENCE, aligned
+from sqloss.training.tables import CONFIDENCE, table
 from sqloss.training.text import in_markdown
-from sqloss.training.trainer import Report
-from sqloss.training.trainers import TRAINERS
+from sqloss.training.trainer import Metric, Report
 
 PICTURE = "sweep.png"
 
 
-def metric_to_choose_by(command: str, name: str) -> str:
-    """That of --best-by, or the trainer's first."""
-    name = name or TRAINERS[command].main_metrics[0]
-    allowed = [metric for metric, m in TRAINERS[command].metrics.items() if m.better]
-    if name not in allowed:
-        raise UserError(f"--best-by: expected one of {', '.join(allowed)}, got {name}")
+def metric_to_choose_by(measurement: Measurement, name: str) -> str:
+    """That of --best-by, or the first of the tables; "" where there are no metrics."""
+    allowed = [metric for metric, m in measurement.metrics.items() if m.better]
+    name = name or next(iter([*measurement.main_metrics, *allowed]), "")
+    if name and name not in allowed:
+        expected = f"one of {', '.join(allowed)}" if allowed else "no such flag without metrics"
+        raise UserError(f"--best-by: expected {expected}, got {name}")
     return name
 
 
 def is_of_one_tail(sweep: Sweep, metric: str) -> bool:
     """Whether a metric is the same one in every arm: tails at different alphas do not compare."""
     alphas = {task.config.metric_alpha for task in sweep.tasks}
-    return len(alphas) == 1 or not TRAINERS[sweep.command].metrics[metric].of_tail
+    return len(alphas) == 1 or not sweep.measurement.metrics[metric].of_tail
 
 
 def refuse_other_tails(sweep: Sweep, metric: str) -> None:
-    if not is_of_one_tail(sweep, metric):
+    if metric and not is_of_one_tail(sweep, metric):
         raise UserError(
             f"--best-by: expected a metric that is the same one in every arm, got {metric}, "
             "which is of the tail at each arm's own --alpha"
@@ -48,24 +55,19 @@ def refuse_other_tails(sweep: Sweep, metric: str) -> None:
 
 
 def rows_of(sweep: Sweep) -> list[Row]:
-    """Those of the runs that are done, one per model."""
-    return [row for task in sweep.tasks if task.is_done for row in rows_of_task(sweep, task)]
+    """Those of the runs that are done."""
+    return [row for task in sweep.tasks if sweep.is_done(task) for row in rows_of_task(sweep, task)]
 
 
 def rows_of_task(sweep: Sweep, task: Task) -> list[Row]:
-    row = {"arm": task.arm, "seed": task.config.seed}
-    settings = flat(task.config)
-    flags = {n: as_text(settings[n]) if n in settings else "" for n in sweep.fields}
+    config, values = task.config, flat(task.config)
+    flags = {name: as_text(values.get(name, "")) for name in sweep.fields}
+    named = {"arm": task.arm, "seed": config.seed, **flags}
     if task.has_failed:
-        error = reason(task)
-        return [row | {"model": name, **flags, "error": error} for name in task.config.contenders]
-    report = read_json(task.directory / "report.json")
-    return [
-        row
-        | {"model": name, **flags}
-        | {metric: m.value(report, model) for metric, m in TRAINERS[sweep.command].metrics.items()}
-        for name, model in report["models"].items()
-    ]
+        models, error = config.contenders, reason(task)
+        return [{**named, "model": name, "error": error} for name in models]
+    report = read_json(task.directory / sweep.measurement.file)
+    return [named | row for row in sweep.measurement.rows(report, config)]
 
 
 def reason(task: Task) -> str:
@@ -81,7 +83,8 @@ def read_json(path: Path) -> Report:
 
 
 def write_csv(sweep: Sweep) -> None:
-    columns = ("arm", "seed", "model", *sweep.fields, *TRAINERS[sweep.command].metrics, "error")
+    m = sweep.measurement
+    columns = ("arm", "seed", *m.parts, *sweep.fields, *m.metrics, "error")
     write_atomically(sweep.directory / "sweep.csv", as_csv(columns, rows_of(sweep)))
 
 
@@ -90,9 +93,11 @@ def outcome(sweep: Sweep, task: Task, metric: str) -> str:
     name = f"{task.arm}, seed {task.config.seed}"
     if task.has_failed:
         return f"{name} has failed: {reason(task)}"
-    m = TRAINERS[sweep.command].metrics[metric]
+    if not metric or len(sweep.measurement.parts) > 1:
+        return f"{name} is done"
+    m = sweep.measurement.metrics[metric]
     rows = rows_of_task(sweep, task)
-    values = [f"{cell(finite(row[metric]), m.digits)} ({row['model']})" for row in rows]
+    values = [f"{cell(dict(enumerate(finite(row[metric]))), m)} ({row['model']})" for row in rows]
     alarms = [
         f"; {row['model']}: something was wrong in {counted(row['failed_epochs'], 'epoch')}, "
         f"see {task.directory / 'report.md'}"
@@ -100,34 +105,6 @@ def outcome(sweep: Sweep, task: Task, metric: str) -> str:
         if row.get("failed_epochs")
     ]
     return f"{name}: {m.label} {', '.join(values)}{''.join(alarms)}"
-
-
-# Series of values, one per seed.
-
-
-class Key(NamedTuple):
-    """Whose values: those of one metric, a value per seed, are a series."""
-
-    arm: str
-    model: str
-
-
-Series = dict[Key, dict[int, float]]
-
-
-def series_of(rows: Sequence[Row], metric: str) -> Series:
-    """The values that there are and that are finite."""
-    series: Series = {}
-    for row in rows:
-        values = series.setdefault(Key(row["arm"], row["model"]), {})
-        for value in finite(row.get(metric)):
-            values[row["seed"]] = value
-    return series
-
-
-def finite(value: float | None) -> list[float]:
-    """The value, if there is one."""
-    return [value] if value is not None and math.isfinite(value) else []
 
 
 def best_of(series: Series, better: str, seeds: int) -> Key | None:
@@ -141,21 +118,6 @@ def best_of(series: Series, better: str, seeds: int) -> Key | None:
     return choose(means, key=means.__getitem__) if means else None
 
 
-def against_first(series: Series) -> dict[tuple[Key, Key], Paired]:
-    """Every arm against the first one: its like-named model, or else its first one.
-
-    The models of the first arm are against the first of them.
-    """
-    first, *_ = series
-    differences = {}
-    for key, values in series.items():
-        like = first._replace(model=key.model)
-        control = like if like in series and like != key else first
-        if key != first and len(values.keys() & series[control].keys()) > 1:
-            differences[key, control] = paired(values, series[control])
-    return differences
-
-
 # The report.
 
 
@@ -166,12 +128,12 @@ def write_report(sweep: Sweep, metric: str) -> None:
 
 def draw_samples(sweep: Sweep) -> None:
     """What every arm generates with the first seed, but for those that failed with it."""
-    trainer, seed = TRAINERS[sweep.command], sweep.tasks[0].config.seed
+    trainer, seed = sweep.measurement.trainer, sweep.tasks[0].config.seed
     panels = []
     for task in sweep.tasks:
         if task.config.seed == seed and not task.has_failed and trainer.has_samples:
             rows = rows_of_task(sweep, task)
-            data = data_of(sweep.command, task.config)
+            data = data_of(trainer, task.config)
             images = trainer.samples(task.config, data, task.directory)
             panels += [
                 Panel(caption(sweep, row, rows), images[row["model"]])
@@ -186,14 +148,17 @@ def draw_samples(sweep: Sweep) -> None:
 def caption(sweep: Sweep, row: Row, rows: Sequence[Row]) -> str:
     """The name of a row, and what its trainer tells of it."""
     name = name_of(Key(row["arm"], row["model"]), rows)
-    return f"{name}\n{TRAINERS[sweep.command].caption(row)}"
+    return f"{name}\n{sweep.measurement.trainer.caption(row)}"
 
 
 def as_markdown(sweep: Sweep, metric: str) -> str:
-    parts = [f"# Sweep of sqloss {sweep.command}", HOW_TO_READ, summary(sweep, metric)]
+    how_to_read = f"{HOW_TO_READ} {sweep.measurement.how_to_read}".rstrip()
+    parts = [f"# {sweep.measurement.title}", how_to_read, summary(sweep, metric)]
     rows = rows_of(sweep)
-    others = [other for other in present(sweep, rows) if other != metric]
-    parts += [table for other in others if (table := differences(sweep, rows, other))]
+    for other in present(sweep, rows):
+        if other != metric:
+            parts += means(sweep, rows, other) if sweep.measurement.across else []
+            parts += differences(sweep, rows, other)
     if (sweep.directory / PICTURE).exists():
         parts.append(f"![Samples of every arm]({PICTURE})")
     return "\n\n".join(parts) + "\n"
@@ -204,7 +169,7 @@ Means over seeds, in brackets their {CONFIDENCE:.0%} t intervals. Differences ar
 seed, and relative to the mean of what they are from; p is of the paired t test, and Holm's
 correction is over the rows of its table. The best of many rows is the best by luck too: only the
 differences tell how far it is to be believed, and with one seed nothing does. The settings that
-all arms share are in `sweep.json`, and those of each run in the `config.json` beside its report."""
+all arms share are in `sweep.json`, and those of each run in its `config.json`."""
 
 
 HOW_TO_RETRY = f"Failed (a run is tried again once the {FAILED} in its directory is deleted):"
@@ -213,16 +178,7 @@ HOW_TO_RETRY = f"Failed (a run is tried again once the {FAILED} in its directory
 def summary(sweep: Sweep, metric: str) -> str:
     """The means, the best of them, and the differences in the metric that it is the best by."""
     rows = rows_of(sweep)
-    seeds = len({task.config.seed for task in sweep.tasks})
-    m = TRAINERS[sweep.command].metrics[metric]
-    best = best_of(series_of(rows, metric), m.better, seeds)
-    parts = [table(means_table(sweep, rows, metric, best, seeds))]
-    if best:
-        value = cell(list(series_of(rows, metric)[best].values()), m.digits)
-        name = in_markdown(name_of(best, rows))
-        parts.append(f"Best by {m.label} ({m.better} is better): **{name}**, {value}.")
-    else:
-        parts.append(f"No row is the best by {m.label}: none has it for every seed.")
+    parts = means(sweep, rows, metric)
     failed = [
         f"- {in_markdown(task.arm)}, seed {task.config.seed}: {reason(task)}"
         for task in sweep.tasks
@@ -230,68 +186,103 @@ def summary(sweep: Sweep, metric: str) -> str:
     ]
     if failed:
         parts.append(f"{HOW_TO_RETRY}\n\n" + "\n".join(failed))
-    return "\n\n".join(filter(None, [*parts, differences(sweep, rows, metric)]))
+    return "\n\n".join([*parts, *differences(sweep, rows, metric)])
 
 
 def present(sweep: Sweep, rows: Sequence[Row]) -> list[str]:
     """The metrics of the table that some row has, and that compare."""
     return [
         metric
-        for metric in TRAINERS[sweep.command].main_metrics
+        for metric in sweep.measurement.main_metrics
         if any(row.get(metric) is not None for row in rows) and is_of_one_tail(sweep, metric)
     ]
 
 
-def means_table(
-    sweep: Sweep, rows: Sequence[Row], metric: str, best: Key | None, seeds: int
-) -> Iterator[list[str]]:
-    known = TRAINERS[sweep.command].metrics
-    metrics = list(dict.fromkeys([metric, *present(sweep, rows)]))
-    yield ["", "seeds", *(known[other].label for other in metrics)]
-    series = {other: series_of(rows, other) for other in metrics}
-    for key in series[metric]:
-        cells = [cell(list(series[other][key].values()), known[other].digits) for other in metrics]
-        done = sum(Key(row["arm"], row["model"]) == key and "error" not in row for row in rows)
+def columns_of(sweep: Sweep, rows: Sequence[Row], metric: str) -> Iterator[tuple[str, str, Series]]:
+    """The label, the metric and the series of each column of the means that are told together."""
+    m = sweep.measurement
+    parts = m.parts_of(metric)
+    if m.across in parts:
+        others = [part for part in parts if part != m.across]
+        for value in dict.fromkeys(row[m.across] for row in rows if m.across in row):
+            ours = [row for row in rows if row.get(m.across, value) == value]
+            yield value, metric, series_of(ours, metric, others)
+        return
+    beside = [] if m.across else present(sweep, rows)
+    for other in dict.fromkeys(filter(None, [metric, *beside])):
+        yield m.metrics[other].label, other, series_of(rows, other, parts)
+
+
+def means(sweep: Sweep, rows: Sequence[Row], metric: str) -> list[str]:
+    """A table of means, and the best by the metric in words."""
+    metrics, seeds = sweep.measurement.metrics, len({task.config.seed for task in sweep.tasks})
+    columns = list(columns_of(sweep, rows, metric))
+    by = metrics[metric].label if metric else ""
+    best, words = [], []
+    for label, name, series in columns:
+        key = best_of(series, metrics[name].better, seeds) if name == metric else None
+        best.append(key)
+        of = by if label == by else f"{by}, {label}"
+        if key:
+            name, value = in_markdown(name_of(key, rows)), cell(series[key], metrics[metric])
+            words.append(f"Best by {of} ({metrics[metric].better} is better): **{name}**, {value}.")
+        elif name == metric:
+            words.append(f"No row is the best by {of}: none has it for every seed.")
+    lines = [[by if sweep.measurement.across else "", "seeds", *(label for label, _, _ in columns)]]
+    for key in columns[0][2] if columns else series_of(rows, metric):
+        done = {r["seed"] for r in rows if (r["arm"], r["model"]) == key[:2] and "error" not in r}
         name = in_markdown(name_of(key, rows))
-        if key == best:
-            name, cells[0] = f"**{name}**", f"**{cells[0]}**"
-        yield [name, str(seeds) if done == seeds else f"{done} of {seeds}", *cells]
+        cells = [cell(series.get(key, {}), metrics[other]) for _, other, series in columns]
+        cells = [f"**{c}**" if b == key else c for c, b in zip(cells, best, strict=True)]
+        told = str(seeds) if len(done) == seeds else f"{len(done)} of {seeds}"
+        lines.append([f"**{name}**" if key in best else name, told, *cells])
+    return [table(lines), "\n".join(words)] if words else [table(lines)]
 
 
-def cell(values: Sequence[float], digits: int) -> str:
+def cell(values: Mapping[int, float], metric: Metric) -> str:
     """The mean over seeds with its interval, where there are several."""
     if not values:
         return "-"
-    mean, low, high = mean_interval(values)
-    interval = f" [{low:.{digits}f}, {high:.{digits}f}]" if len(values) > 1 else ""
-    return f"{mean:.{digits}f}{interval}"
+    mean, *interval = (f"{each:.{metric.digits}f}" for each in mean_interval([*values.values()]))
+    return f"{mean} [{', '.join(interval)}]" if len(values) > 1 else mean
 
 
-def differences(sweep: Sweep, rows: Sequence[Row], metric: str) -> str:
-    found = against_first(series_of(rows, metric))
-    if not found:
-        return ""
-    m = TRAINERS[sweep.command].metrics[metric]
-    controls = {control for _, control in found}
-    if len(controls) == 1:
-        origin = name_of(controls.pop(), rows)
+def compared(series: Series, control_of: Control) -> dict[tuple[Key, Key], Paired]:
+    """Every series with its control, where both have several seeds."""
+    pairs = [(key, control) for key in series if (control := control_of(key, series))]
+    return {
+        (key, control): paired(series[key], series[control])
+        for key, control in pairs
+        if len(series[key].keys() & series[control].keys()) > 1
+    }
+
+
+def differences(sweep: Sweep, rows: Sequence[Row], metric: str) -> list[str]:
+    """A table for each kind of control."""
+    series = series_of(rows, metric, sweep.measurement.parts_of(metric))
+    tables = []
+    for origin, control_of in sweep.measurement.controls.items():
+        found = compared(series, control_of)
+        controls = {control._replace(rest=()) for _, control in found}
+        if not found:
+            continue
         named = {name_of(key, rows): difference for (key, _), difference in found.items()}
-    else:
-        origin = "the first arm"
-        named = {
-            f"{name_of(key, rows)} - {name_of(control, rows)}": difference
-            for (key, control), difference in found.items()
-        }
-    heading = f"{m.label}: difference from {in_markdown(origin)} ({m.better} is better)"
-    named = {in_markdown(name): difference for name, difference in named.items()}
-    return f"{heading}\n\n{table(paired_table(named, m.digits))}"
-
-
-def table(rows: Iterator[list[str]]) -> str:
-    return "\n".join(aligned(list(rows)))
+        if not origin and len(controls) > 1:
+            origin = "the first arm"
+            named = {
+                f"{name_of(key, rows)} - {name_of(control._replace(rest=()), rows)}": difference
+                for (key, control), difference in found.items()
+            }
+        origin = origin or name_of(controls.pop(), rows)
+        m = sweep.measurement.metrics[metric]
+        heading = f"{m.label}: difference from {in_markdown(origin)} ({m.better} is better)"
+        named = {in_markdown(name): difference for name, difference in named.items()}
+        tables.append(f"{heading}\n\n{table(paired_table(named, m.digits))}")
+    return tables
 
 
 def name_of(key: Key, rows: Sequence[Row]) -> str:
-    """The arm, and the model where the arm has several."""
+    """The arm, the model where the arm has several, and the rest."""
     models = {row["model"] for row in rows if row["arm"] == key.arm}
-    return key.arm if len(models) == 1 else f"{key.arm}: {key.model}"
+    model = [key.model] if len(models) > 1 else []
+    return ": ".join([key.arm, *model, *filter(None, key.rest)])

@@ -1,6 +1,6 @@
 """Tables of numbers, as Markdown that a terminal shows well too."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 CONFIDENCE = 0.95  # of every interval
 
@@ -18,6 +18,10 @@ def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     yield "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
     for row in body:
         yield line(row, widths)
+
+
+def table(rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(aligned(list(rows)))
 
 
 def line(cells: Sequence[str], widths: Sequence[int]) -> str:

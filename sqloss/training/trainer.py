@@ -65,9 +65,9 @@ class Trainer(ABC, Generic[Config, State]):
     smaller: ClassVar[str] = "a smaller --batch-size"
     """The flags that may help where memory is short: "a smaller --batch-size or --width"."""
 
-    metrics: ClassVar[Mapping[str, Metric]]
+    metrics: ClassVar[Mapping[str, Metric]] = {}
     """Those of a sweep, of its reports."""
-    main_metrics: ClassVar[Sequence[str]]
+    main_metrics: ClassVar[Sequence[str]] = ()
     """Those of its table, where there are; the best is chosen by the first."""
     presets: ClassVar[Mapping[str, Preset]] = {}
     data_settings: ClassVar[tuple[str, ...]] = ()

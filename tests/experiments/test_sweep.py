@@ -4,15 +4,19 @@ import math
 import os
 import signal
 import sys
+from dataclasses import dataclass
 
 import pytest
+import torch
+from torch import nn
 
 from sqloss import cli
+from sqloss.experiments.measurement import Key, Measurement, first_arm, series_of
 from sqloss.experiments.sweep import (
     Sweep,
     SweepConfig,
     Task,
-    configure_arm,
+    configure_arms,
     make_arms,
     make_tasks,
     parse_grid,
@@ -20,24 +24,27 @@ from sqloss.experiments.sweep import (
     swept,
 )
 from sqloss.experiments.sweep_report import (
-    Key,
-    against_first,
     as_markdown,
     best_of,
+    compared,
     draw_samples,
     outcome,
     present,
     refuse_other_tails,
     rows_of,
-    series_of,
 )
 from sqloss.models import classifier
+from sqloss.models.seeding import initialisation
+from sqloss.training.config import RunConfig
 from sqloss.training.errors import UserError
+from sqloss.training.files import write_json
 from sqloss.training.flags import configure, flat, settings_of
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.trainer import failed_epochs
 from sqloss.training.image_trainer import rare_share
+from sqloss.training.loop import Training
 from sqloss.training.progress import Silence
+from sqloss.training.trainer import Metric, Trainer
 from sqloss.training.trainers import TRAINERS
 from sqloss.training.vae.config import VAEConfig
 
@@ -49,8 +56,8 @@ VAE = [*TINY, "--hidden", "8", "--latent", "3"]
 GAN = [*TINY, "--width", "4", "--latent", "4"]
 
 
-def arms_of(command, *grid, preset=""):
-    return make_arms(command, SweepConfig(grid=grid, preset=preset))
+def arms_of(command, *grid, preset="", **given):
+    return make_arms(command, SweepConfig(grid=grid, preset=preset), given)
 
 
 # arms
@@ -165,10 +172,32 @@ def test_wrong_settings(settings, message):
 
 
 def test_what_is_wrong_with_an_arm_is_told_of_the_arm_and_of_all_of_all():
+    arms = {"": {}, "lr=-1.0": {"lr": -1.0}}
     with pytest.raises(UserError, match=r"^--grid: lr=-1\.0: --lr: expected .*got -1"):
-        configure_arm(VAEConfig, {}, {"lr": -1.0}, "--grid: lr=-1.0")
+        configure_arms(VAEConfig, {}, {}, arms, "--grid")
     with pytest.raises(UserError, match=r"^--epochs: expected .*got 0"):
-        configure_arm(VAEConfig, {"epochs": 0}, {"lr": 1.0}, "--grid: lr=1.0")
+        configure_arms(VAEConfig, {}, {"epochs": 0}, arms, "--grid")
+
+
+def test_an_arm_lacks_the_flags_of_what_it_has_not_chosen():
+    assert arms_of("vae", "risk=mean,cvar", "alpha=0.5,0.9") == {
+        "risk=mean": {"risk": "mean"},
+        "risk=cvar, alpha=0.5": {"risk": "cvar", "alpha": 0.5},
+        "risk=cvar, alpha=0.9": {"risk": "cvar", "alpha": 0.9},
+    }
+    for grid in (["risk=mean", "alpha=0.5,0.9"], ["alpha=0.5,0.9"]):
+        with pytest.raises(UserError, match=r"^--grid: expected flags of what some .*got alpha$"):
+            arms_of("vae", *grid, risk="mean")
+    arms = {"": {}, **arms_of("vae", "risk=cvar,mean")}
+    given = {"alpha": 0.5}  # of the arm that has a use for it
+    _, cvar, mean = configure_arms(VAEConfig, {}, given, arms, "--grid").values()
+    assert (cvar.risk.alpha, mean.risk.name) == (0.5, "mean")
+    del arms["risk=cvar"]
+    with pytest.raises(UserError, match=r"^--grid: risk=mean: --alpha: expected --risk cvar"):
+        configure_arms(VAEConfig, {}, given, arms, "--grid")
+    # A default is not what anyone has asked for.
+    [config] = configure_arms(VAEConfig, {"alpha": 0.0}, {"risk": "mean"}, {"a": {}}, "").values()
+    assert config.risk.name == "mean"
 
 
 def test_every_arm_has_every_seed_and_a_folder_of_a_safe_name(tmp_path):
@@ -232,7 +261,7 @@ def test_the_best_row_has_a_value_for_every_seed(measured):
 
 
 def test_arms_are_compared_with_the_first_one(measured):
-    differences = against_first(measured)
+    differences = compared(measured, first_arm)
     assert {pair: (d.difference, d.seeds) for pair, d in differences.items()} == {
         (Key("a", "cvar"), Key("a", "standard")): (2.0, 3),
         (Key("b", "standard"), Key("a", "standard")): (-1.0, 3),
@@ -249,8 +278,25 @@ def test_a_model_of_another_name_is_compared_with_the_first():
         for arm, model, value in (("standard", "standard", 1.0), ("tail", "cvar", 3.0))
         for seed in (0, 1)
     ]
-    [pair] = against_first(series_of(rows, "cfid"))
+    [pair] = compared(series_of(rows, "cfid"), first_arm)
     assert pair == (Key("tail", "cvar"), Key("standard", "standard"))
+
+
+def test_the_own_models_of_arms_are_compared():
+    """The own model of an arm is the last; those of different risks have different names."""
+    models = {"cvar 0.8": ("standard", "cvar"), "other": ("standard", "chi"), "mean": ("standard",)}
+    rows = [
+        {"arm": arm, "model": model, "seed": seed, "cfid": 1.0 + seed}
+        for arm, names in models.items()
+        for model in names
+        for seed in (0, 1)
+    ]
+    assert list(compared(series_of(rows, "cfid"), first_arm)) == [
+        (Key("cvar 0.8", "cvar"), Key("cvar 0.8", "standard")),
+        (Key("other", "standard"), Key("cvar 0.8", "standard")),
+        (Key("other", "chi"), Key("cvar 0.8", "cvar")),
+        (Key("mean", "standard"), Key("cvar 0.8", "standard")),
+    ]
 
 
 def test_a_value_that_is_not_finite_is_none():
@@ -295,7 +341,7 @@ def written(tmp_path, cfids, error="", failures=None):
                 }
                 (task.directory / "report.json").write_text(json.dumps(report))
             tasks.append(task)
-    return Sweep("gan", tmp_path, [], tasks)
+    return Sweep(Measurement("gan"), tmp_path, [], tasks)
 
 
 def test_what_went_wrong_in_a_run_is_told_when_it_is_done(tmp_path):
@@ -452,6 +498,10 @@ def test_other_settings_are_refused(quick, tmp_path, capsys):
     assert "these differ: batch_size, beta" in capsys.readouterr().err
     assert sweep("gan", tmp_path, *GAN) == 2
     assert (tmp_path / "sweep.json").read_bytes() == before
+    stored = json.loads(before)
+    del stored["risk"]  # as a sweep from before there were these flags
+    stored["limit"] = stored.pop("train_limit")
+    (tmp_path / "sweep.json").write_text(json.dumps(stored))
     # More seeds and more arms, elsewhere: no other settings.
     assert sweep("vae", tmp_path, *VAE, "--seeds", "2", "--data-dir", "elsewhere") == 0
     assert "1 of 2 runs to do" in capsys.readouterr().err
@@ -565,3 +615,113 @@ def test_a_picture_has_the_runs_whose_checkpoints_are_there(tmp_path):
     sweep = written(tmp_path, {"a": [3.0]})
     draw_samples(sweep)
     assert not (tmp_path / "sweep.png").exists()
+
+
+# a trainer of which nothing is known but what every trainer must have
+
+
+class Numbers:
+    labels = None
+    shape = (1,)
+
+    def __len__(self):
+        return 8
+
+    def batches(self, rows, training):
+        return (each.float()[:, None] for each in rows)
+
+    def fingerprint(self):
+        return "numbers"
+
+
+class Lines(Training):
+    columns = ("epoch", "model")
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.risks = config.risks
+        with initialisation(config.seed, "model"):
+            self.models = {name: nn.Linear(1, 1) for name in config.contenders}
+
+    def train_step(self, batch):
+        for name, model in self.models.items():
+            loss = self.risks[name](model(batch).square().squeeze(1))
+            for weight, step in zip(
+                model.parameters(), torch.autograd.grad(loss, model.parameters()), strict=True
+            ):
+                weight.data -= 0.01 * step
+
+    def measure(self, data):
+        return [{"epoch": self.epoch, "model": name} for name in self.models]
+
+    def describe(self, row):
+        return row["model"]
+
+    def sums(self, name):
+        return []
+
+    def advice(self):
+        return "expected others, got these"
+
+    def own_state(self):
+        return {}
+
+    def load_own_state(self, state):
+        pass
+
+
+@dataclass(frozen=True)
+class ToyConfig(RunConfig):
+    command = "toy"
+
+
+class Toy(Trainer):
+    name = "toy"
+    about = "Train lines."
+    config = ToyConfig
+
+    def load(self, config):
+        return Numbers()
+
+    def training_data(self, whole, config):
+        return whole
+
+    def describe(self, whole, data):
+        return "numbers"
+
+    def begin(self, config, data):
+        return Lines(config)
+
+    def report(self, run):
+        bias = {name: {"bias": m.bias.item()} for name, m in run.training.models.items()}
+        write_json(run.directory / "report.json", {"models": bias} if self.metrics else {})
+
+    def tables(self, report):
+        return ""
+
+
+def test_a_sweep_of_any_trainer_over_risks(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(TRAINERS._things, "toy", Toy())
+    arguments = ["--epochs", "1", "--grid", "risk=cvar,mean", "--grid", "alpha=0.5"]
+    assert sweep("toy", tmp_path / "bare", *arguments, "--seeds", "2") == 0
+    told = capsys.readouterr()
+    assert "4/4: risk=mean, seed 1 is done" in told.err
+    cvar = "risk=cvar, alpha=0.5"
+    models = [(cvar, "standard"), (cvar, "cvar"), ("risk=mean", "standard")]
+    rows = rows_in(tmp_path / "bare")
+    assert [(row["arm"], row["model"]) for row in rows] == 2 * models
+    assert [(row["risk"], row["alpha"]) for row in rows[1:3]] == [("cvar", "0.5"), ("mean", "")]
+    assert "Best" not in told.out
+    assert (tmp_path / "bare" / "sweep.md").exists()
+    assert sweep("toy", tmp_path / "other", "--best-by", "bias") == 2
+    assert "--best-by: expected no such flag without metrics" in capsys.readouterr().err
+
+    value = Metric("bias", 3, "lower", lambda _, model: model["bias"])
+    monkeypatch.setattr(Toy, "metrics", {"bias": value})
+    assert sweep("toy", tmp_path / "measured", *arguments, "--seeds", "2") == 0
+    told = capsys.readouterr()
+    assert "Best by bias (lower is better)" in told.out
+    assert f"bias: difference from {cvar}: standard (lower is better)" in told.out
+    [differences] = told.out.split("difference from")[1:]
+    assert f"| {cvar}: cvar " in differences
+    assert "| risk=mean " in differences

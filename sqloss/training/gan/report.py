@@ -22,7 +22,7 @@ from sqloss.training.gan.stability import failures
 from sqloss.training.loop import Row
 from sqloss.training.progress import counted
 from sqloss.training.shares import class_shares, refuse_classifier_file, share, share_table
-from sqloss.training.tables import CONFIDENCE, aligned
+from sqloss.training.tables import CONFIDENCE, table
 
 Report = dict[str, Any]
 QUALITY = {
@@ -213,7 +213,7 @@ def stability(report: Report) -> str:
 def tables(report: Report) -> str:
     """The numbers of a report, as Markdown that a terminal shows well too."""
     parts = [quality_table(report), share_table(report), loss_table(report), nearest_table(report)]
-    return "\n\n".join("\n".join(aligned(list(part))) for part in parts)
+    return "\n\n".join(map(table, parts))
 
 
 def quality_table(report: Report) -> Iterator[list[str]]:

@@ -14,7 +14,7 @@ from sqloss.training.files import write_json
 from sqloss.training.flags import LARGEST, expect, flag
 from sqloss.training.progress import counted
 from sqloss.training.saved_run import SavedRun
-from sqloss.training.tables import CONFIDENCE, aligned, nats
+from sqloss.training.tables import CONFIDENCE, nats, table
 from sqloss.training.vae.evaluation import importance_weighted, learnt_df
 
 IMAGES_SEED = 0  # not the run's: runs with different seeds are measured on the same images
@@ -80,7 +80,7 @@ def write_bounds(directory: Path, bounds: dict[str, Any]) -> None:
 
 def bounds_table(bounds: dict[str, Any]) -> str:
     """The bounds as Markdown that a terminal shows well too."""
-    return "\n".join(aligned(list(bounds_rows(bounds))))
+    return table(bounds_rows(bounds))
 
 
 def bounds_rows(bounds: dict[str, Any]) -> Iterator[list[str]]:

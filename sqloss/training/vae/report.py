@@ -16,7 +16,7 @@ from sqloss.training.files import write_atomically, write_json
 from sqloss.training.flags import flat
 from sqloss.training.progress import counted
 from sqloss.training.shares import batch_sizes, class_shares, classifier_of, share_table
-from sqloss.training.tables import CONFIDENCE, aligned, nats
+from sqloss.training.tables import CONFIDENCE, nats, table
 from sqloss.training.text import in_markdown
 from sqloss.training.vae.config import VAEConfig
 from sqloss.training.vae.evaluation import learnt_df, objective_values, summary
@@ -191,7 +191,7 @@ def moments_note(report: Report) -> str:
 def tables(report: Report) -> str:
     """The numbers of a report, as Markdown that a terminal shows well too."""
     parts = (overall_table(report), class_table(report), share_table(report))
-    return "\n\n".join("\n".join(aligned(list(part))) for part in parts)
+    return "\n\n".join(map(table, parts))
 
 
 def overall_table(report: Report) -> Iterator[list[str]]:
