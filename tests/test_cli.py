@@ -15,7 +15,7 @@ import sqloss
 from sqloss import cli
 from sqloss.models import classifier
 from sqloss.training import figures, files, image_trainer
-from sqloss.training.data import Dataset
+from sqloss.training.datasets import Dataset
 from sqloss.training.flags import configure
 from sqloss.training.threads import set_threads
 from sqloss.training.vae import loop as vae_loop

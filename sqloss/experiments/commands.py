@@ -130,7 +130,7 @@ def compare_priors(
     if compare_config.jobs > 1 and not config.cpu_threads:
         config = changed(config, threads=1)
     tasks = make_tasks(make_arms(config, compare_config), compare_config.seeds)
-    directory = output_dir or Path("runs") / f"impute-{config.dataset}"
+    directory = output_dir or Path("runs") / f"impute-{config.dataset.name}"
     config.check_place(directory)
     with alone_in(directory, "comparison"):
         return compare_in(directory, tasks, config, impute_config, compare_config.jobs)

@@ -29,7 +29,7 @@ from sqloss.experiments.processes import in_processes
 from sqloss.experiments.statistics import Paired, mean_interval, paired, paired_table
 from sqloss.models.classifier import Classifier
 from sqloss.training.config import to_stored
-from sqloss.training.data import Dataset
+from sqloss.training.datasets import Dataset
 from sqloss.training.errors import UserError
 from sqloss.training.files import as_csv, write_atomically
 from sqloss.training.flags import LARGEST, as_flag, changed, expect, flag

@@ -251,7 +251,7 @@ def make_tasks(directory: Path, configs: Mapping[str, RunConfig], seeds: int) ->
 
 def data_of(command: str, config: RunConfig) -> Any:
     """The data of a run; read once per process, as far as the runs are of one data set."""
-    names = TRAINERS[command].data_settings
+    names = TRAINERS[command].data_settings()
     key = (command, *(value for name, value in flat(config).items() if name in names))
     if _loaded.get("key") != key:
         _loaded.update(key=key, data=TRAINERS[command].load(config))

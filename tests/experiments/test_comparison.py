@@ -21,7 +21,7 @@ from sqloss.experiments.comparison import (
 from sqloss.experiments.imputation import NO_MODEL, ImputeConfig, first_test_images
 from sqloss.models.classifier import Classifier
 from sqloss.training import UserError
-from sqloss.training.data import Source, load_dataset
+from sqloss.training.datasets import load_dataset
 from sqloss.training.flags import configure
 from sqloss.training.vae.config import VAEConfig
 
@@ -39,7 +39,7 @@ KEY = Key("t, df 3", "standard", "one-shot", "bottom half")
 
 @pytest.fixture(scope="module")
 def digits():
-    return first_test_images(load_dataset("digits", Source(limit=200)), 20)
+    return first_test_images(load_dataset("digits", limit=200), 20)
 
 
 # arms

@@ -9,7 +9,7 @@ import torch
 
 from sqloss.training import checkpoint
 from sqloss.training.config import RunConfig
-from sqloss.training.data import Dataset
+from sqloss.training.datasets import Dataset
 from sqloss.training.errors import UserError, require
 from sqloss.training.flags import changed, configure
 from sqloss.training.loop import Training

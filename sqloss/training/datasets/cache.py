@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sqloss.models.pixels import Images
 from sqloss.training.datasets.images import Decoding, decode, unreadable
 from sqloss.training.errors import UserError, require
 
@@ -101,9 +102,6 @@ class MappedImages:
             finally:
                 for future in waiting:
                     future.cancel()
-
-
-Images = Tensor | MappedImages  # uint8 [N, C, H, W], to be read by slices and by rows
 
 
 def load_images(files: Sequence[Path], count: int, decoding: Decoding, place: "Place") -> Images:

@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from sqloss.models.pixels import Images
 from sqloss.training.datasets.attributes import classes_of
-from sqloss.training.datasets.cache import Images, load_images
+from sqloss.training.datasets.cache import load_images
 from sqloss.training.datasets.dataset import Dataset
 from sqloss.training.datasets.images import DEFAULT_SIZE, Decoding
 from sqloss.training.datasets.source import DATASETS, Place, Source, explained

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sqloss.models.pixels import Images, in_blocks
 from sqloss.models.seeding import generator
-from sqloss.training.datasets.cache import Images, MappedImages
+from sqloss.training.datasets.cache import MappedImages
 from sqloss.training.datasets.imbalance import in_text, members, thinned
 from sqloss.training.errors import UserError
 from sqloss.training.text import printable
@@ -121,8 +122,10 @@ class Dataset:
         """
         at_once = max(1, HASHED_AT_ONCE // math.prod(self.shape))
         digest = hashlib.sha256(str((self.train_images.shape, self.test_images.shape)).encode())
-        for part in (self.train_images, self.train_labels, self.test_images, self.test_labels):
-            for first in range(0, len(part), at_once):
-                block = part[first : first + at_once]
+        for images, labels in (
+            (self.train_images, self.train_labels),
+            (self.test_images, self.test_labels),
+        ):
+            for block in itertools.chain(in_blocks(images, at_once), [labels]):
                 digest.update(block.cpu().contiguous().numpy().data)
         return digest.hexdigest()

@@ -1,7 +1,6 @@
 """Where data sets come from: what is registered, and the flags that all of them share."""
 
 import contextlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from sqloss.training.datasets.dataset import Dataset
 from sqloss.training.errors import UserError, require
+from sqloss.training.files import expanded
 from sqloss.training.flags import flag
 from sqloss.training.registry import Registry
 
@@ -75,11 +75,6 @@ class Source(ABC):
 
 
 DATASETS: Registry[type[Source]] = Registry("data set")
-
-
-def expanded(path: str) -> Path:
-    """A path as a user writes it, ``~`` included."""
-    return Path(os.path.expanduser(path))
 
 
 def stratified_split(labels: Tensor) -> tuple[Tensor, Tensor]:

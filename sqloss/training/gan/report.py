@@ -10,7 +10,7 @@ from torch import Tensor
 from sqloss.models.classifier import Classifier, accuracy
 from sqloss.models.gan import Generator
 from sqloss.models.seeding import generator as stream
-from sqloss.training.data import Dataset
+from sqloss.training.datasets import Dataset
 from sqloss.training.errors import UserError
 from sqloss.training.files import write_atomically, write_json
 from sqloss.training.flags import flat

@@ -11,7 +11,7 @@ from sqloss.models import VAE
 from sqloss.models.classifier import accuracy
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
-from sqloss.training.data import Dataset
+from sqloss.training.datasets import Dataset
 from sqloss.training.files import write_atomically, write_json
 from sqloss.training.flags import flat
 from sqloss.training.progress import counted
