@@ -69,7 +69,8 @@ def measured(root: str, image_size: int, workers: Sequence[int]) -> Iterator[dic
 
 def measure(root: str, image_size: int, workers: int) -> dict[str, Any]:
     def load() -> Any:
-        return load_dataset("folder", data_dir=root, image_size=image_size, workers=workers)
+        place = {"data_dir": root, "cache_dir": f"{root}/cache-{workers}"}  # none is shared
+        return load_dataset("folder", image_size=image_size, workers=workers, **place)
 
     torch.set_num_threads(1)
     load_dataset("folder", data_dir=root, image_size=image_size, limit=1)  # what is imported

@@ -14,8 +14,9 @@ import torch
 import sqloss
 from sqloss import cli
 from sqloss.models import classifier
-from sqloss.training import figures, files, image_trainer
+from sqloss.training import figures, files
 from sqloss.training.datasets import Dataset
+from sqloss.training.datasets.digits import Digits
 from sqloss.training.flags import configure
 from sqloss.training.threads import set_threads
 from sqloss.training.vae import loop as vae_loop
@@ -589,7 +590,7 @@ def test_an_error_that_is_not_the_users_is_not_hidden(monkeypatch):
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(image_trainer, "load_dataset", broken)
+    monkeypatch.setattr(Digits, "read", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["vae"])
 
@@ -619,6 +620,6 @@ def test_ctrl_c_outside_the_training(capsys, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(image_trainer, "load_dataset", interrupted)
+    monkeypatch.setattr(Digits, "read", interrupted)
     assert cli.main(["vae"]) == 130
     assert "sqloss vae: interrupted" in capsys.readouterr().err

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 from sqloss.training import ranks
 from sqloss.training.config import ImageConfig
 from sqloss.training.datasets import DATASETS, Dataset, Place
-from sqloss.training.datasets.imbalance import thinned
+from sqloss.training.datasets.imbalance import in_text, thinned
 from sqloss.training.flags import settings_of
 from sqloss.training.loop import Training
 from sqloss.training.trainer import Metric, Report, Trainer
@@ -15,9 +15,16 @@ State = TypeVar("State", bound=Training)
 
 
 def rare_share(report: Report, model: Report) -> float | None:
-    """The share of the generated images that show a class which is rare in training."""
-    rare = thinned(report["config"]["imbalance"], report["class_names"])
-    return sum(model["generated"][label]["share"] for label in rare) if rare else None
+    """The shares of the generated images that show what is rare in training, added up."""
+    attributes = report.get("attributes", {"names": [], "parts": []})
+    rare = thinned(report["config"]["imbalance"], report["class_names"], attributes["names"])
+    shares = [
+        model["generated"][part]
+        if isinstance(part, int)
+        else model["attributes"][attributes["parts"].index(in_text(part))]
+        for part in rare
+    ]
+    return sum(each["share"] for each in shares) if shares else None
 
 
 RARE_SHARE = Metric("share of rare classes", 4, "higher", rare_share)
