@@ -6,11 +6,15 @@ import torch
 from PIL import Image, ImageDraw
 
 from sqloss import cli
-from sqloss.experiments.sweep import TRAINERS
 from sqloss.models import classifier
 from sqloss.models.pixels import pixels
 from sqloss.training.attributes import AttributeJudge
 from sqloss.training.datasets import load_dataset
+from sqloss.training.flags import configure
+from sqloss.training.progress import Silence
+from sqloss.training.run import Run
+from sqloss.training.trainer import TRAINERS
+from sqloss.training.vae.config import VAEConfig
 
 NAMES = ("Eyeglasses", "Male", "Smiling")
 RARE = "Eyeglasses=1,Male=0"
@@ -20,7 +24,7 @@ FACES, TRAIN = 500, 400
 @pytest.fixture
 def faces(tmp_path, write_celeba, monkeypatch):
     """Drawn faces of every combination of the attributes, as often as any other."""
-    monkeypatch.setattr(classifier, "STEPS", 300)
+    monkeypatch.setattr(classifier, "STEPS", 3)
     combinations = itertools.cycle(itertools.product((False, True), repeat=3))
     drawn = [next(combinations) for _ in range(FACES)]
     attributes = dict(zip(NAMES, zip(*drawn, strict=True), strict=True))
@@ -47,7 +51,8 @@ def load(faces, **flags):
     return load_dataset("celeba", data_dir=faces, image_size=12, **flags)
 
 
-def test_a_small_classifier_sees_the_attributes(faces):
+def test_a_small_classifier_sees_the_attributes(faces, monkeypatch):
+    monkeypatch.setattr(classifier, "STEPS", 200)
     whole = load(faces)
     data = whole.imbalanced(f"{RARE}:0.1", 0)
     judge = AttributeJudge.learn(whole, f"{RARE}:0.1", torch.device("cpu"), seed=0)
@@ -63,9 +68,7 @@ def test_a_small_classifier_sees_the_attributes(faces):
 
 
 @pytest.mark.parametrize("trainer", ["vae", "gan"])
-def test_a_report_has_a_row_for_each_attribute_and_each_rare_combination(
-    faces, tmp_path, trainer, monkeypatch
-):
+def test_a_report_has_a_row_for_each_attribute_and_each_rare_combination(faces, tmp_path, trainer):
     size = {"vae": ["--hidden", "8", "--latent", "3"], "gan": ["--width", "2"]}[trainer]
     flags = ["--dataset", "celeba", "--data-dir", str(faces), "--imbalance", f"{RARE}:0.1"]
     flags += ["--image-size", "12", "--epochs", "1", "--num-samples", "60", *size]
@@ -86,15 +89,17 @@ def test_a_report_has_a_row_for_each_attribute_and_each_rare_combination(
             assert both[0]["negative_elbo"] == both[1]["negative_elbo"]
 
 
-def test_a_run_with_workers_goes_on_as_one_without(faces, tmp_path, assert_same_run):
-    """And one that began in memory goes on from a file."""
-    flags = ["--image-size", "12", "--num-samples", "20", "--hidden", "8", "--latent", "3"]
-    place = ["--dataset", "celeba", "--data-dir", str(faces), "--imbalance", "Male=1:0.5"]
-    runs = {name: tmp_path / name for name in ("memory", "resumed")}
-    for name, epochs in (("memory", "2"), ("resumed", "1")):
-        command = ["vae", *place, *flags, "--epochs", epochs, "--output-dir", str(runs[name])]
-        assert cli.main(command) == 0
-    assert (
-        cli.main(["vae", "--resume", str(runs["resumed"]), "--epochs", "2", "--workers", "2"]) == 0
-    )
-    assert_same_run(*runs.values())
+def test_a_run_goes_on_from_a_file_as_from_memory(faces, tmp_path, assert_same_run):
+    settings = {"dataset": "celeba", "data_dir": str(faces), "image_size": 12, "hidden": "8"}
+    vae = TRAINERS["vae"]
+
+    def train(run) -> None:
+        run.begin(vae, vae.load(run.config))
+        assert run.fit(Silence())
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for directory, epochs in ((whole, 2), (parts, 1)):
+        config = configure(VAEConfig, epochs=epochs, latent=3, imbalance="Male=1:0.5", **settings)
+        train(Run.new(directory, config))
+    train(Run.resumed(VAEConfig, parts, {"epochs": 2, "workers": 2}))
+    assert_same_run(whole, parts)

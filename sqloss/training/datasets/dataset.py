@@ -1,6 +1,7 @@
 """What training sees of a data set: images, in memory or in a file, with their classes."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -120,6 +121,10 @@ class Dataset:
 
         Where the images lie, in memory or in a file, makes no difference.
         """
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         at_once = max(1, HASHED_AT_ONCE // math.prod(self.shape))
         digest = hashlib.sha256(str((self.train_images.shape, self.test_images.shape)).encode())
         for images, labels in (
