@@ -39,7 +39,7 @@ KEY = Key("t, df 3", "standard", "one-shot", "bottom half")
 
 @pytest.fixture(scope="module")
 def digits():
-    return first_test_images(load_dataset("digits", limit=200), 20)
+    return first_test_images(load_dataset("digits", train_limit=200), 20)
 
 
 # arms

@@ -378,7 +378,9 @@ def run(tmp_path_factory):
         **{"prior": "t", "df": 4.0, "num_samples": 20},
     )
     run = Run.new(directory, config)
-    data = load_dataset("digits", limit=config.limit).imbalanced(config.imbalance, config.seed)
+    data = load_dataset("digits", train_limit=config.train_limit).imbalanced(
+        config.imbalance, config.seed
+    )
     training = begin(config, data)
     assert run.start(training, data).fit(Silence())
     return directory

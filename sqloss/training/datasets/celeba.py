@@ -52,7 +52,7 @@ class CelebA(Source):
         return Dataset(
             name=self.name,
             class_names=names,
-            train_images=faces(train.filename, place, place.limit),
+            train_images=faces(train.filename, place, place.train_limit),
             train_labels=train_labels[first],
             test_images=faces(test.filename, place),
             test_labels=test_labels,

@@ -64,7 +64,12 @@ class Dataset:
             test_labels=self.test_labels.to(device),
         )
 
-    def batches(self, rows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def steps(self, batch_size: int) -> int:
+        return math.ceil(len(self) / batch_size)
+
+    def batches(
+        self, rows: Iterable[Tensor], training: object = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """The training images and labels of these rows, [B] each, on the device of the data.
 
         From a file they are read ahead, so the last rows are asked for before the first batches

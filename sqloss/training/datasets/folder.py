@@ -112,7 +112,7 @@ class Folder(Source):
                     f"{root / 'test'}, got {', '.join(sorted(set(ours) ^ set(theirs)))} "
                     "in one of them only"
                 )
-        # By class as the folders are, the first --limit images would all be of one class.
+        # By class as the folders are, the first --train-limit images would all be of one class.
         order = torch.randperm(len(first.files), generator=generator(SPLIT_SEED, "folder"))
         return first.of(order), test
 

@@ -33,7 +33,9 @@ class Place:
         "but 32 for celeba and for folders of mixed sizes",
         metavar="PIXELS",
     )
-    limit: int = flag(0, "use the first N training images; 0: all", metavar="N")
+    train_limit: int = flag(
+        0, "use the first N training images; 0: all", metavar="N", formerly="limit"
+    )
     workers: int = flag(
         0,
         "keep the images of celeba or of a folder in a file instead of in memory, decoded once and "
@@ -56,7 +58,7 @@ class Place:
     @property
     def first(self) -> slice:
         """The part of the training images to use."""
-        return slice(self.limit or None)
+        return slice(self.train_limit or None)
 
 
 @dataclass(frozen=True)

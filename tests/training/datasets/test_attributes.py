@@ -42,7 +42,7 @@ def test_an_attribute_may_be_the_class(root):
     data = load_dataset("folder", data_dir=root, folder_attribute="A")
     assert data.class_names == ("not A", "A")
     assert torch.equal(data.train_labels, data.train_attributes["A"].long())
-    both = load_dataset("folder", data_dir=root, folder_attribute="A,B", limit=5)
+    both = load_dataset("folder", data_dir=root, folder_attribute="A,B", train_limit=5)
     values = both.train_images[:, 0, 0, 0].int()
     assert torch.equal(both.train_labels, 2 * (values % 2 == 0) + (values % 3 == 0))
     assert len(both.train_attributes["B"]) == 5

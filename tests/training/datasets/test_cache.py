@@ -75,7 +75,7 @@ def test_faces_in_a_file_have_the_bits_of_those_in_memory(
 ):
     faces = [Image.effect_noise((178, 218), 50 + i).convert("RGB") for i in range(8)]
     write_celeba(tmp_path, faces, {"Smiling": [True, False] * 4}, [0] * 4 + [1, 1, 2, 2])
-    read = [load_dataset("celeba", data_dir=tmp_path, workers=w, limit=3) for w in (0, 1)]
+    read = [load_dataset("celeba", data_dir=tmp_path, workers=w, train_limit=3) for w in (0, 1)]
     assert_equal_data(*read)
 
 
@@ -125,7 +125,7 @@ def test_images_are_decoded_once(folder, decoded, monkeypatch):
 
 
 def test_with_a_limit_only_its_blocks_are_decoded(folder, decoded, assert_equal_data):
-    assert_equal_data(load(folder, limit=5), load(folder, workers=0, limit=5))
+    assert_equal_data(load(folder, train_limit=5), load(folder, workers=0, train_limit=5))
     assert len(set(decoded)) == 8 + 2
     assert_equal_data(load(folder), load(folder, workers=0))
     assert len(decoded) == (8 + 2) + (5 + 2) + 12 + 22

@@ -48,7 +48,7 @@ def test_celeba_is_cropped_resized_and_labelled_by_its_attribute(celeba):
 
 def test_celeba_with_other_flags(celeba):
     data = load_dataset(
-        "celeba", data_dir=celeba, image_size=16, limit=2, celeba_attribute="Eyeglasses"
+        "celeba", data_dir=celeba, image_size=16, train_limit=2, celeba_attribute="Eyeglasses"
     )
     assert data.train_images.shape == (2, 3, 16, 16)
     assert data.train_labels.tolist() == [0, 0]
@@ -56,7 +56,7 @@ def test_celeba_with_other_flags(celeba):
 
 
 def test_the_attributes_of_celeba(celeba):
-    data = load_dataset("celeba", data_dir=celeba, limit=4)
+    data = load_dataset("celeba", data_dir=celeba, train_limit=4)
     assert {name: has.tolist() for name, has in data.train_attributes.items()} == {
         "Eyeglasses": [False] * 4,
         "Male": [False, False, False, True],

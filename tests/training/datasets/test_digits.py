@@ -32,7 +32,7 @@ def test_digits_are_split_evenly_and_always_alike(digits, assert_equal_data):
 
 
 def test_limit_takes_the_first_training_images(digits):
-    limited = load_dataset("digits", limit=100)
+    limited = load_dataset("digits", train_limit=100)
     assert torch.equal(limited.train_images, digits.train_images[:100])
     assert torch.equal(limited.train_labels, digits.train_labels[:100])
     assert torch.equal(limited.test_images, digits.test_images)

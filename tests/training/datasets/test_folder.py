@@ -39,7 +39,7 @@ def test_a_folder_with_train_and_test_keeps_that_split(tmp_path, write_images):
     assert data.class_counts() == [6, 6]
     assert data.test_labels.tolist() == [0, 1, 1]
     assert data.test_images[2, :, 0, 0].tolist() == [1, 1, 9]
-    first = load_dataset("folder", data_dir=tmp_path, limit=6)
+    first = load_dataset("folder", data_dir=tmp_path, train_limit=6)
     assert all(first.class_counts()), "the first images are not all of the first class"
 
 

@@ -36,7 +36,7 @@ def test_mnist_and_fashion_are_read(tmp_path, name, folder):
     assert torch.equal(data.test_images, torch.from_numpy(test)[:, None])
     assert data.train_labels.tolist() == [*range(10), 0, 1]
     assert len(data.class_names) == 10
-    assert len(load_dataset(name, data_dir=tmp_path, limit=7).train_images) == 7
+    assert len(load_dataset(name, data_dir=tmp_path, train_limit=7).train_images) == 7
 
 
 def test_cifar10_is_read(tmp_path, monkeypatch, torchvision):

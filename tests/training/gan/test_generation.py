@@ -137,7 +137,7 @@ def test_conditional_samples_are_of_the_class_asked_for(digits):
 
 
 def test_conditional_samples_of_the_real_mnist(real_mnist):
-    mnist = load_dataset("mnist", data_dir=real_mnist, download=True, limit=4000)
+    mnist = load_dataset("mnist", data_dir=real_mnist, download=True, train_limit=4000)
     settings = {"width": 16, "epochs": 8, "batch_size": 64, "lr_d": 2e-3, "lr_g": 2e-3}
     training = trained(mnist, conditional=True, ema=0.98, **settings)
     assert share_of_the_class_asked_for(training, judge(mnist, steps=200)) >= 0.9
