@@ -277,7 +277,8 @@ def test_a_gan_is_trained_reported_and_resumed(capsys, tmp_path, monkeypatch):
     assert "expected a run of sqloss vae, got one of sqloss gan" in message
     message = told(capsys, "--resume", run, "--width", 3, command="gan")
     assert "--width: expected 2, with which" in message
-    assert "only --epochs, --device, --threads, --data-dir, --download, --classifier," in message
+    machine = "--epochs, --device, --threads, --data-dir, --download, --workers, --cache-dir"
+    assert f"only {machine}, --classifier," in message
 
 
 def test_version_and_config(capsys):
@@ -298,7 +299,10 @@ RUN_FLAGS = {
     "download",
     "image-size",
     "train-limit",
+    "cache-dir",
     "celeba-attribute",
+    "folder-attribute",
+    "workers",
     "imbalance",
     "sampling",
     "alpha",

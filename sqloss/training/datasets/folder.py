@@ -69,6 +69,7 @@ class Folder(Source):
         f"the attribute in {TABLE} that is the class of an image, instead of the folder it is in; "
         "of several every combination is a class",
         metavar="NAME,...",
+        since=1,
     )
 
     def read(self, place: Place) -> Dataset:

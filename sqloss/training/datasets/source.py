@@ -41,9 +41,13 @@ class Place:
         "keep the images of celeba or of a folder in a file instead of in memory, decoded once and "
         "read ahead by N threads; 0: in memory",
         metavar="N",
+        since=1,
     )
     cache_dir: str = flag(
-        "", f"the folder of the files of --workers; none: {CACHE} in --data-dir", metavar="DIR"
+        "",
+        f"the folder of the files of --workers; none: {CACHE} in --data-dir",
+        metavar="DIR",
+        since=1,
     )
 
     @property
