@@ -18,8 +18,9 @@ from sqloss.experiments.sweep import SweepConfig
 from sqloss.experiments.sweep_report import metric_to_choose_by
 from sqloss.training import ranks
 from sqloss.training.command import INTERRUPTED, train
-from sqloss.training.config import RunConfig, expanded
+from sqloss.training.config import RunConfig
 from sqloss.training.errors import UserError
+from sqloss.training.files import expanded
 from sqloss.training.flags import Setting, as_flag, settings_of, warn_of_renamed
 from sqloss.training.ranks import say
 from sqloss.training.streams import flush_stdout

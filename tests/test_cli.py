@@ -14,8 +14,9 @@ import torch
 import sqloss
 from sqloss import cli
 from sqloss.models import classifier
-from sqloss.training import figures, files, image_trainer
-from sqloss.training.data import Dataset
+from sqloss.training import figures, files
+from sqloss.training.datasets import Dataset
+from sqloss.training.datasets.digits import Digits
 from sqloss.training.flags import configure
 from sqloss.training.threads import set_threads
 from sqloss.training.vae import loop as vae_loop
@@ -276,7 +277,8 @@ def test_a_gan_is_trained_reported_and_resumed(capsys, tmp_path, monkeypatch):
     assert "expected a run of sqloss vae, got one of sqloss gan" in message
     message = told(capsys, "--resume", run, "--width", 3, command="gan")
     assert "--width: expected 2, with which" in message
-    assert "only --epochs, --device, --threads, --data-dir, --download, --classifier," in message
+    machine = "--epochs, --device, --threads, --data-dir, --download, --workers, --cache-dir"
+    assert f"only {machine}, --classifier," in message
 
 
 def test_version_and_config(capsys):
@@ -297,7 +299,10 @@ RUN_FLAGS = {
     "download",
     "image-size",
     "train-limit",
+    "cache-dir",
     "celeba-attribute",
+    "folder-attribute",
+    "workers",
     "imbalance",
     "sampling",
     "alpha",
@@ -589,7 +594,7 @@ def test_an_error_that_is_not_the_users_is_not_hidden(monkeypatch):
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(image_trainer, "load_dataset", broken)
+    monkeypatch.setattr(Digits, "read", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["vae"])
 
@@ -619,6 +624,6 @@ def test_ctrl_c_outside_the_training(capsys, monkeypatch):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(image_trainer, "load_dataset", interrupted)
+    monkeypatch.setattr(Digits, "read", interrupted)
     assert cli.main(["vae"]) == 130
     assert "sqloss vae: interrupted" in capsys.readouterr().err

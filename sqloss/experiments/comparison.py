@@ -24,7 +24,7 @@ from sqloss.experiments.imputation import (
 from sqloss.experiments.measurement import Control, Key, Measurement, Series, first_arm
 from sqloss.experiments.sweep import Arms, Flags, Sweep, plan_arms
 from sqloss.models.classifier import Classifier
-from sqloss.training.data import Dataset
+from sqloss.training.datasets import Dataset
 from sqloss.training.errors import UserError
 from sqloss.training.files import write_json
 from sqloss.training.flags import LARGEST, as_flag, expect, flag

@@ -5,6 +5,7 @@ background. What a method returns has the observed pixels as they were.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,10 +15,10 @@ from torch import Tensor
 from sqloss.experiments.measurement import Row
 from sqloss.models import VAE
 from sqloss.models.classifier import Classifier
-from sqloss.models.pixels import pixels
+from sqloss.models.pixels import Images, in_blocks, pixels
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
-from sqloss.training.data import Dataset
+from sqloss.training.datasets import Dataset
 from sqloss.training.errors import require
 from sqloss.training.flags import LARGEST, expect, flag
 from sqloss.training.tables import table
@@ -25,6 +26,8 @@ from sqloss.training.tables import table
 BATCH_SIZE = 100  # images, of which one-shot imputation decodes many draws at once
 WINDOW = 7  # pixels, of the structural similarity
 SQUARE_SIDE = 7  # pixels, and a quarter of the side of MNIST's images
+PCA_VALUES = 2**28  # 1 GiB
+MEAN_BATCH_SIZE = 1000
 PCA_ITERATIONS = 10  # more fit the observed pixels better and the missing ones worse
 
 Method = Callable[[Tensor], Tensor]  # pixels [N, C, H, W], NaN where missing, to whole ones
@@ -78,7 +81,7 @@ class ImputeConfig:
 # What is missing: bool [N, 1, H, W], True where it is, for all channels of a pixel.
 
 
-def make_masks(images: Tensor, config: ImputeConfig, seed: int) -> dict[str, Tensor]:
+def make_masks(images: Images, config: ImputeConfig, seed: int) -> dict[str, Tensor]:
     """The masks for images [N, C, H, W], on their device; the same for the same seed."""
     count, _, height, width = images.shape
     side = config.square_side or max(1, min(SQUARE_SIDE, min(height, width) // 4))
@@ -183,13 +186,14 @@ def pseudo_gibbs(
     return torch.cat([of_batch(batch) for batch in x.split(BATCH_SIZE)])
 
 
-def mean_pixels(images: Tensor) -> Tensor:
+def mean_pixels(images: Images) -> Tensor:
     """The mean of each pixel over uint8 training images, [C, H, W]."""
-    return pixels(images.mean(0, dtype=torch.float32))
+    total = torch.stack([block.sum(0) for block in in_blocks(images, MEAN_BATCH_SIZE)]).sum(0)
+    return pixels(total / len(images))
 
 
 def vae_methods(
-    models: Mapping[str, VAE], training_images: Tensor, config: ImputeConfig, seed: int
+    models: Mapping[str, VAE], training_images: Images, config: ImputeConfig, seed: int
 ) -> Methods:
     """What VAEs can do; an encoder first sees the training mean where pixels are missing.
 
@@ -210,25 +214,32 @@ def vae_methods(
     }
 
 
-def baseline_methods(training_images: Tensor, config: ImputeConfig, seed: int) -> Methods:
+def baseline_methods(training_images: Images, config: ImputeConfig, seed: int) -> Methods:
     """What does without a VAE, fitted to the same uint8 training images."""
     fill = mean_pixels(training_images)
     return {
         (NO_MODEL, "mean"): lambda x: filled(x, fill),
-        (NO_MODEL, "PCA"): pca(training_images, config.components, fill),
+        (NO_MODEL, "PCA"): pca(training_images, config.components, fill, seed),
         (NO_MODEL, "kNN"): nearest_neighbours(
             training_images, config.neighbours, config.neighbour_images, fill, seed
         ),
     }
 
 
-def pca(training_images: Tensor, components: int, fill: Tensor) -> Method:
+def pca(training_images: Images, components: int, fill: Tensor, seed: int) -> Method:
     """Iterative SVD: project on principal components, keep what is observed, repeat.
 
     The components are those of the training images, which are complete; so it is the projection
-    that is iterated, not the fit.
+    that is iterated, not the fit. Of images of more than PCA_VALUES values together as many are
+    taken at random as have them.
     """
-    flat = pixels(training_images).flatten(1).cpu().numpy()
+    most = max(1, PCA_VALUES // math.prod(training_images.shape[1:]))
+    if len(training_images) > most:
+        order = torch.randperm(len(training_images), generator=generator(seed, "PCA"))
+        chosen = training_images[order[:most].to(training_images.device)]
+    else:
+        chosen = training_images[:]
+    flat = pixels(chosen).flatten(1).cpu().numpy()
     fitted = require("sklearn.decomposition").PCA(min(components, *flat.shape), random_state=0)
     fitted.fit(flat)
 
@@ -243,7 +254,7 @@ def pca(training_images: Tensor, components: int, fill: Tensor) -> Method:
 
 
 def nearest_neighbours(
-    training_images: Tensor, neighbours: int, among: int, fill: Tensor, seed: int
+    training_images: Images, neighbours: int, among: int, fill: Tensor, seed: int
 ) -> Method:
     """The mean of the training images that are nearest at the observed pixels.
 
@@ -272,13 +283,13 @@ def nearest_neighbours(
 
 def measure(
     methods: Methods,
-    images: Tensor,
+    images: Images,
     labels: Tensor,
     masks: Mapping[str, Tensor],
     classifier: Classifier,
 ) -> tuple[list[Row], dict[str, Imputed]]:
     """A row per mask and method, of those by (model, method); and what was imputed, by mask."""
-    originals = pixels(images)
+    originals = pixels(images[:])
     of_originals = share_right(classifier, originals, labels)
     imputed = {
         mask_name: {name: impute(method, originals, mask) for name, method in methods.items()}

@@ -11,7 +11,7 @@ from sqloss.experiments.imputation import Imputed, filled, mean_pixels, means_at
 from sqloss.models import VAE
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator
-from sqloss.training.data import Dataset
+from sqloss.training.datasets import Dataset
 from sqloss.training.figures import label_rows, mosaic, new_figure, save_picture, show
 
 if TYPE_CHECKING:

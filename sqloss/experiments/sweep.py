@@ -286,7 +286,7 @@ def make_tasks(directory: Path, configs: Mapping[str, RunConfig], seeds: int) ->
 def data_of(trainer: Trainer[Any, Any], config: RunConfig) -> Any:
     """The data of a run; read once per process, as far as the runs are of one data set."""
     values = flat(config)
-    key = (trainer.name, *(values.get(name) for name in trainer.data_settings))
+    key = (trainer.name, *(values.get(name) for name in trainer.data_settings()))
     if _loaded.get("key") != key:
         _loaded.update(key=key, data=trainer.load(config))
     return _loaded["data"]

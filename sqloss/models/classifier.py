@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sqloss.models.pixels import pixels
+from sqloss.models.pixels import Images, in_blocks, pixels
 from sqloss.models.seeding import generator, initialisation
 
 # A fixed number of steps rather than of epochs: the time is the same for 1,000 images as for
@@ -50,14 +50,24 @@ class Classifier(nn.Module):
         return torch.cat([self(batch).argmax(1) for batch in x.split(PREDICTION_BATCH_SIZE)])
 
     @torch.no_grad()
+    def predict_attributes(self, x: Tensor) -> Tensor:
+        """Which attributes each image of pixels likely has, bool [B, classes]."""
+        return torch.cat([self(batch) > 0 for batch in x.split(PREDICTION_BATCH_SIZE)])
+
+    @torch.no_grad()
     def see(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The features [B, FEATURES] and class probabilities [B, classes] of images of pixels."""
         features = torch.cat([self.features(batch) for batch in x.split(PREDICTION_BATCH_SIZE)])
         return features, self.logits(features).softmax(1)
 
 
-def train_classifier(images: Tensor, labels: Tensor, classes: int, seed: int) -> Classifier:
-    """Fit a classifier to uint8 images [N, C, H, W], on the device where they are."""
+def train_classifier(images: Images, labels: Tensor, classes: int, seed: int) -> Classifier:
+    """Fit a classifier to uint8 images [N, C, H, W], on the device where they are.
+
+    Args:
+        labels: the class of each image, int64 [N]; or, of attributes of which an image has any,
+            which it has, bool [N, classes].
+    """
     with initialisation(seed, "classifier"):
         classifier = Classifier(tuple(images.shape[1:]), classes).to(images.device)
     optimiser = torch.optim.Adam(classifier.parameters())
@@ -66,7 +76,11 @@ def train_classifier(images: Tensor, labels: Tensor, classes: int, seed: int) ->
     for _ in range(STEPS):
         batch = torch.randint(len(images), (BATCH_SIZE,), generator=draws).to(images.device)
         # torch's own, and its mean: an instrument does not depend on what it is to measure
-        loss = F.cross_entropy(classifier(pixels(images[batch])), labels[batch])
+        logits, truth = classifier(pixels(images[batch])), labels[batch]
+        if labels.dtype == torch.bool:
+            loss = F.binary_cross_entropy_with_logits(logits, truth.to(logits))
+        else:
+            loss = F.cross_entropy(logits, truth)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -74,6 +88,15 @@ def train_classifier(images: Tensor, labels: Tensor, classes: int, seed: int) ->
     return classifier
 
 
-def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
+def accuracy(classifier: Classifier, images: Images, labels: Tensor) -> float:
     """The share of uint8 images whose class the classifier gets right."""
-    return (classifier.predict(pixels(images)) == labels).double().mean().item()
+    blocks = in_blocks(images, PREDICTION_BATCH_SIZE)
+    seen = torch.cat([classifier.predict(pixels(block)) for block in blocks])
+    return (seen == labels).double().mean().item()
+
+
+def attribute_accuracies(classifier: Classifier, images: Images, labels: Tensor) -> list[float]:
+    """For each attribute the share of uint8 images of which the classifier gets it right."""
+    blocks = in_blocks(images, PREDICTION_BATCH_SIZE)
+    seen = torch.cat([classifier.predict_attributes(pixels(block)) for block in blocks])
+    return (seen == labels.to(seen.device)).double().mean(0).tolist()

@@ -1,6 +1,34 @@
 """The input conventions of the models here: images rest as uint8 and are fed as float."""
 
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
 from torch import Tensor
+
+
+class Images(Protocol):
+    """uint8 images [N, C, H, W] to read by slices and by rows: a tensor, or more than memory has.
+
+    What is read of them is a tensor on their device.
+    """
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, chosen: Any, /) -> Tensor: ...
+
+    def to(self, device: Any, /) -> "Images": ...
+
+
+def in_blocks(images: Images, size: int) -> Iterator[Tensor]:
+    """The images, so many at a time."""
+    return (images[first : first + size] for first in range(0, len(images), size))
 
 
 def pixels(images: Tensor) -> Tensor:

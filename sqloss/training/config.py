@@ -14,8 +14,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from sqloss.training import ranks
-from sqloss.training.data import READERS, Source, parse_imbalance, refuse_output_among_data
+from sqloss.training.datasets import DATASETS, Place, Source
+from sqloss.training.datasets.imbalance import parse_imbalance
 from sqloss.training.errors import UserError
+from sqloss.training.files import expanded
 from sqloss.training.flags import (
     LARGEST,
     as_flag,
@@ -34,6 +36,7 @@ from sqloss.training.samplers import SAMPLERS, Sampler
 METRIC_ALPHA = 0.8  # of the tail reported where training has none
 THREADS_PER_CPU = 16  # more than anyone has a use for, and few enough to be made
 SINGLE_THREADED_PIXELS = 16 * 16  # the digits, at 8 x 8, are no slower with one thread
+MOST_WORKERS = 256  # threads
 FORMAT = 1  # of config.json; runs of before there was a format have none
 STANDARD = "standard"  # the model that is trained on the mean
 
@@ -191,32 +194,22 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class ImageConfig(RunConfig):
+class ImageConfig(RunConfig, Place):
     """The hyper-parameters of runs on images of classes."""
 
-    paths: ClassVar[tuple[str, ...]] = ("data_dir",)
-    of_machine: ClassVar[tuple[str, ...]] = (*RunConfig.of_machine, "data_dir", "download")
+    paths: ClassVar[tuple[str, ...]] = ("data_dir", "cache_dir")
+    of_machine: ClassVar[tuple[str, ...]] = (
+        *RunConfig.of_machine,
+        *("data_dir", "download", "workers", "cache_dir"),
+    )
 
-    dataset: str = flag("digits", "the data set", choices=tuple(READERS))
-    data_dir: str = flag("data", "the folder with the data", metavar="DIR")
-    download: bool = flag(False, "fetch the data set where it is missing")
-    image_size: int = flag(
-        0,
-        "resize the central square to this many pixels a side; 0: as they are, "
-        "but 32 for celeba and for folders of mixed sizes",
-        metavar="PIXELS",
-    )
-    train_limit: int = flag(
-        0, "use the first N training images; 0: all", metavar="N", formerly="limit"
-    )
-    celeba_attribute: str = flag(
-        "Smiling", "the attribute that is the class of a celeba image", metavar="NAME"
-    )
+    dataset: Source = choice(DATASETS, "digits", "the data set")
     imbalance: str = flag(
         "0:0.1",
         "share of the training images to keep per class, like 0:0.1,cat:0.5, or none; CLASS is a "
-        "name, or, if no class has that name, a number from 0 up in the order of the names; a "
-        "share above 0 keeps one image at least; the test images stay as they are",
+        "name, or else a combination of attributes, like Eyeglasses=1,Male=0, or else a number "
+        "from 0 up in the order of the names; a share above 0 keeps one image at least; the test "
+        "images stay as they are",
         metavar="CLASS:SHARE,...",
     )
     num_samples: int = flag(10_000, "generated images to classify for the report", metavar="N")
@@ -225,27 +218,19 @@ class ImageConfig(RunConfig):
         super().__post_init__()
         self._expect_whole(1, "num_samples")
         self._expect_whole(0, "image_size", "train_limit")
+        in_range = 0 <= self.workers <= MOST_WORKERS
+        self._expect("workers", in_range, f"a whole number from 0 to {MOST_WORKERS}")
         parse_imbalance(self.imbalance)
 
     @property
     def title(self) -> str:
-        return f"{self.command}-{self.dataset}"
+        return f"{self.command}-{self.dataset.name}"
 
     def is_of_small(self, data: Any) -> bool:
         return bool(math.prod(data.shape) <= SINGLE_THREADED_PIXELS)
 
     def check_place(self, directory: Path) -> None:
-        refuse_output_among_data(self.dataset, self.source, directory)
-
-    @property
-    def source(self) -> Source:
-        return Source(
-            data_dir=expanded(self.data_dir),
-            download=self.download,
-            image_size=self.image_size,
-            limit=self.train_limit,
-            celeba_attribute=self.celeba_attribute,
-        )
+        self.dataset.check_output(self, directory)
 
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -263,11 +248,6 @@ def parse_sizes(name: str, text: str) -> tuple[int, ...]:
             f"512,256, got {text}"
         )
     return sizes
-
-
-def expanded(path: str) -> Path:
-    """A path as a user writes it, ``~`` included."""
-    return Path(os.path.expanduser(path))
 
 
 def to_stored(config: RunConfig) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.utils.data import default_collate
 
 from sqloss.training import ranks
-from sqloss.training.config import expanded
 from sqloss.training.custom.batches import as_data
 from sqloss.training.custom.trainer import Callback, CustomConfig, CustomTrainer, Own
 from sqloss.training.errors import UserError
+from sqloss.training.files import expanded
 from sqloss.training.flags import configure, settings_chosen
 from sqloss.training.loop import Row
 from sqloss.training.progress import Progress, Silence

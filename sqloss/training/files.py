@@ -12,6 +12,11 @@ from typing import Any
 from sqloss.training.errors import UserError
 
 
+def expanded(path: str) -> Path:
+    """A path as a user writes it, ``~`` included."""
+    return Path(os.path.expanduser(path))
+
+
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Replace ``path`` by ``content``; on failure it keeps its old content and no rest is left."""
     temporary = temporary_of(path)

@@ -4,7 +4,9 @@ from typing import Any, TypeVar
 
 from sqloss.training import ranks
 from sqloss.training.config import ImageConfig
-from sqloss.training.data import Dataset, load_dataset, thinned
+from sqloss.training.datasets import DATASETS, Dataset, Place
+from sqloss.training.datasets.imbalance import in_text, thinned
+from sqloss.training.flags import settings_of
 from sqloss.training.loop import Training
 from sqloss.training.trainer import Metric, Report, Trainer
 
@@ -13,9 +15,16 @@ State = TypeVar("State", bound=Training)
 
 
 def rare_share(report: Report, model: Report) -> float | None:
-    """The share of the generated images that show a class which is rare in training."""
-    rare = thinned(report["config"]["imbalance"], report["class_names"])
-    return sum(model["generated"][label]["share"] for label in rare) if rare else None
+    """The shares of the generated images that show what is rare in training, added up."""
+    attributes = report.get("attributes", {"names": [], "parts": []})
+    rare = thinned(report["config"]["imbalance"], report["class_names"], attributes["names"])
+    shares = [
+        model["generated"][part]
+        if isinstance(part, int)
+        else model["attributes"][attributes["parts"].index(in_text(part))]
+        for part in rare
+    ]
+    return sum(each["share"] for each in shares) if shares else None
 
 
 RARE_SHARE = Metric("share of rare classes", 4, "higher", rare_share)
@@ -24,20 +33,25 @@ ACCURACY = Metric(
 )
 
 
+def data_settings() -> set[str]:
+    """The settings that choose the data: of all data sets, and those that each has of its own."""
+    kinds: list[type] = [Place, *DATASETS.values()]
+    return {"dataset"}.union(*map(settings_of, kinds))
+
+
 class ImageTrainer(Trainer[Config, State]):
     """A trainer on a registered data set, with classes made rare by ``--imbalance``."""
-
-    data_settings = (
-        *("dataset", "data_dir", "download", "image_size", "train_limit", "celeba_attribute"),
-    )
 
     def load(self, config: Config) -> Dataset:
         """By one rank after the other where the data are to be fetched."""
 
         def of_config() -> Dataset:
-            return load_dataset(config.dataset, config.source)
+            return config.dataset.read(config)
 
         return ranks.in_turns(of_config) if config.download else of_config()
+
+    def data_settings(self) -> set[str]:
+        return data_settings()
 
     def training_data(self, whole: Dataset, config: Config) -> Dataset:
         return whole.imbalanced(config.imbalance, config.seed).to(config.torch_device)

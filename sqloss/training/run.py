@@ -185,7 +185,7 @@ class Run(Generic[Config]):
 def refuse_differing_ranks(config: RunConfig, fingerprint: str) -> None:
     """Raise where a machine has other data or another kind of device, or was told other flags."""
     if ranks.count() > 1:
-        of_machine = (*config.paths, "download", "threads")
+        of_machine = {*config.paths, *config.of_machine}
         flags = {as_flag(k): v for k, v in flat(config).items() if k not in of_machine}
         flags["--device"] = config.torch_device.type  # where it is auto
         flags["--data-dir"] = f"data with the hash {fingerprint}"

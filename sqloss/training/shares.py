@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sqloss.models.classifier import Classifier, train_classifier
-from sqloss.training.data import Dataset
+from sqloss.training.datasets import Dataset
 from sqloss.training.errors import UserError, require
 from sqloss.training.files import write_atomically
 from sqloss.training.tables import CONFIDENCE

@@ -5,7 +5,7 @@
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -70,8 +70,6 @@ class Trainer(ABC, Generic[Config, State]):
     main_metrics: ClassVar[Sequence[str]] = ()
     """Those of its table, where there are; the best is chosen by the first."""
     presets: ClassVar[Mapping[str, Preset]] = {}
-    data_settings: ClassVar[tuple[str, ...]] = ()
-    """Those that ``load`` reads."""
     has_samples: ClassVar[bool] = False
     """Whether there is something in ``samples`` for the picture of a sweep."""
     not_swept: ClassVar[tuple[str, ...]] = ("seed",)
@@ -80,6 +78,10 @@ class Trainer(ABC, Generic[Config, State]):
     @abstractmethod
     def load(self, config: Config) -> Any:
         """The data of a run, before any change by its configuration."""
+
+    def data_settings(self) -> Collection[str]:
+        """The settings that ``load`` reads."""
+        return ()
 
     @abstractmethod
     def training_data(self, whole: Any, config: Config) -> Any:

@@ -29,7 +29,7 @@ from sqloss.models import VAE, classifier
 from sqloss.models.classifier import Classifier
 from sqloss.models.seeding import generator
 from sqloss.training import UserError
-from sqloss.training.data import Source, load_dataset
+from sqloss.training.datasets import load_dataset
 from sqloss.training.flags import configure
 from sqloss.training.progress import Silence
 from sqloss.training.run import Run
@@ -48,7 +48,7 @@ counts, sides, seeds = st.integers(1, 5), st.integers(1, 12), st.integers(0, 3)
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_dataset("digits", Source())
+    return load_dataset("digits")
 
 
 @pytest.fixture(scope="module", params=["normal", "t"])
@@ -378,7 +378,9 @@ def run(tmp_path_factory):
         **{"prior": "t", "df": 4.0, "num_samples": 20},
     )
     run = Run.new(directory, config)
-    data = load_dataset("digits", config.source).imbalanced(config.imbalance, config.seed)
+    data = load_dataset("digits", train_limit=config.train_limit).imbalanced(
+        config.imbalance, config.seed
+    )
     training = begin(config, data)
     assert run.start(training, data).fit(Silence())
     return directory

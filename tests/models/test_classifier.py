@@ -3,7 +3,7 @@ import torch
 
 from sqloss.models import classifier as module
 from sqloss.models.classifier import Classifier, accuracy, train_classifier
-from sqloss.training.data import Source, load_dataset
+from sqloss.training.datasets import load_dataset
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def one_thread():
 
 def test_learns_the_digits(one_thread):
     pytest.importorskip("sklearn")
-    data = load_dataset("digits", Source())
+    data = load_dataset("digits")
     classifier = train_classifier(data.train_images, data.train_labels, 10, seed=0)
     assert accuracy(classifier, data.test_images, data.test_labels) > 0.95
 

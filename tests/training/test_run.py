@@ -149,7 +149,7 @@ def test_the_data_are_found_from_every_working_directory(trainer, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     trainer.config = changed(trainer.config, data_dir="here")
     start(trainer, trainer.run(tmp_path / "run"))
-    assert Run.resumed(VAEConfig, tmp_path / "run", {}).config.source.data_dir == tmp_path / "here"
+    assert Run.resumed(VAEConfig, tmp_path / "run", {}).config.root == tmp_path / "here"
 
 
 def test_some_flags_may_change(trainer, tmp_path):

@@ -9,8 +9,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from sqloss.models.gan_losses import GAN_LOSSES
-from sqloss.training.config import ImageConfig, expanded
+from sqloss.training.config import ImageConfig
 from sqloss.training.errors import UserError
+from sqloss.training.files import expanded
 from sqloss.training.flags import as_flag, flag
 from sqloss.training.risks import Mean, Risk
 

@@ -20,7 +20,7 @@ from sqloss.models.gan_losses import (
 from sqloss.models.pixels import signed_pixels
 from sqloss.models.seeding import initialisation
 from sqloss.training import ranks
-from sqloss.training.data import Dataset
+from sqloss.training.datasets import Dataset
 from sqloss.training.errors import UserError
 from sqloss.training.gan.batch_norm import over_ranks
 from sqloss.training.gan.config import GANConfig

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sqloss.models.classifier import Classifier
-from sqloss.models.pixels import pixels
+from sqloss.models.classifier import PREDICTION_BATCH_SIZE, Classifier
+from sqloss.models.pixels import Images, in_blocks, pixels
 from sqloss.models.seeding import generator, initialisation
 from sqloss.training.errors import UserError, require
 from sqloss.training.loop import NonFiniteError
@@ -45,8 +45,8 @@ Metrics = dict[str, Any]
 
 def measure_images(
     generated: Tensor,
-    train_images: Tensor,
-    test_images: Tensor,
+    train_images: Images,
+    test_images: Images,
     classifier: Classifier,
     seed: int,
 ) -> Metrics:
@@ -69,7 +69,7 @@ def measure_images(
 
 
 def floor(
-    count: int, train_images: Tensor, test_images: Tensor, classifier: Classifier, seed: int
+    count: int, train_images: Images, test_images: Images, classifier: Classifier, seed: int
 ) -> Metrics:
     """What ``count`` real images get in the place of generated ones: the best to be hoped for.
 
@@ -94,9 +94,10 @@ def floor(
     return _against(chosen, test_images, classifier, seed)
 
 
-def _against(images: Tensor, test_images: Tensor, classifier: Classifier, seed: int) -> Metrics:
+def _against(images: Tensor, test_images: Images, classifier: Classifier, seed: int) -> Metrics:
     seen, probabilities = (part.double().cpu() for part in classifier.see(images))
-    reference = classifier.see(pixels(test_images))[0].double().cpu()
+    blocks = in_blocks(test_images, PREDICTION_BATCH_SIZE)
+    reference = torch.cat([classifier.see(pixels(block))[0].double().cpu() for block in blocks])
     kernel_mean, kernel_std = kernel_distance(seen, reference, seed)
     alike = min(MANIFOLD_IMAGES, len(seen), len(reference))
     precision, recall = precision_and_recall(
@@ -186,7 +187,7 @@ def class_coverage(probabilities: Tensor) -> Metrics:
     }
 
 
-def nearest_neighbours(generated: Tensor, train_images: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_neighbours(generated: Tensor, train_images: Images) -> tuple[Tensor, Tensor]:
     """The L2 distance [N] in pixels to the nearest training image, and its index [N].
 
     Both are on the CPU. A training image itself is at the distance 0.
@@ -207,7 +208,7 @@ def nearest_neighbours(generated: Tensor, train_images: Tensor) -> tuple[Tensor,
 
 
 def _nearest_quantiles(
-    generated: Tensor, train_images: Tensor, test_images: Tensor, seed: int
+    generated: Tensor, train_images: Images, test_images: Images, seed: int
 ) -> list[dict[str, float]]:
     quantiles = torch.tensor(QUANTILES, dtype=torch.float64)
     of_generated, of_held_out = (
@@ -223,15 +224,15 @@ def _nearest_quantiles(
     ]
 
 
-def _choose(images: Tensor, count: int, seed: int, *purpose: str) -> Tensor:
+def _choose(images: Images, count: int, seed: int, *purpose: str) -> Tensor:
     """``count`` of the images at random, in no order; or all as they are, if there are no more."""
     if count >= len(images):
-        return images
+        return images[:]
     chosen = torch.randperm(len(images), generator=generator(seed, *purpose))[:count]
     return images[chosen.to(images.device)]
 
 
-def _check(function: str, argument: str, images: Tensor, test_images: Tensor) -> None:
+def _check(function: str, argument: str, images: Tensor, test_images: Images) -> None:
     for name, given in ((argument, images), ("test_images", test_images)):
         if len(given) < LEAST_IMAGES:
             raise UserError(
@@ -260,7 +261,7 @@ def require_fid(weights: Path) -> None:
     _inception_distance(weights)
 
 
-def true_fid(generated: Tensor, test_images: Tensor, weights: Path) -> float:
+def true_fid(generated: Tensor, test_images: Images, weights: Path) -> float:
     """The Frechet Inception distance of generated images from the test images.
 
     ``weights`` is the file of Inception's that torch-fidelity uses (FID_WEIGHTS_FROM). Images are
@@ -272,7 +273,7 @@ def true_fid(generated: Tensor, test_images: Tensor, weights: Path) -> float:
     """
     _check("true_fid", "generated", generated, test_images)
     metric = _inception_distance(weights).to(generated.device)
-    for batch in test_images.split(FID_BATCH_SIZE):
+    for batch in in_blocks(test_images, FID_BATCH_SIZE):
         metric.update(_coloured(batch), real=True)
     for batch in generated.split(FID_BATCH_SIZE):
         # rounded: torchmetrics' own conversion, normalize=True, would cut off

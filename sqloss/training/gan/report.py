@@ -10,7 +10,8 @@ from torch import Tensor
 from sqloss.models.classifier import Classifier, accuracy
 from sqloss.models.gan import Generator
 from sqloss.models.seeding import generator as stream
-from sqloss.training.data import Dataset
+from sqloss.training.attributes import AttributeJudge, attribute_note, attribute_table
+from sqloss.training.datasets import Dataset
 from sqloss.training.errors import UserError
 from sqloss.training.files import write_atomically, write_json
 from sqloss.training.flags import flat
@@ -61,6 +62,11 @@ def make_report(
     """
     whole = whole.to(data.train_images.device)
     judged = min(config.num_samples, len(whole.train_images))
+    attributes = (
+        AttributeJudge.learn(whole, config.imbalance, config.torch_device, config.seed)
+        if whole.train_attributes
+        else None
+    )
     real = floor(judged, whole.train_images, data.test_images, classifier, config.seed)
     return {
         "config": flat(config),
@@ -71,8 +77,9 @@ def make_report(
         "train_images_before_imbalance": whole.class_counts(),
         "classifier_test_accuracy": accuracy(classifier, data.test_images, data.test_labels),
         "real": real,
+        **({"attributes": attributes.describe(whole, data)} if attributes else {}),
         "models": {
-            name: measure_model(model, classifier, judged, data, config)
+            name: measure_model(model, classifier, attributes, judged, data, config)
             | {"losses": latest_losses(history, name), "failures": failed(history, name, config)}
             for name, model in generators.items()
         },
@@ -80,7 +87,12 @@ def make_report(
 
 
 def measure_model(
-    model: Generator, classifier: Classifier, judged: int, data: Dataset, config: GANConfig
+    model: Generator,
+    classifier: Classifier,
+    attributes: AttributeJudge | None,
+    judged: int,
+    data: Dataset,
+    config: GANConfig,
 ) -> dict[str, Any]:
     """The numbers of one generator; every model gets the same noise."""
     images, labels = generated(model, config)
@@ -90,6 +102,8 @@ def measure_model(
             images[:judged], data.train_images, data.test_images, classifier, config.seed
         ),
     }
+    if attributes:
+        measured["attributes"] = attributes.shares([images])
     if labels is not None:
         agreeing = int((classifier.predict(images) == labels).sum())
         measured["label_agreement"] = share(agreeing, len(labels))
@@ -174,7 +188,7 @@ Every setting is in `config.json`.
 - That classifier was trained on the training images before the imbalance, and gets
   {report["classifier_test_accuracy"]:.1%} of the test images right. The intervals are Wilson's at
   {CONFIDENCE:.0%}; they cover the number of generated images, not the classifier's
-  errors.{classes_note}
+  errors.{classes_note}{attribute_note(report)}
 - Losses are means over the steps of the last epoch, weighted by their images.{losses_note}
   The AUC is the share of pairs of a real and a generated image of a step of which the real one has
   the higher logit: 0.5 is all that a discriminator gets of images that it cannot tell apart.
@@ -213,6 +227,8 @@ def stability(report: Report) -> str:
 def tables(report: Report) -> str:
     """The numbers of a report, as Markdown that a terminal shows well too."""
     parts = [quality_table(report), share_table(report), loss_table(report), nearest_table(report)]
+    if "attributes" in report:
+        parts.insert(2, attribute_table(report))
     return "\n\n".join(map(table, parts))
 
 

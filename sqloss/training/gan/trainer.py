@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from sqloss.training.data import Dataset
+from sqloss.training.datasets import Dataset
 from sqloss.training.gan import loop, plots, report
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import first_samples
 from sqloss.training.gan.metrics import require_fid
-from sqloss.training.image_trainer import ACCURACY, RARE_SHARE, ImageTrainer
+from sqloss.training.image_trainer import ACCURACY, RARE_SHARE, ImageTrainer, data_settings
 from sqloss.training.run import Run
 from sqloss.training.run_directory import restore
 from sqloss.training.shares import classifier_of, kept_classifier
@@ -99,7 +99,8 @@ class GANTrainer(ImageTrainer[GANConfig, loop.GANTraining]):
     # Images that one classifier has not judged, or that are not held against the same test images,
     # have no distances to compare.
     not_swept = (
-        *("seed", *ImageTrainer.data_settings, "num_samples", "classifier", "fid_weights"),
+        *("seed", "num_samples", "classifier", "fid_weights"),
+        *sorted(data_settings()),
     )
 
     def check(self, config: GANConfig) -> None:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 import sqloss
 from sqloss.models import VAE
-from sqloss.models.pixels import pixels
+from sqloss.models.pixels import Images, pixels
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
 from sqloss.training import ranks
-from sqloss.training.data import Dataset
+from sqloss.training.datasets import Dataset
 from sqloss.training.vae.config import VAEConfig
 
 BATCH_SIZE = 1000
@@ -51,7 +51,7 @@ def evaluate(model: VAE, data: Dataset, seed: int, iwae_samples: int = 0) -> dic
 @torch.inference_mode()
 def importance_weighted(
     model: VAE,
-    images: Tensor,
+    images: Images,
     rows: Tensor,
     seed: int,
     num_samples: int,

@@ -11,7 +11,7 @@ from sqloss.models.pixels import pixels
 from sqloss.models.seeding import initialisation
 from sqloss.student_t import draw_seed
 from sqloss.training import ranks
-from sqloss.training.data import Dataset
+from sqloss.training.datasets import Dataset
 from sqloss.training.loop import Row, Training
 from sqloss.training.vae.backends import BACKENDS, Batch
 from sqloss.training.vae.config import VAEConfig

@@ -12,7 +12,7 @@ from sqloss.models import VAE
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
-from sqloss.training.data import Dataset
+from sqloss.training.datasets import Dataset
 from sqloss.training.figures import (
     edges,
     label_rows,

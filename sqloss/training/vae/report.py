@@ -11,7 +11,8 @@ from sqloss.models import VAE
 from sqloss.models.classifier import accuracy
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
-from sqloss.training.data import Dataset
+from sqloss.training.attributes import AttributeJudge, attribute_note, attribute_table
+from sqloss.training.datasets import Dataset
 from sqloss.training.files import write_atomically, write_json
 from sqloss.training.flags import flat
 from sqloss.training.progress import counted
@@ -38,8 +39,9 @@ def make_report(
 
     ``whole`` is the data before the imbalance: from it the classifier learns every class.
     """
-    classifier = classifier_of(whole, data.train_images.device, config.seed)
-    return {
+    device = data.train_images.device
+    classifier = classifier_of(whole, device, config.seed)
+    report: Report = {
         "config": flat(config),
         "risk": {"flags": config.risk.flags, "tail_alpha": config.risk.tail_alpha},
         "alpha_of_cvar": config.metric_alpha,
@@ -59,6 +61,27 @@ def make_report(
             for name, model in models.items()
         },
     }
+    if whole.train_attributes:
+        judge = AttributeJudge.learn(whole, config.imbalance, device, config.seed)
+        report["attributes"] = judge.describe(whole, data)
+        for name, model in models.items():
+            measured = report["models"][name]
+            measured["attributes"] = judge.shares(generated(model, config))
+            measured["test_by_attribute"] = by_attribute(losses[name], judge, data, config)
+    return report
+
+
+def by_attribute(
+    losses: Losses, judge: AttributeJudge, data: Dataset, config: VAEConfig
+) -> list[dict[str, Any] | None]:
+    """The summary over the test images of each part of the judge; None where it has none."""
+    return [
+        {"images": int(has.sum())}
+        | summary({name: values[has] for name, values in losses.items()}, config.metric_alpha)
+        if has.any()
+        else None
+        for has in judge.members(data.test_attributes)
+    ]
 
 
 def overall(losses: Losses, alpha: float) -> dict[str, Any]:
@@ -140,7 +163,7 @@ Every setting is in `config.json`.
 - Generated images are counted by a small classifier that was trained on the training images
   before the imbalance, and gets {report["classifier_test_accuracy"]:.1%} of the test images right.
   The intervals are Wilson's at {CONFIDENCE:.0%}; they cover the number of generated images, not
-  the classifier's errors.
+  the classifier's errors.{attribute_note(report)}
 
 ![Losses over the epochs](vae_loss_curves.png)
 ![Distribution of the test losses](vae_loss_distribution.png)
@@ -190,7 +213,9 @@ def moments_note(report: Report) -> str:
 
 def tables(report: Report) -> str:
     """The numbers of a report, as Markdown that a terminal shows well too."""
-    parts = (overall_table(report), class_table(report), share_table(report))
+    parts = [overall_table(report), class_table(report), share_table(report)]
+    if "attributes" in report:
+        parts += [attribute_loss_table(report), attribute_table(report)]
     return "\n\n".join(map(table, parts))
 
 
@@ -235,3 +260,14 @@ def class_table(report: Report) -> Iterator[list[str]]:
         name = rows[0]["class"]
         numbers = [nats(row[metric]) for metric in PER_CLASS for row in rows]
         yield [in_markdown(name), str(train_images[name]), *numbers]
+
+
+def attribute_loss_table(report: Report) -> Iterator[list[str]]:
+    """The losses on the test images, of which no imbalance takes any, with each attribute."""
+    models = report["models"]
+    yield ["attribute", "test", *(f"{label} {m}" for label in PER_CLASS.values() for m in models)]
+    rows = zip(*(model["test_by_attribute"] for model in models.values()), strict=True)
+    for part, of_models in zip(report["attributes"]["parts"], rows, strict=True):
+        if of_models[0] is not None:
+            numbers = [nats(row[metric]) for metric in PER_CLASS for row in of_models]
+            yield [in_markdown(part), str(of_models[0]["images"]), *numbers]

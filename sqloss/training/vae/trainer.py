@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import ClassVar
 
-from sqloss.training.data import Dataset
+from sqloss.training.datasets import Dataset
 from sqloss.training.image_trainer import ACCURACY, RARE_SHARE, ImageTrainer
 from sqloss.training.run import Run
 from sqloss.training.trainer import TRAINERS, Metric, Preset, Report, product

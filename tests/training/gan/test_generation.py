@@ -6,7 +6,7 @@ from sqloss.models.classifier import Classifier, accuracy, train_classifier
 from sqloss.models.gan import GAN, Generator
 from sqloss.models.seeding import initialisation
 from sqloss.training import shares
-from sqloss.training.data import Dataset, Source, load_dataset
+from sqloss.training.datasets import Dataset, load_dataset
 from sqloss.training.flags import configure
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import Noise, draw_noise, generate, generate_many
@@ -126,7 +126,7 @@ def share_of_the_class_asked_for(training: GANTraining, classifier: Classifier) 
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
     pytest.importorskip("sklearn")
-    return load_dataset("digits", Source())
+    return load_dataset("digits")
 
 
 def test_conditional_samples_are_of_the_class_asked_for(digits):
@@ -137,8 +137,7 @@ def test_conditional_samples_are_of_the_class_asked_for(digits):
 
 
 def test_conditional_samples_of_the_real_mnist(real_mnist):
-    source = Source(data_dir=real_mnist, download=True, limit=4000)
-    mnist = load_dataset("mnist", source)
+    mnist = load_dataset("mnist", data_dir=real_mnist, download=True, train_limit=4000)
     settings = {"width": 16, "epochs": 8, "batch_size": 64, "lr_d": 2e-3, "lr_g": 2e-3}
     training = trained(mnist, conditional=True, ema=0.98, **settings)
     assert share_of_the_class_asked_for(training, judge(mnist, steps=200)) >= 0.9

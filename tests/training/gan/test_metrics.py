@@ -12,7 +12,7 @@ from torch import nn
 from sqloss.models import classifier as classifiers
 from sqloss.models.classifier import train_classifier
 from sqloss.models.pixels import pixels
-from sqloss.training.data import Source, load_dataset
+from sqloss.training.datasets import load_dataset
 from sqloss.training.errors import UserError
 from sqloss.training.gan import metrics
 from sqloss.training.gan.metrics import (
@@ -40,7 +40,7 @@ def normal(*shape, seed=0):
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_dataset("digits", Source())
+    return load_dataset("digits")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import torch
 
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
+from sqloss.training.datasets.digits import Digits
 from sqloss.training.errors import UserError
 from sqloss.training.flags import changed
 from sqloss.training.saved_run import load_saved_run
@@ -118,7 +119,7 @@ def test_an_estimate_of_one_image_has_no_interval():
 @pytest.fixture
 def run(trainer, tmp_path, monkeypatch):
     """A run whose data set is the trainer's."""
-    monkeypatch.setattr("sqloss.training.image_trainer.load_dataset", lambda *_: trainer.data)
+    monkeypatch.setattr(Digits, "read", lambda *_: trainer.data)
     trainer.config = changed(trainer.config, epochs=2, prior="t", learn_df=True)
     trainer.train(trainer.run(tmp_path))
     return tmp_path

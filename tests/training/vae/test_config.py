@@ -39,7 +39,7 @@ SIZES = "whole numbers from 1 to 2147483647, such as 400 or 512,256"
         ("image_size", -1, "a whole number from 0 to 2147483647"),
         ("seed", -1, "a whole number from 0 up"),
         ("threads", -1, "a whole number from 0 up"),
-        ("dataset", "imagenet", "one of digits, mnist, fashion, cifar10, celeba, folder"),
+        ("dataset", "imagenet", "one of celeba, digits, folder, mnist, fashion, cifar10"),
         ("tail_term", "kl", "one of elbo, reconstruction"),
     ],
 )

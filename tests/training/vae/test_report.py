@@ -9,7 +9,7 @@ import sqloss
 from sqloss.models import classifier as classifier_module
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
-from sqloss.training.data import Dataset
+from sqloss.training.datasets import Dataset
 from sqloss.training.errors import UserError
 from sqloss.training.flags import changed
 from sqloss.training.shares import class_shares, share, share_table
