@@ -1,16 +1,27 @@
-"""Every example in the documentation runs and says what it says."""
+"""Every example in the documentation runs and says what it says; recipes, commands, links too."""
 
 import doctest
 import importlib
 import pkgutil
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import sqloss
+from sqloss import cli
+from sqloss.models import classifier
+from sqloss.training.risks import RISKS
+from sqloss.training.samplers import SAMPLERS
+from sqloss.training.trainers import TRAINERS
+from sqloss.training.vae.trainer import VAETrainer
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+PAGES = [README, CONTRIBUTING, *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(sqloss.__path__, "sqloss.")
@@ -36,10 +47,77 @@ def test_public_functions_and_classes_have_examples(name):
     assert ">>> " in PUBLIC[name].__doc__
 
 
-def test_readme_examples():
+def test_readme_examples(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # one of them trains
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert blocks
     namespace = {}
     for block in blocks:
         exec(block, namespace)
     assert namespace["model"].weight.grad is not None
+
+
+def blocks(text, language):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+# Of existing files: what a recipe may touch at most, without its test.
+MOST = {"A risk": 2, "A sampler": 2, "A metric": 2, "A trainer": 3}
+TINY = ["--train-limit", "60", "--hidden", "4", "--latent", "2", "--num-samples", "20"]
+TINY += ["--epochs", "1"]
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_recipes(name, tmp_path, monkeypatch):
+    for needed in ("joblib", "matplotlib", "scipy", "sklearn", "tqdm"):
+        pytest.importorskip(needed)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(classifier, "STEPS", 5)
+    monkeypatch.setattr(VAETrainer, "metrics", dict(VAETrainer.metrics))
+    for registry in (RISKS, SAMPLERS, TRAINERS):
+        monkeypatch.setattr(registry, "_things", dict(registry))
+    recipe = CONTRIBUTING.read_text().partition(f"### {name}\n")[2].partition("\n###")[0]
+    touched = re.findall(r"^- `(.*?)`", recipe, re.MULTILINE)
+    assert 0 < len(touched) <= MOST[name]
+    assert all((ROOT / path).is_file() for path in touched)
+    for block in blocks(recipe, "python"):
+        add_to_its_file(block, touched)
+    threads = torch.get_num_threads()
+    for command in blocks(recipe, "sh")[0].splitlines():
+        program, *arguments = shlex.split(command)
+        tiny = TINY if "vae" in arguments else []
+        assert program == "sqloss" and cli.main([*arguments, *tiny]) == 0
+    torch.set_num_threads(threads)
+
+
+def add_to_its_file(block, touched):
+    """Run a block with the names that there are in the file of its first line."""
+    path, new = re.match(r"# (\S+)( \(new\))?\n", block).groups()
+    module = path.removesuffix(".py").replace("/", ".")
+    assert bool(new) != (path in touched)
+    exec(block, {"__name__": module} if new else dict(vars(importlib.import_module(module))))
+
+
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="an sdist has no docs")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\((?!https?:)(.*?)\)", text):
+        path, _, anchor = target.partition("#")
+        there = page.parent / path if path else page
+        assert there.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", there.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+
+
+def test_commands_are_understood(capsys):
+    """Those that are not run, by their flags."""
+    text = "\n".join(page.read_text() for page in PAGES if page != CONTRIBUTING)
+    command = r"^(?:    )?(?:torchrun .* -m )?sqloss ((?:vae|gan|sweep|impute|evaluate) .*)"
+    lines = re.findall(command, text.replace("\\\n", " "), re.MULTILINE)
+    assert len(lines) > 20
+    for line in lines:
+        if "--help" not in line:
+            cli.parser().parse_args(shlex.split(line, comments=True))
+    assert capsys.readouterr().err == "", "no flag by a former name"

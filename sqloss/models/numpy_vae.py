@@ -189,7 +189,7 @@ def standard_draws(u: Array, v: Array, df: float | None = None) -> Array:
 def objective(
     losses: Mapping[str, Array], alpha: float, tail_term: str, beta: float
 ) -> tuple[float, dict[str, Array]]:
-    """The value of ``sqloss.training.risk.vae_objective`` and its gradients in the losses, [B]."""
+    """The value of ``vae_objective`` of the torch trainer, and its gradients in the losses, [B]."""
     reconstruction, kl = losses["reconstruction"], losses["kl"]
     if tail_term == "elbo":
         value, weights = superquantile(reconstruction + beta * kl, alpha)

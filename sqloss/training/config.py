@@ -116,7 +116,7 @@ class RunConfig:
 
     @property
     def measured_risks(self) -> dict[str, Risk]:
-        """Those that every model is measured by: the mean and the run's own, or else the usual."""
+        """The risks that every model is measured by: the mean, and the run's or the usual CVaR."""
         own = CVaR(METRIC_ALPHA) if self.risk.is_mean else self.risk
         return {STANDARD: Mean(), own.name: own}
 
@@ -172,7 +172,7 @@ class RunConfig:
 
     @property
     def title(self) -> str:
-        """What its directory is called, before the time."""
+        """The name of the run's directory, without the time."""
         return self.command
 
     def check_place(self, directory: Path) -> None:
@@ -189,7 +189,7 @@ class RunConfig:
 
     @property
     def best_device(self) -> str:
-        """What auto is."""
+        """The device that ``auto`` stands for."""
         return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -251,7 +251,7 @@ def parse_sizes(name: str, text: str) -> tuple[int, ...]:
 
 
 def to_stored(config: RunConfig) -> dict[str, Any]:
-    """What ``config.json`` stores, which means the same from every working directory."""
+    """The content of ``config.json``: paths are absolute, so any working directory can resume."""
     named = {name: getattr(config, name) for name in config.paths}
     absolute = {name: str(expanded(path).absolute()) for name, path in named.items() if path}
     return {"format": FORMAT, "command": config.command} | flat(config) | absolute

@@ -1,4 +1,4 @@
-"""What pictures are made of.
+"""Parts of pictures: figures, styles, mosaics.
 
 Figures are made without pyplot: no global state, no display needed.
 """
@@ -32,13 +32,13 @@ BINS = 40
 
 
 def edges(lowest: float, highest: float) -> list[float]:
-    """Of the bins from the lowest to the highest value, which are counted themselves too."""
+    """The edges of BINS bins from the lowest to the highest value, both included."""
     inner = torch.linspace(lowest, highest, BINS + 1, dtype=torch.float64)[1:-1]
     return [lowest, *inner.tolist(), highest]  # rounding would leave the extremes outside
 
 
 def style(name: str, names: Iterable[str]) -> dict[str, Any]:
-    """How the lines of a model look, which is one of these."""
+    """The line style of a model, by its place among these names."""
     if name == STANDARD:
         return STANDARD_STYLE
     others = [other for other in dict.fromkeys(names) if other != STANDARD]

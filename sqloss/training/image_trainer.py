@@ -1,4 +1,4 @@
-"""What trainers on images of classes share."""
+"""The base of trainers on images with classes."""
 
 from typing import Any, TypeVar
 

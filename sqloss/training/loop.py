@@ -20,7 +20,7 @@ from sqloss.training.progress import Progress, counted
 from sqloss.training.stop import StopSignal
 
 Row = dict[str, Any]  # the metrics of one model after one epoch
-CHECKED_EVERY = 100  # steps: so long may a model be broken before that is told
+CHECKED_EVERY = 100  # steps: a broken model is reported after so many at the latest
 
 
 class NonFiniteError(UserError):
@@ -28,7 +28,7 @@ class NonFiniteError(UserError):
 
 
 class TrainingData(Protocol):
-    """What the loop wants of the data."""
+    """The data, as the loop needs them."""
 
     def __len__(self) -> int:
         """How many samples an epoch has."""
@@ -76,11 +76,11 @@ class Training(ABC):
 
     @abstractmethod
     def describe(self, row: Row) -> str:
-        """The metrics of a row that are told while training."""
+        """The metrics of a row that are shown while training."""
 
     @abstractmethod
     def sums(self, name: str) -> Sequence[Tensor]:
-        """Of a model what the epoch under way has summed up: not finite once a loss was not."""
+        """The running sums of a model's epoch: not finite once a loss was not."""
 
     @abstractmethod
     def advice(self) -> str:
@@ -88,7 +88,7 @@ class Training(ABC):
 
     @abstractmethod
     def own_state(self) -> dict[str, Any]:
-        """What the trainer keeps beside the models."""
+        """The state that the trainer keeps beside the models, such as its optimisers'."""
 
     @abstractmethod
     def load_own_state(self, state: dict[str, Any]) -> None: ...
@@ -108,7 +108,7 @@ class Training(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state; an exception of any kind tells that it is not one of this training."""
-        self._refuse_other(state["models"].keys(), state["history"], state["epoch"])
+        self._check_state(state["models"].keys(), state["history"], state["epoch"])
         self.epoch = state["epoch"]
         self.step = state["step"]
         for name, model in self.models.items():
@@ -117,7 +117,7 @@ class Training(ABC):
         self.noise.set_state(state["noise"])
         self.history = state["history"]
 
-    def _refuse_other(self, models: Iterable[str], history: list[Row], epoch: int) -> None:
+    def _check_state(self, models: Iterable[str], history: list[Row], epoch: int) -> None:
         if set(models) != self.models.keys():
             raise ValueError(f"models {', '.join(models)}")
         if len(history) != epoch * len(self.models):
@@ -126,7 +126,7 @@ class Training(ABC):
             raise ValueError("metrics of other names")
 
     def done(self) -> str:
-        """How far it is, in words."""
+        """The epochs and steps done, in words."""
         return f"{counted(self.epoch, 'epoch')} and {counted(self.step, 'step')}"
 
     def latest_rows(self) -> list[Row]:
@@ -141,7 +141,7 @@ def fit(
     save: Callable[[], None],
     progress: Progress,
 ) -> bool:
-    """Train until ``config.epochs``, saving at epochs' ends; False where told to stop."""
+    """Train until ``config.epochs``, saving at epochs' ends; False on a request to stop."""
     saved = training.done() if training.epoch or training.step else ""
     with StopSignal() as stop:
         while training.epoch < config.epochs:
@@ -150,7 +150,7 @@ def fit(
                 close_epoch(training, data)
                 rows = training.latest_rows()
                 progress.epoch(training.epoch, [training.describe(row) for row in rows])
-            refuse_non_finite(training)
+            check_finite(training)
             stopping = stop.agreed()
             due = training.epoch % config.checkpoint_every == 0 or training.epoch == config.epochs
             if due or stopping:
@@ -177,7 +177,7 @@ def train_epoch(
         training.train_step(batch)
         training.step += 1
         if training.step % CHECKED_EVERY == 0:
-            refuse_non_finite(training)
+            check_finite(training)
         progress.step()
     return True
 
@@ -193,7 +193,7 @@ def close_epoch(training: Training, data: TrainingData) -> None:
     training.history.extend(training.measure(data))
 
 
-def refuse_non_finite(training: Training) -> None:
+def check_finite(training: Training) -> None:
     """Stop before a model that has lost its footing is saved over one that has not."""
     measured = {row["model"]: row for row in training.latest_rows()}
     for name, model in training.models.items():

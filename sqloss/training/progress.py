@@ -44,7 +44,7 @@ class Progress:
 
 
 class Silence(Progress):
-    """Tells nothing: many trainings are told of by those who run them."""
+    """Shows nothing: a sweep reports on its many trainings itself."""
 
     def __init__(self) -> None:
         pass

@@ -33,9 +33,9 @@ Result = TypeVar("Result")
 
 GIVEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets these
 DOWNLOAD = datetime.timedelta(days=1)  # so long the others wait for one that fetches the data
-# So long an error waits for the first rank to tell it, which it does if it has met it too.
+# An error waits so long for the first rank, which reports it if it has met it too.
 PATIENCE = 5.0  # seconds
-TOLD, TURN = "sqloss: why all end", "sqloss: done by rank"  # in the store of the ranks
+REPORTED, TURN = "sqloss: why all end", "sqloss: done by rank"  # in the store of the ranks
 
 
 def count() -> int:
@@ -49,7 +49,7 @@ def number() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the rank that writes and tells."""
+    """Whether this is the rank that writes files and messages."""
     return number() == 0
 
 
@@ -60,18 +60,18 @@ def is_joined() -> bool:
 # beginning and end
 
 
-class _Untold:
-    """Why this rank ends, where that is for the first one to tell."""
+class _UnreportedEnd:
+    """The errors of this rank, to be reported at its end unless the first rank has reported any."""
 
     def __init__(self, store: "Store") -> None:
         self.store = store
         self.lines: list[str] = []
 
-    def is_told(self) -> bool:
+    def is_reported(self) -> bool:
         until = time.monotonic() + PATIENCE
         try:
             # Not store.wait, which writes a warning of its own where the time is over.
-            while not self.store.check([TOLD]):
+            while not self.store.check([REPORTED]):
                 if time.monotonic() > until:
                     return False
                 time.sleep(0.05)
@@ -79,16 +79,16 @@ class _Untold:
             return True
         return True
 
-    def tell(self) -> None:
+    def report(self) -> None:
         for line in self.lines:
             tell(f"rank {number()}: {line}")
 
-    def told(self) -> None:
+    def mark_reported(self) -> None:
         with contextlib.suppress(RuntimeError):
-            self.store.set(TOLD, "")
+            self.store.set(REPORTED, "")
 
 
-_untold: _Untold | None = None
+_unreported_end: _UnreportedEnd | None = None
 
 
 @contextlib.contextmanager
@@ -97,7 +97,7 @@ def joined() -> Iterator[None]:
 
     The first leaves first: torchrun ends all others as soon as one has failed.
     """
-    global _untold
+    global _unreported_end
     started = all(name in os.environ for name in GIVEN) and int(os.environ["WORLD_SIZE"]) > 1
     if not started or is_joined():  # by whoever calls this
         yield
@@ -111,18 +111,18 @@ def joined() -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if with_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     any_of(False)  # nobody leaves while another is still joining
-    _untold = _Untold(store)
+    _unreported_end = _UnreportedEnd(store)
     try:
         yield
     finally:
         if is_joined():
-            if not is_first() and not _untold.is_told():
-                _untold.tell()
+            if not is_first() and not _unreported_end.is_reported():
+                _unreported_end.report()
             # From now on torchrun may end this rank because others have ended: it does so itself.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            _untold.told()
+            _unreported_end.mark_reported()
             dist.destroy_process_group()
-        _untold = None
+        _unreported_end = None
 
 
 def local() -> int:
@@ -137,29 +137,29 @@ def disband() -> bool:
         any_of(False)  # nobody still waits for anyone
         dist.destroy_process_group()
     if not was_first:
-        # Threads of the group outlive it where there was DistributedDataParallel. One that lets go
-        # of a tensor while Python ends can abort the process, and torchrun would end the first.
+        # DistributedDataParallel's threads may abort Python at its shutdown, and torchrun would
+        # then end the first rank: leave at once.
         atexit.register(os._exit, 0)
     return was_first
 
 
 def say(line: str) -> None:
-    """Tell on stderr how the work goes: once, whatever the number of ranks."""
+    """Print a line on stderr: once, whatever the number of ranks."""
     if is_first():
         tell(line)
 
 
 def tell_error(line: str) -> None:
-    """Tell on stderr why this rank ends: where the first does not, at the end, as the first has."""
-    if _untold is None or is_first():
+    """Print an error on stderr: at once on the first rank, on others at the end if it has not."""
+    if _unreported_end is None or is_first():
         tell(line)
     else:
-        _untold.lines.append(line)
+        _unreported_end.lines.append(line)
 
 
 def another_has_failed() -> bool:
-    """Whether a rank that has left has told why: what else fails here is due to that."""
-    return _untold is not None and is_joined() and _untold.is_told()
+    """Whether a rank that has left has reported an error, to which other failures are due."""
+    return _unreported_end is not None and is_joined() and _unreported_end.is_reported()
 
 
 @contextlib.contextmanager
@@ -169,13 +169,13 @@ def only_first_prints() -> Iterator[None]:
         return
     with (
         contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()) as untold,
+        contextlib.redirect_stderr(io.StringIO()) as unprinted,
     ):
         try:
             yield
         finally:
-            if untold.getvalue():  # a wrong flag, maybe of this rank alone
-                tell_error(untold.getvalue().rstrip())
+            if unprinted.getvalue():  # a wrong flag, maybe of this rank alone
+                tell_error(unprinted.getvalue().rstrip())
 
 
 # what ranks agree upon
@@ -201,16 +201,16 @@ def of_first(function: Callable[[], Result]) -> Result:
 
 def in_turns(function: Callable[[], Result]) -> Result:
     """What a function returns, on one rank after the other."""
-    if _untold is not None and number() > 0:
-        _untold.store.wait([f"{TURN} {number() - 1}"], DOWNLOAD)
+    if _unreported_end is not None and number() > 0:
+        _unreported_end.store.wait([f"{TURN} {number() - 1}"], DOWNLOAD)
     result = function()
-    if _untold is not None:
-        _untold.store.set(f"{TURN} {number()}", "")
+    if _unreported_end is not None:
+        _unreported_end.store.set(f"{TURN} {number()}", "")
     return result
 
 
 def any_of(flag: bool) -> bool:
-    """Whether it is so on any rank."""
+    """Whether the flag is set on any rank."""
     if count() == 1:
         return flag
     flags = torch.tensor(int(flag))
@@ -218,7 +218,7 @@ def any_of(flag: bool) -> bool:
     return bool(flags)
 
 
-def refuse_differing(given: Mapping[str, Any]) -> None:
+def check_same_on_ranks(given: Mapping[str, Any]) -> None:
     """Raise for a flag that is not the same on all ranks, which torchrun starts on each machine."""
     if count() == 1:
         return
@@ -291,7 +291,7 @@ def parallel(module: nn.Module) -> nn.Module:
 
 
 def no_sync(module: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Where gradients of ``parallel`` modules are kept for the next backward pass to reduce."""
+    """A context whose gradients of ``parallel`` modules wait for the next backward's reduction."""
     if isinstance(module, DistributedDataParallel):
         return module.no_sync()
     return contextlib.nullcontext()

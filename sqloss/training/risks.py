@@ -19,17 +19,17 @@ from sqloss.training.registry import Registry
 
 
 class Risk(ABC):
-    """What is minimised of the losses of a batch."""
+    """A function from the losses of a batch to the scalar to minimise."""
 
     name: ClassVar[str]
-    """Of the models trained on it, and of ``--risk``."""
+    """The value of ``--risk``, and the name of the models trained on it."""
     needs: ClassVar[tuple[str, ...]] = ()
-    """What it is told of the samples beside their losses: ``labels``."""
+    """What it needs of the samples beside their losses: ``labels``."""
 
     @property
     @abstractmethod
     def words(self) -> str:
-        """What is computed, in words, before "of the losses"."""
+        """Its value in words, as in "CVaR 0.8" of the losses."""
 
     @property
     def flags(self) -> str:
@@ -54,12 +54,12 @@ class Risk(ABC):
         """The scalar, from losses [N] and what ``needs`` names, each [N]."""
 
     def over_ranks(self, losses: Tensor, **needed: Tensor) -> Tensor:
-        """The same of the losses of all ranks, of which each gives its own."""
+        """The risk of the losses of all ranks; each rank gives its own losses."""
         everywhere = {name: ranks.gathered(values) for name, values in needed.items()}
         return self(ranks.gathered(losses), **everywhere)
 
     def weights(self, losses: Tensor, **needed: Tensor) -> Tensor:
-        """How much each loss counts: the gradient, [N]."""
+        """The weight of each loss, [N]: the gradient of the risk."""
         at = losses.detach().requires_grad_()
         return torch.autograd.grad(self(at, **needed), at)[0]
 

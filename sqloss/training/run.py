@@ -15,10 +15,10 @@ from sqloss.training.progress import Progress
 from sqloss.training.run_directory import (
     CHECKPOINTS,
     DEFAULT_PLACE,
+    check_unused,
     claim,
     make_default_directory,
     read_config,
-    refuse_used,
     restore,
 )
 from sqloss.training.threads import set_threads
@@ -53,7 +53,7 @@ class Run(Generic[Config]):
         place = directory or DEFAULT_PLACE
         ranks.of_first(lambda: config.check_place(place))
         if directory is not None:
-            ranks.of_first(lambda: refuse_used(directory))
+            ranks.of_first(lambda: check_unused(directory))
         return cls(directory, config, is_new=True)
 
     @classmethod
@@ -77,7 +77,7 @@ class Run(Generic[Config]):
         self.trainer, self.whole = trainer, whole
         ranks.of_first(lambda: trainer.check_data(whole, config))
         data = trainer.training_data(whole, config)
-        refuse_differing_ranks(config, data.fingerprint())
+        check_ranks_agree(config, data.fingerprint())
         set_threads(config, data)
         self.start(trainer.begin(config, data), data)
 
@@ -90,11 +90,11 @@ class Run(Generic[Config]):
             ranks.of_first(lambda: claim(self.directory, config))
         else:
             self.restore()
-            self._refuse_fewer_epochs()
+            self._check_epochs()
             ranks.of_first(lambda: write_json(self.directory / "config.json", to_stored(config)))
         return self
 
-    def _refuse_fewer_epochs(self) -> None:
+    def _check_epochs(self) -> None:
         begun = self.training.epoch + (self.training.step > 0)
         if begun > self.config.epochs:
             raise UserError(
@@ -182,11 +182,11 @@ class Run(Generic[Config]):
         return SummaryWriter(self.directory / "tensorboard", purge_step=self.epochs_before + 1)
 
 
-def refuse_differing_ranks(config: RunConfig, fingerprint: str) -> None:
+def check_ranks_agree(config: RunConfig, fingerprint: str) -> None:
     """Raise where a machine has other data or another kind of device, or was told other flags."""
     if ranks.count() > 1:
         of_machine = {*config.paths, *config.of_machine}
         flags = {as_flag(k): v for k, v in flat(config).items() if k not in of_machine}
         flags["--device"] = config.torch_device.type  # where it is auto
         flags["--data-dir"] = f"data with the hash {fingerprint}"
-        ranks.refuse_differing(flags)
+        ranks.check_same_on_ranks(flags)

@@ -39,7 +39,7 @@ def claim(directory: Path, config: RunConfig) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_make(directory, error) from error
-    refuse_used(directory)
+    check_unused(directory)
     try:
         create_atomically(directory / "config.json", as_json(to_stored(config)))
     except FileExistsError as error:
@@ -52,7 +52,7 @@ def claim(directory: Path, config: RunConfig) -> None:
         raise cannot_make(directory, error) from error
 
 
-def refuse_used(directory: Path) -> None:
+def check_unused(directory: Path) -> None:
     expected = f"--output-dir: expected a directory without a run, got {directory}, which holds"
     if (directory / "config.json").exists():
         raise UserError(

@@ -21,9 +21,9 @@ class Sampler(ABC):
     """The order of an epoch."""
 
     name: ClassVar[str]
-    """Of ``--sampling``."""
+    """The value of ``--sampling``."""
     about: ClassVar[str]
-    """What an epoch has, in words."""
+    """The samples of an epoch, in words."""
 
     @abstractmethod
     def order(self, data: "TrainingData", draws: torch.Generator, training: "Training") -> Tensor:
@@ -51,7 +51,7 @@ class Shuffle(Sampler):
 @SAMPLERS.register
 @dataclass(frozen=True)
 class Balanced(Sampler):
-    """As many samples, with replacement, of equally likely classes."""
+    """Samples drawn with replacement, as many as there are, from equally likely classes."""
 
     name: ClassVar[str] = "balanced"
     about: ClassVar[str] = "as many random ones, with every class as often as any other"

@@ -1,4 +1,4 @@
-"""What a run has trained, to be used: read from its directory, in which nothing is changed."""
+"""The models of a finished or stopped run, read from its directory; nothing there is changed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -35,7 +35,7 @@ def kept_classifier(path: Path, whole: Dataset, device: torch.device, seed: int)
     return classifier
 
 
-def refuse_classifier_file(path: Path, whole: Dataset) -> None:
+def check_classifier_file(path: Path, whole: Dataset) -> None:
     """Raise the UserError that ``kept_classifier`` would raise: call it before the training."""
     if path.exists():
         read_classifier(path, whole, torch.device("cpu"))
@@ -61,7 +61,7 @@ def read_classifier(path: Path, whole: Dataset, device: torch.device) -> Classif
 
 
 def batch_sizes(count: int) -> list[int]:
-    """Of the batches in which so many images are generated."""
+    """The sizes of the batches in which so many images are generated."""
     whole, rest = divmod(count, GENERATED_BATCH_SIZE)
     return [GENERATED_BATCH_SIZE] * whole + [rest] * (rest > 0)
 

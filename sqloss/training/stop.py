@@ -21,7 +21,7 @@ class StopSignal:
         self._previous: dict[signal.Signals, Any] = {}
 
     def agreed(self) -> bool:
-        """Whether any rank has been told to stop; all of them have to ask at the same time."""
+        """Whether any rank was asked to stop; all ranks call this at the same time."""
         return ranks.any_of(self.requested)
 
     def __enter__(self) -> "StopSignal":

@@ -1,4 +1,4 @@
-"""What is told on stdout and stderr: its reader may leave, and a terminal may lack letters."""
+"""Output on stdout and stderr: its reader may leave, and a terminal may lack letters."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ def may_be_left(stream: TextIO) -> Iterator[None]:
     """Within it something is written to a stream, which ends no work where that fails.
 
     Once its reader has left, the stream leads nowhere. A full disk behind stdout is a UserError;
-    nobody could be told of one behind stderr.
+    one behind stderr could not be reported.
     """
     try:
         yield

@@ -24,13 +24,13 @@ State = TypeVar("State", bound=Training)
 
 
 class Metric(NamedTuple):
-    """A number of one model in a report, and how it is told."""
+    """A number of one model in a report, and how it is shown."""
 
     label: str
     digits: int
     better: str  # "lower", "higher", or "" where neither is
     value: Callable[[Report, Report], float | None]  # of the report, and its part on the model
-    of_tail: bool = False  # of that at the run's own alpha
+    of_tail: bool = False  # the tail at the run's own alpha
 
 
 class Preset(NamedTuple):
@@ -53,25 +53,25 @@ def product(values: Mapping[str, Sequence[Any]]) -> dict[str, Settings]:
 
 
 class Trainer(ABC, Generic[Config, State]):
-    """What the commands ask a trainer."""
+    """A kind of training, as the commands use it."""
 
     name: ClassVar[str]
-    """Of its command."""
+    """The name of its command."""
     about: ClassVar[str]
-    """What the command does, for its help."""
+    """The purpose of its command, for the help."""
     config: type[Config]
     modules: ClassVar[tuple[str, ...]] = ("matplotlib.figure", "scipy.stats")
-    """What its report imports."""
+    """The modules that its report imports."""
     smaller: ClassVar[str] = "a smaller --batch-size"
     """The flags that may help where memory is short: "a smaller --batch-size or --width"."""
 
     metrics: ClassVar[Mapping[str, Metric]] = {}
-    """Those of a sweep, of its reports."""
+    """The metrics that sweeps read from its reports."""
     main_metrics: ClassVar[Sequence[str]] = ()
-    """Those of its table, where there are; the best is chosen by the first."""
+    """The metrics of a sweep's table; the best row is chosen by the first."""
     presets: ClassVar[Mapping[str, Preset]] = {}
     has_samples: ClassVar[bool] = False
-    """Whether there is something in ``samples`` for the picture of a sweep."""
+    """Whether ``samples`` has images for the picture of a sweep."""
     not_swept: ClassVar[tuple[str, ...]] = ("seed",)
     """Settings that runs to be compared must share, or that have a flag of their own."""
 
@@ -85,7 +85,7 @@ class Trainer(ABC, Generic[Config, State]):
 
     @abstractmethod
     def training_data(self, whole: Any, config: Config) -> Any:
-        """What is trained and tested on, on the run's device."""
+        """The data to train and test on, on the run's device."""
 
     @abstractmethod
     def describe(self, whole: Any, data: Any) -> str:
@@ -104,7 +104,7 @@ class Trainer(ABC, Generic[Config, State]):
         """The numbers of a report, as Markdown that a terminal shows well too."""
 
     def closing_words(self, report: Report) -> list[str]:
-        """What else to tell once the report is there."""
+        """Lines to print after the tables of the report."""
         return []
 
     def check(self, config: Config) -> None:
@@ -113,10 +113,10 @@ class Trainer(ABC, Generic[Config, State]):
             require(module)
 
     def check_data(self, whole: Any, config: Config) -> None:
-        """As ``check``, of the data."""
+        """Raise before the training what the report would raise of these data."""
 
     def shared_settings(self, directory: Path, settings: Settings) -> Settings:
-        """What all runs of a sweep in a directory share, beside these settings."""
+        """Settings that all runs of a sweep in a directory share, beside the given ones."""
         return {}
 
     def prepare(self, config: Config, whole: Any, seed: int) -> None:
@@ -130,7 +130,7 @@ class Trainer(ABC, Generic[Config, State]):
         return {}
 
     def caption(self, row: Mapping[str, Any]) -> str:
-        """What the picture tells of a model, from its row of the sweep."""
+        """The caption of a model's images, from its row of the sweep."""
         return ""
 
 

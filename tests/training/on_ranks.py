@@ -27,7 +27,7 @@ from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import draw_noise
 from sqloss.training.gan.loop import Contender, own_part
 from sqloss.training.progress import Progress, Silence
-from sqloss.training.run import Run, refuse_differing_ranks
+from sqloss.training.run import Run, check_ranks_agree
 from sqloss.training.trainers import TRAINERS
 from sqloss.training.vae.config import VAEConfig
 
@@ -185,13 +185,13 @@ def agreements():
 
 
 def differ(name, same, values):
-    ranks.refuse_differing({"--same": same, name: values[ranks.number()]})
+    ranks.check_same_on_ranks({"--same": same, name: values[ranks.number()]})
 
 
 def differ_in_device(data):
     device = torch.device(["cpu", "cuda"][ranks.number()])
     with mock.patch.object(VAEConfig, "torch_device", device):
-        refuse_differing_ranks(VAEConfig(), data.fingerprint())
+        check_ranks_agree(VAEConfig(), data.fingerprint())
 
 
 # the command line

@@ -7,7 +7,7 @@ from sqloss.models import classifier as classifiers
 from sqloss.models.pixels import pixels
 from sqloss.training import shares
 from sqloss.training.errors import UserError
-from sqloss.training.shares import batch_sizes, kept_classifier, refuse_classifier_file
+from sqloss.training.shares import batch_sizes, check_classifier_file, kept_classifier
 
 CPU = torch.device("cpu")
 
@@ -32,11 +32,11 @@ def trained(monkeypatch) -> list[int]:
 
 def test_a_classifier_is_made_once_and_then_reused(trainer, tmp_path, trained, assert_same):
     path = tmp_path / "judge.pt"
-    refuse_classifier_file(path, trainer.data)
+    check_classifier_file(path, trainer.data)
     first = kept_classifier(path, trainer.data, CPU, seed=3)
     content = path.read_bytes()
     assert list(tmp_path.iterdir()) == [path]
-    refuse_classifier_file(path, trainer.data)
+    check_classifier_file(path, trainer.data)
     again = kept_classifier(path, trainer.data, CPU, seed=4)
     assert trained == [3], "whoever reads it gets that of another seed"
     assert_same(dict(first.state_dict()), dict(again.state_dict()))
@@ -55,7 +55,7 @@ def test_a_classifier_of_other_data_is_refused(trainer, tmp_path, trained, part)
     other = dataclasses.replace(trainer.data, **{part: changed})
     for use in (
         lambda: kept_classifier(path, other, CPU, seed=0),
-        lambda: refuse_classifier_file(path, other),
+        lambda: check_classifier_file(path, other),
     ):
         with pytest.raises(UserError) as raised:
             use()
@@ -94,7 +94,7 @@ def test_a_damaged_file_is_refused(trainer, tmp_path, trained, damage):
     assert "\n" not in str(raised.value)
     assert str(path) in str(raised.value)
     with pytest.raises(UserError, match=expected):
-        refuse_classifier_file(path, trainer.data)
+        check_classifier_file(path, trainer.data)
     assert trained == [0], "it is not made over whatever the file is"
 
 
@@ -112,7 +112,7 @@ def test_a_file_runs_no_code(trainer, tmp_path):
 def test_a_folder_that_is_not_there_is_told(trainer, tmp_path):
     path = tmp_path / "none" / "judge.pt"
     with pytest.raises(UserError) as raised:
-        refuse_classifier_file(path, trainer.data)
+        check_classifier_file(path, trainer.data)
     assert str(raised.value) == (
         f"--classifier: expected a file in a folder that is there, got {path}"
     )

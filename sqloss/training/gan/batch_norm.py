@@ -35,7 +35,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class _Normalise(torch.autograd.Function):
-    """Of x its standard scores; and mean and unbiased variance, which have no gradient."""
+    """The standard scores of x; and its mean and unbiased variance, without gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a run of ``sqloss gan`` is."""
+"""The configuration of ``sqloss gan``."""
 
 import math
 from collections.abc import Callable
@@ -82,9 +82,9 @@ class GANConfig(ImageConfig):
         self._expect_whole(1, "d_steps", "g_steps", "width", "latent")
         self._expect_whole(2, "num_samples")  # a distance is one of distributions
         self._expect_whole(0, "info_codes")
-        self._refuse_without_effect()
+        self._check_effects()
 
-    def _refuse_without_effect(self) -> None:
+    def _check_effects(self) -> None:
         """Whoever sets a flag that another one switches on believes to have switched that on."""
         for name, is_used, needed in (
             ("gp_weight", self.loss == "wgan-gp", "--loss wgan-gp"),
@@ -95,7 +95,7 @@ class GANConfig(ImageConfig):
                 raise UserError(f"{as_flag(name)}: expected {needed} with it, got none")
 
     def players_risks(self, contender: str) -> dict[str, Callable[[Tensor], Tensor]]:
-        """What each player of a contender minimises, of the losses of all ranks."""
+        """The risk that each player of a model minimises, of the losses of all ranks."""
         risk = self.risks[contender]
         return {player: self._of(player, risk).over_ranks for player in ("d", "g")}
 

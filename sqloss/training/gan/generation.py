@@ -1,4 +1,4 @@
-"""What generators make their images of, and the images that they make."""
+"""The inputs of generators, and the images that they make."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -15,7 +15,7 @@ FIRST_SAMPLES = 16
 
 
 class Noise(NamedTuple):
-    """What the images of a batch are made of."""
+    """The inputs of a generator for a batch."""
 
     z: Tensor  # [B, latent], normal
     labels: Tensor | None  # int64 [B], of a conditional generator

@@ -38,7 +38,7 @@ COLUMNS = ("epoch", "model", *D_METRICS, *G_METRICS)
 
 
 class Judgement(NamedTuple):
-    """What a discriminator's step is about, per image."""
+    """The outputs of a discriminator's step, per image."""
 
     real_logits: Tensor
     fake_logits: Tensor
@@ -227,7 +227,7 @@ class GANTraining(Training):
 
     @property
     def generators(self) -> dict[str, Generator]:
-        """Those to draw samples from."""
+        """The generators to draw samples from."""
         return {name: contender.generator for name, contender in self.contenders.items()}
 
     def train_step(self, batch: tuple[Tensor, Tensor]) -> None:
@@ -329,7 +329,7 @@ def moving_average(generator: Generator, decay: float) -> AveragedModel:
 
 
 def own_part(drawn: Drawn) -> Drawn:
-    """Of what is drawn for a batch this rank's part."""
+    """This rank's part of what is drawn for a batch."""
     part = ranks.part(len(drawn[0]))
     parts = {name: each[part] for name, each in drawn._asdict().items() if each is not None}
     return drawn._replace(**parts)

@@ -120,7 +120,7 @@ def draw_shares(axes: "Axes", values: Tensor, bins: list[float], **look: Any) ->
 
 
 def logits(judge: Discriminator, images: Tensor, labels: Tensor | None) -> Tensor:
-    """Of each image by itself: batch norm uses what it has learnt."""
+    """The logits of each image by itself: batch norm uses the statistics that it has learnt."""
     was_training = judge.training
     judge.eval()
     found: Tensor = judge(images, labels if judge.classes else None)

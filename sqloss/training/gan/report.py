@@ -22,7 +22,7 @@ from sqloss.training.gan.metrics import LEAST_IMAGES, floor, measure_images, tru
 from sqloss.training.gan.stability import failures
 from sqloss.training.loop import Row
 from sqloss.training.progress import counted
-from sqloss.training.shares import class_shares, refuse_classifier_file, share, share_table
+from sqloss.training.shares import check_classifier_file, class_shares, share, share_table
 from sqloss.training.tables import CONFIDENCE, table
 
 Report = dict[str, Any]
@@ -44,7 +44,7 @@ def check_data(whole: Dataset, config: GANConfig) -> None:
                 f"--dataset: expected at least {LEAST_IMAGES} {kind} images, got {len(images)}"
             )
     if config.classifier_file:
-        refuse_classifier_file(config.classifier_file, whole)
+        check_classifier_file(config.classifier_file, whole)
 
 
 def make_report(
@@ -215,7 +215,7 @@ def how_trained(report: Report) -> str:
 
 
 def stability(report: Report) -> str:
-    """What went wrong, in which epochs."""
+    """The failures, and in which epochs they were."""
     lines = [
         f"- {name}: {words}: in {counted(len(epochs), 'epoch')}, first in epoch {epochs[0]}."
         for name, model in report["models"].items()

@@ -1,4 +1,4 @@
-"""How a GAN fails without any number being infinite, told in the epoch in which it begins."""
+"""How a GAN fails without any number being infinite, reported in the epoch in which it begins."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -65,7 +65,7 @@ def failures(history: Sequence[Row], name: str, loss: str) -> dict[int, list[str
 
 
 def alarms(history: Sequence[Row], loss: str) -> list[str]:
-    """What has gone wrong in the last epoch and was well in the one before."""
+    """The failures of the last epoch that the one before did not have."""
     told = []
     for name, rows in rows_by_model(history).items():
         before = failures_after(rows[:-1], loss)

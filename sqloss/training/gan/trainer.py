@@ -20,7 +20,7 @@ from sqloss.training.threads import set_threads
 from sqloss.training.trainer import TRAINERS, Metric, Preset, Report, Settings
 
 
-def of_quality(metric: str) -> Callable[[Report, Report], float | None]:
+def quality(metric: str) -> Callable[[Report, Report], float | None]:
     return lambda _, model: model["quality"][metric]
 
 
@@ -48,13 +48,13 @@ class GANTrainer(ImageTrainer[GANConfig, loop.GANTraining]):
         "a smaller --batch-size, --width, --latent, --image-size, --train-limit or --num-samples"
     )
     metrics: ClassVar = {
-        "cfid": Metric("cFID", 2, "lower", of_quality("cfid")),
+        "cfid": Metric("cFID", 2, "lower", quality("cfid")),
         "cfid_of_real": Metric("cFID of real", 2, "", lambda report, _: report["real"]["cfid"]),
-        "ckid": Metric("cKID", 5, "lower", of_quality("ckid")),
-        "precision": Metric("precision", 4, "higher", of_quality("precision")),
-        "recall": Metric("recall", 4, "higher", of_quality("recall")),
-        "label_entropy": Metric("label entropy", 3, "higher", of_quality("label_entropy")),
-        "modes": Metric("modes", 1, "higher", of_quality("modes")),
+        "ckid": Metric("cKID", 5, "lower", quality("ckid")),
+        "precision": Metric("precision", 4, "higher", quality("precision")),
+        "recall": Metric("recall", 4, "higher", quality("recall")),
+        "label_entropy": Metric("label entropy", 3, "higher", quality("label_entropy")),
+        "modes": Metric("modes", 1, "higher", quality("modes")),
         "rare_share": RARE_SHARE,
         "label_agreement": Metric("of the class asked for", 4, "higher", label_agreement),
         "fid": Metric("FID", 2, "lower", lambda _, model: model.get("fid")),

@@ -1,4 +1,4 @@
-"""What takes the steps of a training: torch, or NumPy with the backward pass written by hand."""
+"""The steps of a training: by torch, or by NumPy with a backward pass written by hand."""
 
 import contextlib
 from collections.abc import Callable
@@ -16,9 +16,8 @@ from sqloss.training import ranks
 from sqloss.training.errors import require
 from sqloss.training.vae.config import VAEConfig
 
-# That take as long as what does not grow with them, such as reading the weights once more: some
-# milliseconds. Measured: benchmarks/results/tail.md. The same for any number of threads, so that
-# ranks with different numbers of them do the same.
+# FLOPs that cost as much as the fixed overhead of the second pass (a few ms), measured in
+# benchmarks/results/tail.md. Independent of the thread count, so that all ranks decide alike.
 FLOPS_TO_FIND_TAIL = 3 * 10**8
 
 
@@ -37,7 +36,7 @@ class Backend(Protocol):
         """One step on a batch; the objective before it, of all of the batch."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What it keeps from step to step beside the model."""
+        """The state that it keeps from step to step beside the model."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -127,7 +126,7 @@ class Torch:
         return loss
 
     def _backward_of_microbatches(self, batch: Batch, seed: Tensor) -> Tensor:
-        """Of an objective that is a mean over the images: each adds its share to it."""
+        """The gradients of an objective that is a mean: each microbatch adds its share."""
 
         def share(losses: Tensor) -> Tensor:
             return losses.sum() * (ranks.count() / batch.size)  # as gradients are averaged

@@ -1,4 +1,4 @@
-"""What a run of ``sqloss vae`` is."""
+"""The configuration of ``sqloss vae``."""
 
 import math
 from dataclasses import dataclass, replace
@@ -106,7 +106,7 @@ class VAEConfig(ImageConfig):
         self._check_backward()
         parse_sizes("hidden", self.hidden)
         parse_sizes("channels", self.channels)
-        self._refuse_without_effect()
+        self._check_effects()
 
     def _check_df(self) -> None:
         self._expect(
@@ -165,7 +165,7 @@ class VAEConfig(ImageConfig):
             self._expect("tail_term", self.tail_term == "elbo", f"elbo {terms}")
             self._expect("beta", self.beta == 1, f"1 {terms}")
 
-    def _refuse_without_effect(self) -> None:
+    def _check_effects(self) -> None:
         """Whoever sets a flag of another prior or architecture believes to have chosen that."""
         for name, choice, needed in (("df", "prior", "t"), ("channels", "architecture", "conv")):
             chosen = getattr(self, choice)
@@ -177,12 +177,12 @@ class VAEConfig(ImageConfig):
 
     @property
     def learning_rate(self) -> float:
-        """That asked for, or the backend's own."""
+        """The learning rate asked for, or the backend's default."""
         return self.lr or DEFAULT_LR[self.backend]
 
     @property
     def objectives(self) -> dict[str, Objective]:
-        """What is measured of every model; that of the tail also where none is trained on it."""
+        """The objectives measured of every model; the tail's too if no model is trained on it."""
         return {n: vae_objective(risk, *self._bound) for n, risk in self.measured_risks.items()}
 
     @property
@@ -191,7 +191,7 @@ class VAEConfig(ImageConfig):
         return {n: objective_name(risk, *self._bound) for n, risk in self.measured_risks.items()}
 
     def trained(self, contender: str) -> Objective:
-        """What a contender minimises, of the losses of all ranks."""
+        """The objective that a model minimises, of the losses of all ranks."""
         risk = self.risks[contender].over_ranks
         return replace(vae_objective(risk, *self._bound), mean=Mean().over_ranks)
 
@@ -216,5 +216,5 @@ class VAEConfig(ImageConfig):
 
     @property
     def best_device(self) -> str:
-        """What auto is: NumPy knows no GPU."""
+        """The device that ``auto`` stands for: NumPy knows no GPU."""
         return "cpu" if self.uses_numpy else super().best_device

@@ -61,7 +61,7 @@ def importance_weighted(
 
     Both are of the same num_samples draws for each image: -log of their weights' mean, and the mean
     of their weights' -log. The draws are the same for every model. Memory is bounded whatever
-    num_samples is. ``done`` is told how many images are done each time some are.
+    num_samples is. ``done`` is called with the number of images that are done, each time some are.
     """
     draws = [
         (draw_seed(generator=generator(seed, "importance weights", first)), count)
@@ -113,7 +113,7 @@ def learnt_df(model: VAE) -> dict[str, float]:
 
 
 def objective_values(losses: Mapping[str, Tensor], config: VAEConfig) -> dict[str, float]:
-    """What every objective of a run comes to, whichever of them the model was trained on."""
+    """The value of every objective of a run, whichever of them the model was trained on."""
     return {
         f"objective_{name}": objective(losses).item()
         for name, objective in config.objectives.items()

@@ -1,4 +1,4 @@
-"""What a VAE minimises: a risk of its bound, or of one term of it and the mean of the other."""
+"""The objective of a VAE: a risk of its bound, or of one term of it and the mean of the other."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ def vae_objective(risk: Reduction, tail_term: str, beta: float, iwae_samples: in
 
 
 def objective_name(risk: Risk, tail_term: str, beta: float, iwae_samples: int) -> str:
-    """What ``vae_objective`` computes, in words."""
+    """The objective that ``vae_objective`` makes, in words."""
     if iwae_samples:
         return f"{risk.words} of -IW-{iwae_samples} bound"
     kl = "KL" if beta == 1 else f"{beta:g} KL"

@@ -12,11 +12,11 @@ from sqloss.training.vae.config import VAEConfig
 from sqloss.training.vae.evaluation import evaluate
 
 
-def of_test(loss: str) -> Callable[[Report, Report], float | None]:
+def test_loss(loss: str) -> Callable[[Report, Report], float | None]:
     return lambda _, model: model["test"][loss]
 
 
-def of_worst_class(loss: str) -> Callable[[Report, Report], float | None]:
+def worst_class_loss(loss: str) -> Callable[[Report, Report], float | None]:
     return lambda _, model: report.worst_class(model["test_by_class"], loss)[loss]
 
 
@@ -31,17 +31,17 @@ class VAETrainer(ImageTrainer[VAEConfig, loop.VAETraining]):
         "--iwae-samples, --image-size, --train-limit or --num-samples"
     )
     metrics: ClassVar = {
-        "test_negative_elbo": Metric("-ELBO", 2, "lower", of_test("negative_elbo")),
+        "test_negative_elbo": Metric("-ELBO", 2, "lower", test_loss("negative_elbo")),
         "test_negative_elbo_cvar": Metric(
-            "its CVaR", 2, "lower", of_test("negative_elbo_cvar"), of_tail=True
+            "its CVaR", 2, "lower", test_loss("negative_elbo_cvar"), of_tail=True
         ),
-        "test_reconstruction": Metric("reconstruction", 2, "lower", of_test("reconstruction")),
-        "test_kl": Metric("KL", 2, "", of_test("kl")),
+        "test_reconstruction": Metric("reconstruction", 2, "lower", test_loss("reconstruction")),
+        "test_kl": Metric("KL", 2, "", test_loss("kl")),
         "worst_class_negative_elbo": Metric(
-            "worst class: -ELBO", 2, "lower", of_worst_class("negative_elbo")
+            "worst class: -ELBO", 2, "lower", worst_class_loss("negative_elbo")
         ),
         "worst_class_negative_elbo_cvar": Metric(
-            *("worst class: CVaR", 2, "lower", of_worst_class("negative_elbo_cvar")),
+            *("worst class: CVaR", 2, "lower", worst_class_loss("negative_elbo_cvar")),
             of_tail=True,
         ),
         "rare_share": RARE_SHARE,
