@@ -13,6 +13,7 @@ import torch
 import sqloss
 from sqloss import cli
 from sqloss.models import classifier
+from sqloss.training.datasets import DATASETS
 from sqloss.training.risks import RISKS
 from sqloss.training.samplers import SAMPLERS
 from sqloss.training.trainers import TRAINERS
@@ -62,7 +63,7 @@ def blocks(text, language):
 
 
 # Of existing files: what a recipe may touch at most, without its test.
-MOST = {"A risk": 2, "A sampler": 2, "A metric": 2, "A trainer": 3}
+MOST = {"A risk": 2, "A sampler": 2, "A data set": 2, "A metric": 2, "A trainer": 3}
 TINY = ["--train-limit", "60", "--hidden", "4", "--latent", "2", "--num-samples", "20"]
 TINY += ["--epochs", "1"]
 
@@ -74,7 +75,7 @@ def test_recipes(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(classifier, "STEPS", 5)
     monkeypatch.setattr(VAETrainer, "metrics", dict(VAETrainer.metrics))
-    for registry in (RISKS, SAMPLERS, TRAINERS):
+    for registry in (RISKS, SAMPLERS, DATASETS, TRAINERS):
         monkeypatch.setattr(registry, "_things", dict(registry))
     recipe = CONTRIBUTING.read_text().partition(f"### {name}\n")[2].partition("\n###")[0]
     touched = re.findall(r"^- `(.*?)`", recipe, re.MULTILINE)

@@ -44,7 +44,7 @@ def train(
 
     if not ranks.disband():
         return 0
-    say("the training is done and saved; now a small classifier judges, for the report")
+    say(f"the training is done and saved; {trainer.reporting}")
     try:
         report = run.report()
     except KeyboardInterrupt:

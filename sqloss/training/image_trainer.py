@@ -42,6 +42,8 @@ def data_settings() -> set[str]:
 class ImageTrainer(Trainer[Config, State]):
     """A trainer on a registered data set, with classes made rare by ``--imbalance``."""
 
+    reporting = "now a small classifier judges, for the report"
+
     def load(self, config: Config) -> Dataset:
         """By one rank after the other where the data are to be fetched."""
 

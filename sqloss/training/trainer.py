@@ -65,6 +65,8 @@ class Trainer(ABC, Generic[Config, State]):
     smaller: ClassVar[str] = "a smaller --batch-size"
     """The flags that may help where memory is short: "a smaller --batch-size or --width"."""
 
+    reporting: ClassVar[str] = "now for the report"
+    """What is told when the report begins."""
     metrics: ClassVar[Mapping[str, Metric]] = {}
     """The metrics that sweeps read from its reports."""
     main_metrics: ClassVar[Sequence[str]] = ()
