@@ -104,6 +104,7 @@ void check(std::vector<T> losses, int64_t n, double share, const Tail<T>& tail) 
 
 template <typename T, typename W>
 void run(const char* types) {
+  Room<T, W> room;
   for (const auto& [name, kind] : kinds<T>()) {
     for (const int64_t n : {1, 33, 8192, 8193, 40'001}) {
       Row<T, W> row;
@@ -123,7 +124,7 @@ void run(const char* types) {
       }
       for (const double share : {0.001, 0.25}) {
         const auto target = [=](double total) { return share * total; };
-        const Tail<T> tail = select(row, share, target, Bracket<T>{});
+        const Tail<T> tail = select(row, share, target, Bracket<T>{}, room);
         if constexpr (!kWeighted<W>) check(row.losses, n, share, tail);
         std::printf("%s, %s, n = %" PRId64 ", %g:", types, name, n, share);
         for (const double number :

@@ -432,25 +432,21 @@ def test_priors_are_compared_and_what_is_done_is_kept(tmp_path, capsys, quick_cl
     command += ["--output-dir", str(directory), "--seeds", "2"]
     assert cli.main(command) == 0
     first = capsys.readouterr()
-    assert "6 of 6 trainings to do" in first.err
-    assert sorted(path.name for path in directory.iterdir()) == [
-        ".lock",
-        "compare.csv",
-        "compare.json",
-        "compare.md",
-    ]
-    with (directory / "compare.csv").open(newline="") as file:
+    assert "6 of 6 runs to do" in first.err
+    written = {path.name for path in directory.iterdir()}
+    assert {"sweep.csv", "sweep.json", "sweep.md", "classifier.pt"} < written
+    with (directory / "sweep.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     # Two seeds, three masks, two methods of two models each and three baselines.
     assert len(rows) == 2 * 3 * (2 * 2 + 3)
-    report = (directory / "compare.md").read_text()
+    report = (directory / "sweep.md").read_text()
     assert "RMSE: difference from normal" in report
-    assert "Accuracy: pseudo-Gibbs - one-shot" in report
+    assert "Accuracy: difference from one-shot" in report
     assert "RMSE: difference from normal" in first.out
 
     assert cli.main(command) == 0
     second = capsys.readouterr()
-    assert "0 of 6 trainings to do" in second.err
+    assert "0 of 6 runs to do" in second.err
     assert second.out == first.out
 
     assert cli.main([*command, "--draws", "3"]) == 2
@@ -467,7 +463,7 @@ def test_priors_are_compared_and_what_is_done_is_kept(tmp_path, capsys, quick_cl
         (["RUN", "--epochs", "2"], "--epochs: expected no such flag with RUN_DIR"),
         (["RUN", "--seeds", "2"], "--seeds: expected no such flag with RUN_DIR"),
         (["RUN", "--output-dir", "x"], "--output-dir: expected no such flag with RUN_DIR"),
-        (["--compare", "--dfs", "0.1"], "--dfs: --df: expected a number from 0.5"),
+        (["--compare", "--dfs", "0.1"], "--compare: t, df 0.1: --df: expected a number from 0.5"),
         (["--compare", "--seeds", "1"], "--seeds: expected a whole number from 2"),
     ],
 )
