@@ -12,17 +12,28 @@ def generator(seed: int, *purpose: str | int) -> torch.Generator:
 
     It draws on the CPU for every device, so that a run means the same on all of them.
     """
-    return torch.Generator().manual_seed(_stream(seed, *purpose))
+    return torch.Generator().manual_seed(stream(seed, *purpose))
 
 
 @contextmanager
-def initialisation(seed: int, *purpose: str | int) -> Iterator[None]:
-    """Layers built inside draw their weights from this stream; the global one is put back after."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(_stream(seed, *purpose))
+def initialisation(
+    seed: int, *purpose: str | int, device: torch.device | None = None
+) -> Iterator[None]:
+    """Layers built inside draw their weights from this stream; the global one is put back after.
+
+    So is the generator of a CUDA device, where there is one.
+    """
+    own = stream(seed, *purpose)
+    cuda = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(own)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(own)
         yield
 
 
-def _stream(seed: int, *purpose: str | int) -> int:
+def stream(seed: int, *purpose: str | int) -> int:
+    """The seed of one purpose."""
     name = "/".join(map(str, (seed, *purpose)))
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")

@@ -17,7 +17,7 @@ KEPT = 2  # should the newest prove unreadable, the one before it is still there
 def save(folder: Path, state: dict[str, Any]) -> None:
     """Write a state that knows its ``epoch`` and ``step`` as the newest checkpoint of a folder."""
     content = io.BytesIO()
-    torch.save(state, content)
+    torch.save(plain(state), content)
     older = saved(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -27,6 +27,16 @@ def save(folder: Path, state: dict[str, Any]) -> None:
         raise UserError(f"cannot save the checkpoint: {error}; {kept}") from error
     for path in saved(folder)[:-KEPT]:
         path.unlink()
+
+
+def plain(state: Any) -> Any:
+    """A state that can be read without running code: numbers of NumPy become Python's."""
+    if isinstance(state, dict):
+        return {key: plain(value) for key, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)(map(plain, state))
+    is_number = type(state).__module__ == "numpy" and getattr(state, "ndim", None) == 0
+    return state.item() if is_number else state
 
 
 def load(folder: Path) -> dict[str, Any] | None:

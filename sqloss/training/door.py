@@ -15,7 +15,7 @@ from sqloss.training.custom.batches import as_data
 from sqloss.training.custom.trainer import Callback, CustomConfig, CustomTrainer, Own
 from sqloss.training.errors import UserError
 from sqloss.training.files import expanded
-from sqloss.training.flags import configure, settings_chosen
+from sqloss.training.flags import configure, settings_chosen, settings_of
 from sqloss.training.loop import Row
 from sqloss.training.progress import Progress, Silence
 from sqloss.training.run import Run
@@ -35,6 +35,17 @@ class TrainedRun:
     """A row for each epoch and model."""
     finished: bool
     """False where Ctrl-C or SIGTERM has stopped and saved it: ``resume=True`` goes on."""
+
+
+def typed(name: str, value: Any) -> Any:
+    """A setting as its flag would have it; numbers of NumPy and torch become Python's."""
+    kind = settings_of(CustomConfig)[name].type
+    number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+    if kind is float and type(number) is int:
+        return float(number)
+    if type(number) is not kind:
+        raise UserError(f"train: {name}: expected {kind.__name__}, got {value!r}")
+    return number
 
 
 def train(
@@ -67,8 +78,9 @@ def train(
             dict of such; of a dict the entry ``loss`` is minimised, or else the sum. It is copied,
             and not changed.
         data: a tensor or a tuple of tensors with a row per sample, a TensorDataset, any map-style
-            Dataset, or an iterable of batches that has a length, such as a DataLoader. A batch is
-            a tensor, or a tuple, list or dict of tensors.
+            Dataset (a list is one), or an iterable of batches that has a length, such as a
+            DataLoader. A batch is a tensor, or a tuple, list or dict of tensors; ``losses`` leaves
+            it as it is.
         losses_of: ``losses_of(model, batch)`` instead of the method.
         test: data of the same kinds, which are measured after every epoch; where they have classes
             (int64, the second part of a pair or ``labels`` of a dict), also by class in the report.
@@ -78,7 +90,7 @@ def train(
         output_dir: where the run goes; ``None``: runs/train-TIME.
         resume: go on with the run in ``output_dir``, if there is one: bit for bit as if it had
             not stopped, on one machine.
-        optimizer: from parameters to an optimizer; ``None``: Adam at 1e-3.
+        optimizer: from the parameters of the copy to an optimizer; ``None``: Adam at 1e-3.
         scheduler: from an optimizer to a scheduler, which steps once an epoch.
         callbacks: see :class:`Callback`.
         collate_fn: from a list of a Dataset's samples to a batch.
@@ -93,8 +105,10 @@ def train(
         ``report.json``.
 
     Under torchrun every rank calls this alike, with the same data; each takes its part of every
-    batch, and the risk is that of the whole batch. The samples' noise comes from torch's default
-    generator, which every step seeds.
+    batch, and the risk is that of the whole batch; models with batch norm are refused there. Noise
+    comes from torch's default generators, which every step seeds, as does every batch that is read:
+    what draws from ``random`` or NumPy in the main process, or from workers that persist, is not
+    repeated by ``resume``.
 
     Raises:
         UserError: a ValueError whose message names the argument, what was expected and what came.
@@ -118,17 +132,18 @@ def train(
         **{"risk": risk, "epochs": epochs, "batch_size": batch_size, "seed": seed},
         **settings,
     }
-    if not baseline:
-        given["no_baseline"] = True
+    given["no_baseline"] = not baseline and risk != "mean"
     unknown = given.keys() - settings_chosen(CustomConfig, given)
     if unknown:
         known = ", ".join(sorted(settings_chosen(CustomConfig, given)))
         raise UserError(
             f"train: settings: expected some of {known}, got {', '.join(sorted(unknown))}"
         )
-    config = configure(CustomConfig, **given)
-    with ranks.joined():
+    config = configure(CustomConfig, **{name: typed(name, value) for name, value in given.items()})
+    with ranks.joined(ends=False):
         place = None if output_dir is None else expanded(str(output_dir))
+        if resume and place is None:
+            raise UserError("train: resume: expected an output_dir with it, got none")
         if losses_of is None and not callable(getattr(model, "losses", None)):
             raise UserError(
                 "train: model: expected a module with a method losses(batch), or losses_of, got "

@@ -92,7 +92,7 @@ _unreported_end: _UnreportedEnd | None = None
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def joined(ends: bool = True) -> Iterator[None]:
     """Join the other ranks where torchrun has started several, and leave them at the end.
 
     The first leaves first: torchrun ends all others as soon as one has failed.
@@ -118,8 +118,9 @@ def joined() -> Iterator[None]:
         if is_joined():
             if not is_first() and not _unreported_end.is_reported():
                 _unreported_end.report()
-            # From now on torchrun may end this rank because others have ended: it does so itself.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if ends:
+                # From now on torchrun may end this rank because others have ended: it does so.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             _unreported_end.mark_reported()
             dist.destroy_process_group()
         _unreported_end = None

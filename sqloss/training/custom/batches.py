@@ -4,6 +4,7 @@ A *batch* is a tensor, or a tuple, list or dict of such; every tensor has a row 
 """
 
 import hashlib
+import itertools
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqloss.models.seeding import initialisation
+from sqloss.models.seeding import initialisation, stream
 from sqloss.training.errors import UserError
 from sqloss.training.loop import Training
 
@@ -89,8 +90,10 @@ class Rows:
         return -(-self.size // batch_size)
 
     def batches(self, rows: Iterable[Tensor], training: Training) -> Iterator[Any]:
-        for batch in rows:
-            yield self.of_rows(batch)
+        for number, batch in enumerate(rows, training.step):
+            with initialisation(training.seed, "rows", training.epoch, number):
+                found = self.of_rows(batch)
+            yield found
 
     def of_rows(self, rows: Tensor) -> Any:
         if self.tensors is not None:
@@ -100,15 +103,15 @@ class Rows:
 
     def in_order(self, batch_size: int) -> Iterator[Any]:
         """All samples, as they are."""
-        for rows in torch.arange(self.size).split(batch_size):
-            yield self.of_rows(rows)
+        for number, rows in enumerate(torch.arange(self.size).split(batch_size)):
+            with initialisation(0, "rows, in order", number):
+                found = self.of_rows(rows)
+            yield found
 
     def fingerprint(self) -> str:
-        """Of tensors, and of the number and the first and last samples of a data set: to read all
-        of one may take hours."""
-        if self.tensors is not None:
-            return digest(self.size, tensors_of(self.tensors))
-        return digest(self.size, [self.data[0], self.data[self.size - 1]])
+        """Of tensors; of a data set the number of samples alone, as its samples may be random and
+        to read all may take hours."""
+        return digest(self.size, [] if self.tensors is None else tensors_of(self.tensors))
 
 
 class Loader:
@@ -119,6 +122,12 @@ class Loader:
     def __init__(self, data: Any, device: torch.device) -> None:
         self.data = data
         self.device = device
+        sampler = getattr(data, "sampler", None)
+        if isinstance(sampler, torch.utils.data.distributed.DistributedSampler):
+            raise UserError(
+                "train: data: expected a loader of whole batches, of which each rank takes its "
+                "part, got one with a DistributedSampler"
+            )
         try:
             self.size = len(data)
         except TypeError as error:
@@ -138,24 +147,40 @@ class Loader:
 
         The iterable draws its order from torch's generator, which the epoch's number seeds.
         """
-        done = training.step
+        number = -1
         for number, batch in enumerate(self._seeded(training.seed, "loader", training.epoch)):
             if number == self.size:
-                break
-            if number >= done:
+                return
+            if number >= training.step:
                 yield mapped(batch, lambda tensor: tensor.to(self.device))
+        if number + 1 < self.size:
+            raise UserError(
+                f"train: data: expected an iterable with as many batches as its length, "
+                f"{self.size}, in every epoch, got {number + 1}"
+            )
 
     def in_order(self, batch_size: int) -> Iterator[Any]:
         for batch in self._seeded(0, "loader, in order"):
             yield mapped(batch, lambda tensor: tensor.to(self.device))
 
     def _seeded(self, seed: int, *purpose: str | int) -> Iterator[Any]:
+        """What is iterated over, of generators that are seeded whenever it draws from them."""
+        for generator in self._generators():
+            generator.manual_seed(stream(seed, *purpose))
         with initialisation(seed, *purpose):
             iterator = iter(self.data)
-            batch = next(iterator, None)
-        while batch is not None:
+        for number in itertools.count():
+            with initialisation(seed, *purpose, number):
+                batch = next(iterator, None)
+            if batch is None:
+                return
             yield batch
-            batch = next(iterator, None)
+
+    def _generators(self) -> list[torch.Generator]:
+        """A loader's own, and its sampler's."""
+        own = [getattr(self.data, "generator", None)]
+        own.append(getattr(getattr(self.data, "sampler", None), "generator", None))
+        return [each for each in own if isinstance(each, torch.Generator)]
 
     def fingerprint(self) -> str:
         """Of the number of batches alone: what an iterable has is not to be used up for this."""
@@ -167,7 +192,11 @@ def digest(size: int, parts: Sequence[Any]) -> str:
     for part in parts:
         for tensor in tensors_of(part):
             found.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-            found.update(pickle.dumps(tensor.detach().cpu().contiguous().view(torch.uint8).numpy()))
+            found.update(
+                pickle.dumps(
+                    tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                )
+            )
     return found.hexdigest()
 
 
@@ -179,8 +208,13 @@ def as_data(
         isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data)
     ):
         found: Rows | Loader = Rows(data, device, collate)
-    elif isinstance(data, torch.utils.data.DataLoader):
+    elif isinstance(data, torch.utils.data.DataLoader | torch.utils.data.IterableDataset):
         found = Loader(data, device)
+    elif isinstance(data, Mapping):
+        raise UserError(
+            f"train: {argument}: expected a tensor, a tuple of tensors, a torch Dataset or an "
+            "iterable of batches, got a dict; a Dataset may have dicts as samples"
+        )
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         found = Rows(data, device, collate)
     elif isinstance(data, Iterable):

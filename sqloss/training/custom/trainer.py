@@ -17,7 +17,7 @@ from sqloss.tail import tail_loss
 from sqloss.training import ranks
 from sqloss.training.config import RunConfig
 from sqloss.training.custom import report
-from sqloss.training.custom.batches import Loader, Rows, labels_of, mapped, size_of
+from sqloss.training.custom.batches import Loader, Rows, labels_of, mapped, size_of, tensors_of
 from sqloss.training.errors import UserError
 from sqloss.training.flags import flag
 from sqloss.training.loop import Row, Training
@@ -97,6 +97,21 @@ class WithLosses(nn.Module):
         return terms
 
 
+def check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(
+            "train: optimizer: expected a function from parameters to an optimizer, got "
+            f"{type(optimizer).__name__}"
+        )
+    own = {id(parameter) for parameter in model.parameters()}
+    moved = [p for group in optimizer.param_groups for p in group["params"]]
+    if not all(id(parameter) in own for parameter in moved):
+        raise UserError(
+            "train: optimizer: expected one of the parameters that the function is given, which "
+            "are those of a copy of the model, got others"
+        )
+
+
 class CustomTraining(Training):
     """Copies of a user's model, one for every risk of the run."""
 
@@ -109,6 +124,8 @@ class CustomTraining(Training):
             for name, model in self.models.items()
         }
         self.optimizers = {n: own.optimizer(list(m.parameters())) for n, m in self.models.items()}
+        for name, optimizer in self.optimizers.items():
+            check_optimizer(optimizer, self.models[name])
         self.schedulers = {
             name: own.scheduler(optimizer)
             for name, optimizer in self.optimizers.items()
@@ -123,20 +140,33 @@ class CustomTraining(Training):
     def _test_columns(self) -> tuple[str, ...]:
         if self.own.test is None:
             return ()
-        objectives = (f"test_objective_{name}" for name in self.config.measured_risks)
+        risks = self.config.measured_risks
+        objectives = (f"test_objective_{name}" for name, risk in risks.items() if not risk.needs)
         return (*objectives, "test_loss", "test_loss_cvar")
 
     def train_step(self, batch: Any) -> None:
         size, seed = size_of(batch), int(draw_seed(generator=self.noise))
         part = ranks.part(size)
         mine = mapped(batch, lambda tensor: tensor[part])
+        versions = [tensor._version for tensor in tensors_of(mine)]
         for name, optimizer in self.optimizers.items():
             self.models[name].train()
             optimizer.zero_grad()
-            with initialisation(seed, "step", ranks.number()):  # the same noise for every model
+            # The same noise for every model
+            with initialisation(seed, "step", ranks.number(), device=self.device):
                 objective = self._objective(name, mine)
                 objective.backward()
+            if all(parameter.grad is None for parameter in self.models[name].parameters()):
+                raise UserError(
+                    "train: losses: expected losses of the model that they are given, which is a "
+                    "copy, got none that depend on its parameters"
+                )
             optimizer.step()
+            if versions != [tensor._version for tensor in tensors_of(mine)]:
+                raise UserError(
+                    "train: losses: expected a batch to stay as it is, got one changed in place, "
+                    "which the next model would see"
+                )
             value = objective.detach().double()
             self.objective_sums[name] += torch.stack([value * size, torch.full_like(value, size)])
             for callback in self.telling:
@@ -206,7 +236,7 @@ class CustomTraining(Training):
         parts: list[dict[str, Tensor]] = []
         labels: list[Tensor | None] = []
         assert self.own.test is not None
-        with initialisation(self.config.seed, "test"):
+        with initialisation(self.config.seed, "test", device=self.device):
             for batch in self.own.test.in_order(self.config.batch_size):
                 terms = WithLosses(model, self.own.losses_of)(batch)
                 parts.append({term: values.double().cpu() for term, values in terms.items()})
@@ -230,11 +260,13 @@ class CustomTraining(Training):
     def own_state(self) -> dict[str, Any]:
         return {
             "optimizers": {name: each.state_dict() for name, each in self.optimizers.items()},
-            "schedulers": {name: each.state_dict() for name, each in self.schedulers.items()},
+            "schedulers": {n: each.state_dict() for n, each in self.schedulers.items()},
             "objective_sums": self.objective_sums,
         }
 
     def load_own_state(self, state: dict[str, Any]) -> None:
+        if self.schedulers.keys() != state["schedulers"].keys():
+            raise ValueError("another scheduler")
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
             self.objective_sums[name].copy_(state["objective_sums"][name])
@@ -267,6 +299,18 @@ class CustomTrainer(Trainer[CustomConfig, CustomTraining]):
         return f"data: {len(data)} {things}"
 
     def check_data(self, whole: Rows | Loader, config: CustomConfig) -> None:
+        rest = len(whole) % config.batch_size if isinstance(whole, Rows) else 0
+        if 0 < rest < ranks.count():
+            raise UserError(
+                f"train: batch_size: expected a last batch with a sample for each of "
+                f"{ranks.count()} processes, got one of {rest}"
+            )
+        batch_norm = nn.modules.batchnorm._BatchNorm
+        if ranks.count() > 1 and any(isinstance(m, batch_norm) for m in self.own.model.modules()):
+            raise UserError(
+                "train: model: expected no batch norm with several processes, whose statistics "
+                "would be those of each one's part, got a model with it"
+            )
         if isinstance(whole, Loader) and config.sampling.name != "shuffle":
             raise UserError(
                 f"train: sampling: expected data with rows for {config.sampling.name}, got batches"

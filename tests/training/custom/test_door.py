@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -89,6 +90,24 @@ def test_the_mean_is_that_of_a_plain_loop(tmp_path):
     assert list(run.models) == ["standard"]
 
 
+def halving(model, batch):
+    batch[0].mul_(0.5)
+    return model.losses(batch)
+
+
+OTHER = Line()
+
+
+class Fewer:
+    """Says that it has more batches than it has."""
+
+    def __len__(self):
+        return 2
+
+    def __iter__(self):
+        yield points()
+
+
 class Dicts(Dataset):
     def __len__(self):
         return 50
@@ -149,14 +168,27 @@ class Stopping(Callback):
             signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("kind", ["rows", "loader"])
+class Augmented(Dataset):
+    """Its samples are other ones whenever they are read."""
+
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, i):
+        x, y = points()
+        return x[i] + 0.1 * torch.randn(2), y[i]
+
+
+@pytest.mark.parametrize("kind", ["rows", "augmented", "loader", "augmented loader", "generator"])
 def test_a_stopped_run_is_resumed_bit_for_bit(tmp_path, kind):
     def data():
-        rows = TensorDataset(*points())
-        return rows if kind == "rows" else DataLoader(rows, 16, shuffle=True)
+        rows = Augmented() if "augmented" in kind else TensorDataset(*points())
+        own = torch.Generator() if kind == "generator" else None
+        shuffled = DataLoader(rows, 16, shuffle=True, generator=own)
+        return rows if kind in ("rows", "augmented") else shuffled
 
     def scheduler(optimizer):
-        return torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda e: numpy.cos(e / 10))
 
     settings = {"model": Noisy(), "test": points(20), "scheduler": scheduler}
     whole = fit(tmp_path / "whole", data=data(), **settings)
@@ -167,6 +199,8 @@ def test_a_stopped_run_is_resumed_bit_for_bit(tmp_path, kind):
     assert resumed.report["models"] == whole.report["models"]
     with pytest.raises(UserError, match="--resume"):
         fit(tmp_path / "parts", data=data(), **settings)
+    with pytest.raises(UserError, match="does not fit"):
+        fit(tmp_path / "parts", data=data(), resume=True, **settings | {"scheduler": None})
     with pytest.raises(UserError, match="--batch-size: expected 16"):
         fit(tmp_path / "parts", data=data(), resume=True, **settings, batch_size=8)
 
@@ -217,6 +251,20 @@ def test_callbacks(tmp_path):
         ({"alpha": 1.0}, r"--alpha: expected a number in \[0, 1\)"),
         ({"learning_rate": 1.0}, "train: settings: expected some of a"),
         ({"risk": "mean", "backward": "tail"}, "train: backward: expected dense with --risk mean"),
+        ({"data": Fewer()}, "train: data: expected an iterable with as many batches as its length"),
+        ({"data": dict(x=points()[0])}, "train: data: expected a tensor, .* got a dict"),
+        ({"losses_of": halving}, "train: losses: expected a batch to stay as it is"),
+        (
+            {"losses_of": lambda _, b: OTHER.losses(b)},
+            "train: losses: expected losses of the model",
+        ),
+        (
+            {"optimizer": lambda _: torch.optim.SGD(OTHER.parameters())},
+            "train: optimizer: expected",
+        ),
+        ({"optimizer": lambda _: 3}, "train: optimizer: expected a function from parameters"),
+        ({"epochs": 2.5}, "train: epochs: expected int, got 2.5"),
+        ({"alpha": "0.9"}, "train: alpha: expected float, got '0.9'"),
         ({"epochs": 0}, "--epochs: expected a whole number from 1"),
     ],
 )
