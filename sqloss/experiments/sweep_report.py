@@ -19,7 +19,6 @@ from sqloss.experiments.sweep_plots import Panel, draw_panels
 from sqloss.training.errors import UserError
 from sqloss.training.files import as_csv, write_atomically
 from sqloss.training.flags import as_text, flat
-from sqloss.training.progress import counted
 from sqloss.training.tables import CONFIDENCE, table
 from sqloss.training.text import in_markdown
 from sqloss.training.trainer import Metric, Report
@@ -98,11 +97,11 @@ def outcome(sweep: Sweep, task: Task, metric: str) -> str:
     m = sweep.measurement.metrics[metric]
     rows = rows_of_task(sweep, task)
     values = [f"{cell(dict(enumerate(finite(row[metric]))), m)} ({row['model']})" for row in rows]
+    warnings = [(row["model"], sweep.measurement.trainer.warning(row)) for row in rows]
     alarms = [
-        f"; {row['model']}: something was wrong in {counted(row['failed_epochs'], 'epoch')}, "
-        f"see {task.directory / 'report.md'}"
-        for row in rows
-        if row.get("failed_epochs")
+        f"; {model}: {warning}, see {task.directory / 'report.md'}"
+        for model, warning in warnings
+        if warning
     ]
     return f"{name}: {m.label} {', '.join(values)}{''.join(alarms)}"
 

@@ -29,10 +29,7 @@ def train(
         else Run.new(output_dir, configure(kind, **given))
     )
     config = run.config
-    config.check_machine()
-    config.check_ranks()
-    ranks.of_first(lambda: trainer.check(config))
-    run.begin(trainer, trainer.load(config))
+    run.set_up(trainer)
     say(f"run: {run.directory} on {config.torch_device}")
     say(trainer.describe(run.whole, run.data))
 

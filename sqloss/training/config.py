@@ -289,9 +289,6 @@ def from_stored(values: Mapping[str, Any], kind: type[Config]) -> Config:
         raise UserError(f"missing or unknown in this version of sqloss: {listed}")
     del values["command"]
     for name, value in values.items():
-        # JSON writes a float that is whole as it came; a bool is an int to Python, but not here.
-        expected = settings[name].type
-        allowed = (int, float) if expected is float else (expected,)
-        if type(value) not in allowed:
-            raise UserError(f"{name}: expected {expected.__name__}, got {value!r}")
+        if not settings[name].takes(value):
+            raise UserError(f"{name}: expected {settings[name].type.__name__}, got {value!r}")
     return configure(kind, **older | values)

@@ -37,15 +37,18 @@ class TrainedRun:
     """False where Ctrl-C or SIGTERM has stopped and saved it: ``resume=True`` goes on."""
 
 
-def typed(name: str, value: Any) -> Any:
-    """A setting as its flag would have it; numbers of NumPy and torch become Python's."""
-    kind = settings_of(CustomConfig)[name].type
-    number = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
-    if kind is float and type(number) is int:
-        return float(number)
-    if type(number) is not kind:
-        raise UserError(f"train: {name}: expected {kind.__name__}, got {value!r}")
-    return number
+def typed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as their flags would have them; numbers of NumPy and torch become Python's."""
+    settings = settings_of(CustomConfig)
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        kind = settings[name].type
+        is_number = hasattr(value, "item") and getattr(value, "ndim", 1) == 0
+        plain = value.item() if is_number else value
+        if not settings[name].takes(plain):
+            raise UserError(f"train: {name}: expected {kind.__name__}, got {value!r}")
+        values[name] = kind(plain)
+    return values
 
 
 def train(
@@ -139,7 +142,8 @@ def train(
         raise UserError(
             f"train: settings: expected some of {known}, got {', '.join(sorted(unknown))}"
         )
-    config = configure(CustomConfig, **{name: typed(name, value) for name, value in given.items()})
+    given = typed(given)
+    config = configure(CustomConfig, **given)
     with ranks.joined(ends=False):
         place = None if output_dir is None else expanded(str(output_dir))
         if resume and place is None:
@@ -149,16 +153,11 @@ def train(
                 "train: model: expected a module with a method losses(batch), or losses_of, got "
                 f"{type(model).__name__}"
             )
-        is_there = resume and place is not None and (place / "config.json").exists()
-        run: Run[CustomConfig] = (
-            Run.resumed(CustomConfig, place, given)
-            if is_there and place is not None
-            else Run.new(place, config)
-        )
-        config = run.config
-        config.check_machine()
-        config.check_ranks()
-        device = config.torch_device
+        if resume and place is not None and ranks.of_first((place / "config.json").exists):
+            run = Run.resumed(CustomConfig, place, given)
+        else:
+            run = Run.new(place, config)
+        config, device = run.config, run.config.torch_device
         own = Own(
             model=model,
             losses_of=losses_of or (lambda of, batch: of.losses(batch)),
@@ -168,7 +167,7 @@ def train(
             test=None if test is None else as_data(test, device, collate_fn, "test"),
         )
         loaded = as_data(data, device, collate_fn, "data")
-        run.begin(CustomTrainer(own, loaded), loaded)
+        run.set_up(CustomTrainer(own, loaded))
         shows = progress and ranks.is_first()
         bar = Progress(*run.steps(), config.epochs) if shows else Silence()
         finished = run.fit(bar)

@@ -4,7 +4,7 @@ Figures are made without pyplot: no global state, no display needed.
 """
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,17 @@ def style(name: str, names: Iterable[str]) -> dict[str, Any]:
         return STANDARD_STYLE
     others = [other for other in dict.fromkeys(names) if other != STANDARD]
     return STYLES[others.index(name) % len(STYLES)]
+
+
+def draw_curves(axes: "Axes", history: Sequence[Mapping[str, Any]], metric: str) -> None:
+    """A metric of every model over the epochs."""
+    names = list(dict.fromkeys(row["model"] for row in history))
+    for name in names:
+        rows = [row for row in history if row["model"] == name]
+        curve = [row["epoch"] for row in rows], [row[metric] for row in rows]
+        axes.plot(*curve, label=name, **style(name, names))
+    axes.set_xlabel("epoch")
+    axes.locator_params("x", integer=True)
 
 
 def save_picture(path: Path, figure: "Figure") -> None:

@@ -57,6 +57,10 @@ class Setting:
         is_lacking = version < self.metadata.get("since", 0)
         return {self.name: self.metadata.get("before", self.default)} if is_lacking else {}
 
+    def takes(self, value: Any) -> bool:
+        """Whether it has the type: a whole number is a float, and a bool is no number."""
+        return type(value) in ((int, float) if self.type is float else (self.type,))
+
     @property
     def for_argparse(self) -> dict[str, Any]:
         return {k: v for k, v in self.metadata.items() if k not in NOT_FOR_ARGPARSE}

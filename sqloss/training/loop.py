@@ -182,10 +182,6 @@ def train_epoch(
     return True
 
 
-def steps_per_epoch(data: TrainingData, config: RunConfig) -> int:
-    return data.steps(config.batch_size)
-
-
 def close_epoch(training: Training, data: TrainingData) -> None:
     """Measure every model, and be ready for the next epoch."""
     training.epoch += 1

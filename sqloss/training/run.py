@@ -10,7 +10,7 @@ from sqloss.training.config import Config, RunConfig, to_stored
 from sqloss.training.errors import UserError
 from sqloss.training.files import as_csv, write_atomically, write_json
 from sqloss.training.flags import as_flag, changed, flat
-from sqloss.training.loop import NonFiniteError, Row, Training, fit, steps_per_epoch
+from sqloss.training.loop import NonFiniteError, Row, Training, fit
 from sqloss.training.progress import Progress
 from sqloss.training.run_directory import (
     CHECKPOINTS,
@@ -71,20 +71,28 @@ class Run(Generic[Config]):
                 )
         return cls(directory, changed(stored, **changes), is_new=False)
 
+    def set_up(self, trainer: "Trainer[Any, Any]") -> None:
+        """Check the machine and the ranks, read the data, and begin."""
+        config = self.config
+        config.check_machine()
+        config.check_ranks()
+        ranks.of_first(lambda: trainer.check(config))
+        self.begin(trainer, trainer.load(config))
+
     def begin(self, trainer: "Trainer[Any, Any]", whole: Any) -> None:
         """Start on what the configuration makes of all data."""
         config = self.config
         self.trainer, self.whole = trainer, whole
         ranks.of_first(lambda: trainer.check_data(whole, config))
-        data = trainer.training_data(whole, config)
-        check_ranks_agree(config, data.fingerprint())
-        set_threads(config, data)
-        self.start(trainer.begin(config, data), data)
+        self.data = trainer.training_data(whole, config)
+        check_ranks_agree(config, self.fingerprint)
+        set_threads(config, self.data)
+        self.start(trainer.begin(config, self.data), self.data)
 
     def start(self, training: Training, data: Any) -> "Run[Config]":
         """Take the directory, or take up the training where the directory has it."""
         config = self.config
-        self.training, self.data, self.fingerprint = training, data, data.fingerprint()
+        self.training, self.data = training, data
         self.directory = self.place or ranks.of_first(lambda: make_default_directory(config))
         if self.is_new:
             ranks.of_first(lambda: claim(self.directory, config))
@@ -93,6 +101,11 @@ class Run(Generic[Config]):
             self._check_epochs()
             ranks.of_first(lambda: write_json(self.directory / "config.json", to_stored(config)))
         return self
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """That of the data, which may take long."""
+        return str(self.data.fingerprint())
 
     def _check_epochs(self) -> None:
         begun = self.training.epoch + (self.training.step > 0)
@@ -104,7 +117,7 @@ class Run(Generic[Config]):
 
     def steps(self) -> tuple[int, int]:
         """The steps of the whole training, and those of them done already."""
-        per_epoch = steps_per_epoch(self.data, self.config)
+        per_epoch = self.data.steps(self.config.batch_size)
         done = per_epoch * self.training.epoch + self.training.step
         return per_epoch * self.config.epochs, done
 

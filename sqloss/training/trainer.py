@@ -131,6 +131,10 @@ class Trainer(ABC, Generic[Config, State]):
         """
         return {}
 
+    def warning(self, row: Mapping[str, Any]) -> str:
+        """What was wrong with a model, from its row of a sweep; "" where nothing was."""
+        return ""
+
     def caption(self, row: Mapping[str, Any]) -> str:
         """The caption of a model's images, from its row of the sweep."""
         return ""

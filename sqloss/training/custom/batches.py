@@ -5,7 +5,6 @@ A *batch* is a tensor, or a tuple, list or dict of such; every tensor has a row 
 
 import hashlib
 import itertools
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +27,14 @@ def mapped(batch: Any, of_tensor: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, tuple | list):
         return type(batch)(mapped(part, of_tensor) for part in batch)
     return batch
+
+
+def rows_of(batch: Any, rows: slice | Tensor) -> Any:
+    return mapped(batch, lambda tensor: tensor[rows])
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    return mapped(batch, lambda tensor: tensor.to(device))
 
 
 def tensors_of(batch: Any) -> list[Tensor]:
@@ -99,7 +106,7 @@ class Rows:
         if self.tensors is not None:
             return mapped(self.tensors, lambda t: t[rows.to(t.device)].to(self.device))
         samples = self.collate([self.data[row] for row in rows.tolist()])
-        return mapped(samples, lambda tensor: tensor.to(self.device))
+        return on_device(samples, self.device)
 
     def in_order(self, batch_size: int) -> Iterator[Any]:
         """All samples, as they are."""
@@ -152,7 +159,7 @@ class Loader:
             if number == self.size:
                 return
             if number >= training.step:
-                yield mapped(batch, lambda tensor: tensor.to(self.device))
+                yield on_device(batch, self.device)
         if number + 1 < self.size:
             raise UserError(
                 f"train: data: expected an iterable with as many batches as its length, "
@@ -161,7 +168,7 @@ class Loader:
 
     def in_order(self, batch_size: int) -> Iterator[Any]:
         for batch in self._seeded(0, "loader, in order"):
-            yield mapped(batch, lambda tensor: tensor.to(self.device))
+            yield on_device(batch, self.device)
 
     def _seeded(self, seed: int, *purpose: str | int) -> Iterator[Any]:
         """What is iterated over, of generators that are seeded whenever it draws from them."""
@@ -187,16 +194,12 @@ class Loader:
         return digest(self.size, [])
 
 
-def digest(size: int, parts: Sequence[Any]) -> str:
+def digest(size: int, tensors: Sequence[Tensor]) -> str:
     found = hashlib.sha256(str(size).encode())
-    for part in parts:
-        for tensor in tensors_of(part):
-            found.update(str((tensor.dtype, tuple(tensor.shape))).encode())
-            found.update(
-                pickle.dumps(
-                    tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                )
-            )
+    for tensor in tensors:
+        found.update(str((tensor.dtype, tuple(tensor.shape))).encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

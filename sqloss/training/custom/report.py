@@ -10,10 +10,10 @@ from torch import Tensor
 import sqloss
 from sqloss.training.config import RunConfig
 from sqloss.training.errors import UserError, require
-from sqloss.training.figures import edges, new_figure, save_picture, style
+from sqloss.training.figures import draw_curves, edges, new_figure, save_picture, style
 from sqloss.training.files import write_atomically, write_json
 from sqloss.training.flags import flat
-from sqloss.training.tables import aligned
+from sqloss.training.tables import table
 from sqloss.training.trainer import Report
 
 if TYPE_CHECKING:
@@ -22,13 +22,17 @@ if TYPE_CHECKING:
     from sqloss.training.custom.trainer import CustomTraining
 
 
-def make_report(training: "CustomTraining", config: RunConfig) -> Report:
+# By model: the test losses by name, and the classes of the samples if they have any.
+Tested = Mapping[str, tuple[Mapping[str, Tensor], Tensor | None]]
+
+
+def make_report(training: "CustomTraining", tested: Tested, config: RunConfig) -> Report:
     models: dict[str, Any] = {}
-    for name in training.models:
-        row = next((r for r in reversed(training.history) if r["model"] == name), {})
+    for row in training.latest_rows():
+        name = row["model"]
         models[name] = {"metrics": {k: v for k, v in row.items() if k not in ("epoch", "model")}}
-        if training.own.test is not None:
-            losses, labels = training.test_losses(name)
+        if name in tested:
+            losses, labels = tested[name]
             models[name]["test"] = {"samples": len(losses["loss"])} | summary(losses, config)
             if labels is not None:
                 models[name]["test_by_class"] = by_class(losses, labels, config)
@@ -56,9 +60,11 @@ def by_class(
     ]
 
 
-def write(directory: Path, report: Report, training: "CustomTraining") -> list[Path]:
+def write(
+    directory: Path, report: Report, training: "CustomTraining", tested: Tested
+) -> list[Path]:
     """Write the report, and its pictures where matplotlib is there; these are returned."""
-    pictures = draw(directory, training)
+    pictures = draw(directory, training, tested)
     shown = "".join(f"\n![{path.stem}]({path.name})" for path in pictures)
     trained = "; ".join(f"`{name}` on the {words}" for name, words in report["risks"].items())
     text = f"# Training\n\nTrained side by side: {trained}.\n\n{tables(report)}\n{shown}\n"
@@ -69,10 +75,10 @@ def write(directory: Path, report: Report, training: "CustomTraining") -> list[P
 
 def tables(report: Report) -> str:
     """The numbers of a report, as Markdown that a terminal shows well too."""
-    parts = [list(loss_table(report))]
+    parts = [loss_table(report)]
     if all("test_by_class" in model for model in report["models"].values()):
-        parts.append(list(class_table(report)))
-    return "\n\n".join("\n".join(aligned(part)) for part in parts)
+        parts.append(class_table(report))
+    return "\n\n".join(map(table, parts))
 
 
 def loss_table(report: Report) -> Iterator[list[str]]:
@@ -92,14 +98,14 @@ def class_table(report: Report) -> Iterator[list[str]]:
         yield [str(rows[0]["class"]), str(rows[0]["samples"]), *numbers]
 
 
-def draw(directory: Path, training: "CustomTraining") -> list[Path]:
+def draw(directory: Path, training: "CustomTraining", tested: Tested) -> list[Path]:
     try:
         require("matplotlib.figure")
     except UserError:  # pictures are a convenience
         return []
     figures = {"loss_curves.png": loss_curves(training)}
-    if training.own.test is not None:
-        figures["loss_distribution.png"] = loss_distribution(training)
+    if tested:
+        figures["loss_distribution.png"] = loss_distribution(tested)
     for name, figure in figures.items():
         save_picture(directory / name, figure)
     return [directory / name for name in figures]
@@ -110,20 +116,16 @@ def loss_curves(training: "CustomTraining") -> "Figure":
     figure = new_figure(4.5 * len(metrics), 3.6)
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
-        for name in training.models:
-            rows = [row for row in training.history if row["model"] == name]
-            curve = [row["epoch"] for row in rows], [row[metric] for row in rows]
-            axes.plot(*curve, label=name, **style(name, training.models))
-        axes.set(xlabel="epoch", title=metric.replace("_", " "))
-        axes.locator_params("x", integer=True)
+        draw_curves(axes, training.history, metric)
+        axes.set_title(metric.replace("_", " "))
         axes.legend()
     return figure
 
 
-def loss_distribution(training: "CustomTraining") -> "Figure":
+def loss_distribution(tested: Tested) -> "Figure":
     figure = new_figure(9, 3.6)
     axes = figure.subplots()
-    losses = {name: training.test_losses(name)[0]["loss"] for name in training.models}
+    losses = {name: by_name["loss"] for name, (by_name, _) in tested.items()}
     together = torch.cat(list(losses.values()))
     bins = edges(together.min().item(), together.max().item())
     for name, values in losses.items():

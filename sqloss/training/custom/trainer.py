@@ -17,7 +17,7 @@ from sqloss.tail import tail_loss
 from sqloss.training import ranks
 from sqloss.training.config import RunConfig
 from sqloss.training.custom import report
-from sqloss.training.custom.batches import Loader, Rows, labels_of, mapped, size_of, tensors_of
+from sqloss.training.custom.batches import Loader, Rows, labels_of, rows_of, size_of, tensors_of
 from sqloss.training.errors import UserError
 from sqloss.training.flags import flag
 from sqloss.training.loop import Row, Training
@@ -147,7 +147,7 @@ class CustomTraining(Training):
     def train_step(self, batch: Any) -> None:
         size, seed = size_of(batch), int(draw_seed(generator=self.noise))
         part = ranks.part(size)
-        mine = mapped(batch, lambda tensor: tensor[part])
+        mine = rows_of(batch, part)
         versions = [tensor._version for tensor in tensors_of(mine)]
         for name, optimizer in self.optimizers.items():
             self.models[name].train()
@@ -177,7 +177,7 @@ class CustomTraining(Training):
         if self.config.backward == "tail" and risk.tail_alpha is not None:
 
             def losses(rows: Tensor) -> Tensor:
-                chosen: Tensor = model(mapped(batch, lambda tensor: tensor[rows]))["loss"]
+                chosen: Tensor = model(rows_of(batch, rows))["loss"]
                 return chosen
 
             of_tail = tail_loss if ranks.count() == 1 else distributed.tail_loss
@@ -231,6 +231,7 @@ class CustomTraining(Training):
         The noise is the same for every model and in every epoch.
         """
         model = self.models[name]
+        with_losses = WithLosses(model, self.own.losses_of)
         was_training = model.training
         model.eval()
         parts: list[dict[str, Tensor]] = []
@@ -238,7 +239,7 @@ class CustomTraining(Training):
         assert self.own.test is not None
         with initialisation(self.config.seed, "test", device=self.device):
             for batch in self.own.test.in_order(self.config.batch_size):
-                terms = WithLosses(model, self.own.losses_of)(batch)
+                terms = with_losses(batch)
                 parts.append({term: values.double().cpu() for term, values in terms.items()})
                 labels.append(labels_of(batch))
         model.train(was_training)
@@ -281,8 +282,6 @@ class CustomTrainer(Trainer[CustomConfig, CustomTraining]):
     about = "Train a model of one's own."
     config = CustomConfig
     modules = ()
-    metrics: ClassVar = {}
-    main_metrics = ()
 
     def __init__(self, own: Own, data: Rows | Loader) -> None:
         self.own = own
@@ -320,8 +319,11 @@ class CustomTrainer(Trainer[CustomConfig, CustomTraining]):
         return CustomTraining(self.own, config, data.device)
 
     def report(self, run: Run[CustomConfig]) -> Report:
-        made = report.make_report(run.training, run.config)
-        for path in report.write(run.directory, made, run.training):
+        training: CustomTraining = run.training
+        names = training.models if self.own.test is not None else ()
+        tested = {name: training.test_losses(name) for name in names}
+        made = report.make_report(training, tested, run.config)
+        for path in report.write(run.directory, made, training, tested):
             for callback in self.own.callbacks:
                 callback.on_picture(path.stem, path)
         return made

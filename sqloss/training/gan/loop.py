@@ -26,7 +26,7 @@ from sqloss.training.gan.batch_norm import over_ranks
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import Noise, draw_noise
 from sqloss.training.gan.stability import alarms
-from sqloss.training.loop import Row, Training, steps_per_epoch
+from sqloss.training.loop import Row, Training
 from sqloss.training.risks import Mean
 
 # Means over the steps of an epoch, each weighted by its images; of both models alike, whatever they
@@ -312,7 +312,7 @@ def begin(config: GANConfig, data: Dataset) -> GANTraining:
             f"{data.shape[1]} x {data.shape[2]}"
         )
     model = build_model(config, data).to(data.train_images.device)
-    batches = steps_per_epoch(data, config)
+    batches = data.steps(config.batch_size)
     if config.d_steps > batches:
         raise UserError(
             f"--d-steps: expected at most {batches}, the batches of an epoch, after which the "

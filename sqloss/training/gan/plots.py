@@ -13,6 +13,7 @@ from sqloss.models.pixels import pixels, signed_pixels, to_signed
 from sqloss.models.seeding import generator as stream
 from sqloss.training.datasets import Dataset
 from sqloss.training.figures import (
+    draw_curves,
     edges,
     label_rows,
     mosaic,
@@ -67,13 +68,8 @@ def loss_curves(history: Sequence[Row], config: GANConfig) -> "Figure":
         figure.subplots(2, 2), (("discriminator", "d"), ("generator", "g")), strict=True
     ):
         for axes, (words, suffix) in zip(row, (("mean", "mean"), (tail, "cvar")), strict=True):
-            metric = f"{prefix}_loss_{suffix}"
-            for name in (names := list(dict.fromkeys(row["model"] for row in history))):
-                rows = [row for row in history if row["model"] == name]
-                curve = [row["epoch"] for row in rows], [row[metric] for row in rows]
-                axes.plot(*curve, label=name, **style(name, names))
-            axes.set(xlabel="epoch", title=f"{player}: {words} of the losses")
-            axes.locator_params("x", integer=True)
+            draw_curves(axes, history, f"{prefix}_loss_{suffix}")
+            axes.set_title(f"{player}: {words} of the losses")
             axes.legend()
     return figure
 

@@ -13,6 +13,7 @@ from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import first_samples
 from sqloss.training.gan.metrics import require_fid
 from sqloss.training.image_trainer import ACCURACY, RARE_SHARE, ImageTrainer, data_settings
+from sqloss.training.progress import counted
 from sqloss.training.run import Run
 from sqloss.training.run_directory import restore
 from sqloss.training.shares import classifier_of, kept_classifier
@@ -148,6 +149,10 @@ class GANTrainer(ImageTrainer[GANConfig, loop.GANTraining]):
         if not restore(training, directory, data.fingerprint(), "--output-dir"):
             return {}
         return first_samples(training.generators, config.seed)
+
+    def warning(self, row: Mapping[str, Any]) -> str:
+        epochs = row.get("failed_epochs")
+        return f"something was wrong in {counted(epochs, 'epoch')}" if epochs else ""
 
     def caption(self, row: Mapping[str, Any]) -> str:
         """How much of the data the model covers."""

@@ -14,6 +14,7 @@ from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
 from sqloss.training.datasets import Dataset
 from sqloss.training.figures import (
+    draw_curves,
     edges,
     label_rows,
     mosaic,
@@ -57,13 +58,9 @@ def loss_curves(history: Sequence[Row], objective_names: Mapping[str, str]) -> "
     panels = zip(figure.subplots(1, 2), objective_names.items(), strict=True)
     for axes, (objective, words) in panels:
         metric = f"test_objective_{objective}"
-        for name in (names := list(dict.fromkeys(row["model"] for row in history))):
-            rows = [row for row in history if row["model"] == name]
-            curve = [row["epoch"] for row in rows], [row[metric] for row in rows]
-            axes.plot(*curve, label=name, **style(name, names))
-        axes.set(xlabel="epoch", ylabel="nats per test image")
+        draw_curves(axes, history, metric)
+        axes.set_ylabel("nats per test image")
         axes.set_title(words.replace("-ELBO", "$-$ELBO"), fontsize="medium")
-        axes.locator_params("x", integer=True)
         # The fall of the first epochs would press all the rest flat.
         settled = [row[metric] for row in history if row["epoch"] > history[-1]["epoch"] // 10]
         margin = 0.05 * (max(settled) - min(settled)) or 1
