@@ -48,7 +48,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 # Of one core of an AMD EPYC (Zen 3): for the CPU, for each PTX of the CUDA files, and for the code
 # that is made of it for each architecture
-CPU_MINUTES, PTX_MINUTES, CODE_MINUTES = 6, 1.3, 1
+CPU_MINUTES, PTX_MINUTES, CODE_MINUTES = 6.5, 1.5, 1.2
 
 
 class NoCuda(Exception):
