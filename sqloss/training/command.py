@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sqloss.training import ranks
+from sqloss.training.estimate import estimate
 from sqloss.training.flags import configure
 from sqloss.training.progress import Progress, Silence
 from sqloss.training.ranks import say
@@ -34,6 +35,9 @@ def train(
     say(trainer.describe(run.whole, run.data))
 
     resuming = f"sqloss {trainer.name} --resume {shlex.quote(str(run.directory))}"
+    with run:
+        if words := estimate(run):
+            say(words)
     progress = Progress(*run.steps(), config.epochs) if ranks.is_first() else Silence()
     if not run.fit(progress):
         say(f"stopped and saved after {run.training.done()}; continue with: {resuming}")

@@ -58,6 +58,7 @@ class Training(ABC):
 
     models: Mapping[str, nn.Module]
     columns: tuple[str, ...]  # the names of the metrics
+    round = 1  # steps after which every kind of step has been taken
 
     def __init__(self, config: RunConfig) -> None:
         self.seed = config.seed

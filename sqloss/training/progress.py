@@ -11,6 +11,18 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def duration(seconds: float) -> str:
+    """Seconds in words, to two digits or so: "0.35 s", "48 s", "12 min", "3 h 20 min"."""
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 600 else f"{hours} h"
+
+
 class Progress:
     """Counts steps; ``done`` of ``steps`` were done before."""
 

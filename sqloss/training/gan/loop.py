@@ -219,6 +219,7 @@ class GANTraining(Training):
         super().__init__(config)
         self.config = config
         self.batches = batches  # of an epoch
+        self.round = config.d_steps
         self.models: dict[str, GAN] = {
             name: over_ranks(copy.deepcopy(model)) for name in config.contenders
         }
