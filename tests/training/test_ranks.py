@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import on_ranks
 
 from sqloss.training import checkpoint, ranks
+from sqloss.training.datasets.cache import MappedImages
 from sqloss.training.errors import UserError
 from sqloss.training.flags import configure
 from sqloss.training.gan.config import GANConfig
@@ -132,6 +133,23 @@ def test_ranks_train_as_one_process_does(train, data, tmp_path, command, variant
     assert not Path("/nowhere").exists()
     names = [sorted(p.name for p in (tmp_path / d).iterdir()) for d in ("one", "several")]
     assert names[0] == names[1]
+
+
+def test_images_in_a_file_train_as_those_in_memory(torchrun, data, tmp_path, assert_same):
+    images = data.train_images
+    (tmp_path / "images").write_bytes(images.numpy().tobytes())
+    rows = torch.arange(IMAGES)
+    mapped = MappedImages(tmp_path / "images", IMAGES, tuple(images.shape[1:]), rows, workers=1)
+    states = [
+        torchrun.run(2, on_ranks.joined, on_ranks.train, "vae", tmp_path / name, VAE, of_run)
+        for name, of_run in (
+            ("memory", data),
+            ("file", dataclasses.replace(data, train_images=mapped)),
+        )
+    ]
+    for in_memory, in_file in zip(*states, strict=True):
+        assert not isinstance(in_file, Exception), in_file
+        assert_same(in_memory[1], in_file[1])
 
 
 @pytest.mark.parametrize("batch", [7, 1])
