@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sqloss.experiments.saved_run import SavedRun
 from sqloss.models.seeding import generator
 from sqloss.training.errors import require
 from sqloss.training.files import write_json
 from sqloss.training.flags import LARGEST, expect, flag
 from sqloss.training.progress import counted
-from sqloss.training.saved_run import SavedRun
 from sqloss.training.tables import CONFIDENCE, nats, table
 from sqloss.training.vae.evaluation import importance_weighted, learnt_df
 
