@@ -193,6 +193,7 @@ def add_impute_flags(impute: argparse.ArgumentParser) -> None:
     impute.add_argument(
         "run_dir",
         nargs="?",
+        default=None,
         type=expanded,
         metavar="RUN_DIR",
         help="a run of sqloss vae; impute.csv and imputation_*.png go there",
