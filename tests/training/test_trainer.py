@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from sqloss import cli
-from sqloss.models import classifier
 from sqloss.training.flags import flag
 from sqloss.training.registry import Registry
 from sqloss.training.risks import RISKS, Risk
@@ -113,11 +112,10 @@ def last_half():
 
 @pytest.mark.parametrize("command", ["vae", "gan"])
 def test_a_risk_and_a_sampler_serve_every_trainer(
-    entropic, last_half, command, tmp_path, capsys, monkeypatch
+    entropic, last_half, command, tmp_path, capsys, quick_reports
 ):
     if command == "gan":
         pytest.importorskip("torchmetrics", exc_type=(ImportError, RuntimeError))
-    monkeypatch.setattr(classifier, "STEPS", 5)
     sizes = {"vae": ["--hidden", "8", "--latent", "2"], "gan": ["--width", "2", "--latent", "2"]}
     line = [command, *FEW, *sizes[command], "--num-samples", "20", "--risk", "entropic"]
     line += ["--tilt", "0.02", "--sampling", "last-half", "--output-dir", str(tmp_path / "run")]
