@@ -207,8 +207,8 @@ def with_capability(tmp_path_factory):
 
     yield start
     for each in started:
-        each.process.stdin.close()
-        each.process.wait(60)
+        each.process.kill()
+        each.process.communicate()
 
 
 @pytest.fixture(scope="session")
@@ -227,7 +227,13 @@ def saved_with_capability(with_capability):
 def quick_reports(monkeypatch):
     """Reports by a classifier that knows little, with coarse pictures: most of their time."""
     from sqloss.models import classifier
-    from sqloss.training import figures
 
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    save = figure.savefig
+
+    def coarse(self, file, **_):
+        self.set_layout_engine("none")
+        save(self, file, format="png", dpi=20)
+
+    monkeypatch.setattr(figure, "savefig", coarse)
     monkeypatch.setattr(classifier, "STEPS", 5)
-    monkeypatch.setattr(figures, "DPI", 20)

@@ -2,7 +2,6 @@
 
 import csv
 import importlib.util
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from sqloss.training.trainer import TRAINERS
 for needed in ("matplotlib", "scipy", "sklearn", "tqdm", "joblib"):
     pytest.importorskip(needed)
 FEW = ["--train-limit", "100", "--epochs", "2"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.fixture
@@ -60,18 +58,6 @@ def test_a_trainer_is_swept(toy, tmp_path, capsys):
     assert "Best by value (lower is better): **rate=0.1: standard**" in capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "sweep.csv").open()))
     assert len(rows) == 8 and {"arm", "seed", "model", "rate", "value"} <= rows[0].keys()
-
-
-def test_a_trainer_runs_on_ranks(toy, tmp_path):
-    if not torch.distributed.is_available():
-        pytest.skip("torch.distributed is not available")
-    assert cli.main(["toy", *FEW, "--output-dir", str(tmp_path / "one")]) == 0
-    command = [*TORCHRUN, str(Path(__file__).with_name("toy_command.py")), "toy", *FEW]
-    command += ["--output-dir", str(tmp_path / "ranks")]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    for one, other in zip(values(tmp_path / "one"), values(tmp_path / "ranks"), strict=True):
-        assert one[:2] == other[:2] and one[2] == pytest.approx(other[2], rel=1e-4)
-    assert (tmp_path / "ranks" / "report.json").exists()
 
 
 @pytest.fixture
