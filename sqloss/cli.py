@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import sqloss
+from sqloss.experiments.bounds import BoundsConfig
 from sqloss.experiments.commands import evaluate, impute, sweep
 from sqloss.experiments.comparison import NOT_COMPARED, PLAIN, CompareConfig
 from sqloss.experiments.imputation import ImputeConfig
@@ -25,10 +26,10 @@ from sqloss.training.flags import Setting, as_flag, settings_of, warn_of_renamed
 from sqloss.training.ranks import say
 from sqloss.training.streams import flush_stdout
 from sqloss.training.trainers import TRAINERS
-from sqloss.training.vae.bounds import BoundsConfig
 from sqloss.training.vae.config import VAEConfig
 
 USER_ERROR = 2
+DIRECTORY: dict[str, Any] = {"type": expanded, "metavar": "DIR"}  # to argparse
 SMALLER_IMPUTATION = "a smaller --test-images, --draws or --neighbour-images"
 
 
@@ -111,8 +112,8 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="version", version=f"sqloss {sqloss.__version__}")
     subcommands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, trainer in TRAINERS.items():
-        part = add_command(subcommands, name, partial(train, trainer), trainer.about)
-        part.set_defaults(smaller=trainer.smaller)
+        part = add_command(subcommands, name, trainer.about)
+        part.set_defaults(subcommand=partial(train, trainer), smaller=trainer.smaller)
         add_run_flags(part, trainer.config)
     for subcommand, add_flags in (
         (sweep, add_sweep_flags),
@@ -120,21 +121,21 @@ def parser() -> argparse.ArgumentParser:
         (impute, add_impute_flags),
         (config, None),
     ):
-        part = add_command(subcommands, subcommand.__name__, subcommand, subcommand.__doc__ or "")
+        part = add_command(subcommands, subcommand.__name__, subcommand.__doc__ or "")
+        part.set_defaults(subcommand=subcommand, smaller="")
         if add_flags:
             add_flags(part)
     return whole
 
 
 def add_command(
-    subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]",
-    name: str,
-    subcommand: Callable[..., int],
-    about: str,
+    subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, about: str
 ) -> argparse.ArgumentParser:
-    part = subcommands.add_parser(name, help=about, description=about, allow_abbrev=False)
-    part.set_defaults(subcommand=subcommand, smaller="")
-    return part
+    """The parser of a command; the flags that are not given are absent from what it returns."""
+    absent = argparse.SUPPRESS
+    return subcommands.add_parser(
+        name, help=about, description=about, allow_abbrev=False, argument_default=absent
+    )
 
 
 def add_run_flags(part: argparse.ArgumentParser, kind: type[RunConfig]) -> None:
@@ -143,16 +144,12 @@ def add_run_flags(part: argparse.ArgumentParser, kind: type[RunConfig]) -> None:
     place = part.add_mutually_exclusive_group()
     place.add_argument(
         "--output-dir",
-        type=expanded,
-        default=argparse.SUPPRESS,
-        metavar="DIR",
+        **DIRECTORY,
         help=f"where the run goes (default: runs/{kind.command}-DATASET-TIME)",
     )
     place.add_argument(
         "--resume",
-        type=expanded,
-        default=argparse.SUPPRESS,
-        metavar="DIR",
+        **DIRECTORY,
         help="continue the run in DIR with its own settings; --epochs raises its total",
     )
 
@@ -160,10 +157,7 @@ def add_run_flags(part: argparse.ArgumentParser, kind: type[RunConfig]) -> None:
 def add_sweep_flags(sweep: argparse.ArgumentParser) -> None:
     trainers = sweep.add_subparsers(dest="trainer", required=True, metavar="TRAINER")
     for name, trainer in TRAINERS.items():
-        description = f"sweep over settings and seeds of sqloss {name}"
-        part = trainers.add_parser(
-            name, help=description, description=description, allow_abbrev=False
-        )
+        part = add_command(trainers, name, f"sweep over settings and seeds of sqloss {name}")
         defaults = {
             "grid": "none",
             "preset": f"none; there are {', '.join(trainer.presets) or 'none'}",
@@ -172,9 +166,7 @@ def add_sweep_flags(sweep: argparse.ArgumentParser) -> None:
         add_config_flags(part, SweepConfig, defaults)
         part.add_argument(
             "--output-dir",
-            type=expanded,
-            default=argparse.SUPPRESS,
-            metavar="DIR",
+            **DIRECTORY,
             help="where the runs, sweep.csv and sweep.md go; runs that are there already are not "
             f"done again (default: runs/sweep-{name}-DATASET, or with the preset's name)",
         )
@@ -201,6 +193,7 @@ def add_impute_flags(impute: argparse.ArgumentParser) -> None:
     impute.add_argument(
         "run_dir",
         nargs="?",
+        default=None,
         type=expanded,
         metavar="RUN_DIR",
         help="a run of sqloss vae; impute.csv and imputation_*.png go there",
@@ -210,15 +203,12 @@ def add_impute_flags(impute: argparse.ArgumentParser) -> None:
     comparison.add_argument(
         "--compare",
         action="store_true",
-        default=argparse.SUPPRESS,
         help="train normal and t priors, and controls, with several seeds each, and compare them",
     )
     add_config_flags(comparison, CompareConfig)
     comparison.add_argument(
         "--output-dir",
-        type=expanded,
-        default=argparse.SUPPRESS,
-        metavar="DIR",
+        **DIRECTORY,
         help="where the runs, sweep.csv and sweep.md go; runs that are there already are not done "
         "again (default: runs/impute-DATASET)",
     )
@@ -248,13 +238,12 @@ def add_flag(part: argparse._ActionsContainer, setting: Setting, default: str) -
     options = kind | setting.for_argparse
     options["help"] = f"{setting.metadata['help']} (default: {default})"
     names = part.add_mutually_exclusive_group()
-    names.add_argument(as_flag(setting.name), default=argparse.SUPPRESS, **options)
+    names.add_argument(as_flag(setting.name), **options)
     if setting.formerly:
         names.add_argument(
             as_flag(setting.formerly),
             action=FormerFlag,
             dest=setting.name,
-            default=argparse.SUPPRESS,
             help=argparse.SUPPRESS,
             **{"nargs": 0} if setting.type is bool else {"type": setting.type},
         )

@@ -158,22 +158,82 @@ def need_capability():
     return need
 
 
+SERVE = """
+import sys, sqloss
+print(sqloss._ops._C.cpu_capability(), flush=True)
+for line in sys.stdin:
+    program, sys.argv[1:] = eval(line)
+    exec(program, {})
+    print("saved", flush=True)
+"""
+
+
+class WithCapability:
+    """A process that was told to use a CPU capability; it serves many programs, as it starts for
+    longer than they run."""
+
+    def __init__(self, capability, folder):
+        self.folder = folder
+        self.count = 0
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVE],
+            env={**os.environ, "ATEN_CPU_CAPABILITY": capability.lower()},
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(folder / "stderr").open("w"),
+            text=True,
+        )
+        self.used = self.process.stdout.readline().strip()
+        self.told = (folder / "stderr").read_text()
+
+    def saved(self, program):
+        """What a program saves as its first argument."""
+        self.count += 1
+        file = self.folder / str(self.count)
+        print(repr((program, [str(file)])), file=self.process.stdin, flush=True)
+        assert self.process.stdout.readline() == "saved\n", (self.folder / "stderr").read_text()
+        return torch.load(file)
+
+
 @pytest.fixture(scope="session")
-def saved_with_capability(tmp_path_factory):
+def with_capability(tmp_path_factory):
+    started = []
+
+    @functools.cache
+    def start(capability):
+        started.append(WithCapability(capability, tmp_path_factory.mktemp(capability)))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.process.kill()
+        each.process.communicate()
+
+
+@pytest.fixture(scope="session")
+def saved_with_capability(with_capability):
     @functools.cache
     def run(program, capability):
         """What a program saves as its first argument, with the kernels of this capability."""
-        file = tmp_path_factory.mktemp("capability") / capability
-        program += "\nfrom sqloss import _C; print(_C.cpu_capability())"
-        said = subprocess.run(
-            [sys.executable, "-c", program, str(file)],
-            env={**os.environ, "ATEN_CPU_CAPABILITY": capability.lower()},
-            cwd=file.parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert said.stdout.strip() == capability
-        return torch.load(file)
+        process = with_capability(capability)
+        assert process.used == capability, process.told
+        return process.saved(program)
 
     return run
+
+
+@pytest.fixture
+def quick_reports(monkeypatch):
+    """Reports by a classifier that knows little, with coarse pictures: most of their time."""
+    from sqloss.models import classifier
+
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    save = figure.savefig
+
+    def coarse(self, file, **_):
+        self.set_layout_engine("none")
+        save(self, file, format="png", dpi=20)
+
+    monkeypatch.setattr(figure, "savefig", coarse)
+    monkeypatch.setattr(classifier, "STEPS", 5)

@@ -13,8 +13,7 @@ import torch
 
 import sqloss
 from sqloss import cli
-from sqloss.models import classifier
-from sqloss.training import figures, files
+from sqloss.training import files
 from sqloss.training.datasets import Dataset
 from sqloss.training.datasets.digits import Digits
 from sqloss.training.flags import configure
@@ -79,16 +78,37 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
-def test_the_whole_command(tmp_path, environment):
-    run = tmp_path / "run"
+# The modules that are heavy, where the command line has imported them; and then a command, whose
+# classifier learns for less than a second.
+QUICK = """
+import sys, sqloss.cli
+from sqloss.models import classifier
+
+heavy = {"torchvision", "sklearn", "scipy", "matplotlib", "tensorboard"}
+print(sorted(heavy & sys.modules.keys()))
+classifier.STEPS = 100
+sys.exit(sqloss.cli.main())
+"""
+
+
+@pytest.fixture(scope="module")
+def whole_command(tmp_path_factory, environment):
+    """What a command tells in a process of its own, and where its run went."""
+    place = tmp_path_factory.mktemp("whole")
+    flags = [*TINY, "--epochs", "2", "--output-dir", str(place / "run")]
     done = subprocess.run(
-        sqloss_command("vae", *TINY, "--epochs", 2, "--output-dir", run),
+        [sys.executable, "-c", QUICK, "vae", *flags],
         capture_output=True,
         text=True,
         check=True,
         env=environment,
-        cwd=tmp_path,
+        cwd=place,
     )
+    return done, place / "run"
+
+
+def test_the_whole_command(whole_command):
+    done, run = whole_command
     assert {path.name for path in run.iterdir()} >= PRODUCTS
     assert len((run / "metrics.csv").read_text().splitlines()) == 1 + 2 * 2
     assert "epoch 1/2: standard -ELBO" in done.stderr
@@ -96,6 +116,10 @@ def test_the_whole_command(tmp_path, environment):
     assert f"{report['models']['cvar']['test']['negative_elbo_cvar']:.2f}" in done.stdout
     assert report["classifier_test_accuracy"] > 0.8
     assert report["train_images"][0] < report["train_images_before_imbalance"][0]
+
+
+def test_the_command_line_is_light(whole_command):
+    assert whole_command[0].stdout.startswith("[]\n")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
@@ -127,24 +151,11 @@ def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path, environment):
     assert not (run / "report.md").exists()
 
 
-def test_the_command_line_is_light(environment):
-    code = (
-        "import sys, sqloss.cli; "
-        "heavy = {'torchvision', 'sklearn', 'scipy', 'matplotlib', 'tensorboard'}; "
-        "print(sorted(heavy & sys.modules.keys()))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
-    assert done.stdout == "[]\n"
-
-
 # within this process
 
 
 @pytest.mark.parametrize("backend", ["torch", "numpy"])
-def test_a_run_is_resumed_or_only_reported_again(capsys, tmp_path, monkeypatch, backend):
-    monkeypatch.setattr(classifier, "STEPS", 5)
+def test_a_run_is_resumed_or_only_reported_again(capsys, tmp_path, quick_reports, backend):
     flags = [*TINY, "--backend", backend, "--epochs", "2"]
     assert cli.main(["vae", *flags, "--output-dir", str(tmp_path)]) == 0
     first = capsys.readouterr()
@@ -204,9 +215,8 @@ def test_the_classifier_learns_from_the_data_before_the_imbalance(tmp_path, monk
     ],
 )
 def test_every_kind_of_model_is_trained_reported_and_evaluated(
-    capsys, tmp_path, monkeypatch, flags
+    capsys, tmp_path, quick_reports, flags
 ):
-    monkeypatch.setattr(classifier, "STEPS", 5)
     given = [*TINY, "--epochs", "1", *flags, "--output-dir", str(tmp_path)]
     assert cli.main(["vae", *given]) == 0
     assert {path.name for path in tmp_path.iterdir()} >= PRODUCTS
@@ -237,10 +247,8 @@ def test_what_cannot_be_evaluated(capsys, tmp_path):
     assert message in told_by_evaluate(tmp_path, "--images", -1)
 
 
-def test_a_gan_is_trained_reported_and_resumed(capsys, tmp_path, monkeypatch):
+def test_a_gan_is_trained_reported_and_resumed(capsys, tmp_path, quick_reports):
     pytest.importorskip("torchmetrics", exc_type=(ImportError, RuntimeError))
-    monkeypatch.setattr(classifier, "STEPS", 5)
-    monkeypatch.setattr(figures, "DPI", 20)
     run, judge = tmp_path / "run", tmp_path / "judge.pt"
     flags = ["--conditional", "--info-codes", 1, "--ema", 0.5, "--tail-player", "g"]
     given = map(str, [*TINY_GAN, *flags, "--classifier", judge, "--output-dir", run])
@@ -479,14 +487,12 @@ ODD_NAMES = ["$$", "_a|b_", "two\nlines", "猫", os.fsdecode(b"caf\xe9")]
 
 
 @pytest.fixture
-def make_folder(tmp_path, monkeypatch):
+def make_folder(tmp_path, monkeypatch, quick_reports):
     """Makes five images in each of some classes, below the working directory of the test."""
     require_or_skip("torchvision")
     from PIL import Image
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(classifier, "STEPS", 5)
-    monkeypatch.setattr(figures, "DPI", 20)
 
     def make(names, size=(6, 5)):
         for value, name in enumerate(names):

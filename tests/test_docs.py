@@ -12,7 +12,6 @@ import torch
 
 import sqloss
 from sqloss import cli
-from sqloss.models import classifier
 from sqloss.training.datasets import DATASETS
 from sqloss.training.risks import RISKS
 from sqloss.training.samplers import SAMPLERS
@@ -69,11 +68,10 @@ TINY += ["--epochs", "1"]
 
 
 @pytest.mark.parametrize("name", MOST)
-def test_recipes(name, tmp_path, monkeypatch):
+def test_recipes(name, tmp_path, monkeypatch, quick_reports):
     for needed in ("joblib", "matplotlib", "scipy", "sklearn", "tqdm"):
         pytest.importorskip(needed)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(classifier, "STEPS", 5)
     monkeypatch.setattr(VAETrainer, "metrics", dict(VAETrainer.metrics))
     for registry in (RISKS, SAMPLERS, DATASETS, TRAINERS):
         monkeypatch.setattr(registry, "_things", dict(registry))

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from sqloss.experiments.bounds import BoundsConfig, bounds_table, measure_bounds, write_bounds
 from sqloss.experiments.comparison import CompareConfig, plan_comparison
 from sqloss.experiments.directory import alone_in
 from sqloss.experiments.imputation import (
@@ -18,6 +19,7 @@ from sqloss.experiments.imputation import (
 )
 from sqloss.experiments.imputation_plots import draw_imputations
 from sqloss.experiments.measurement import Measurement
+from sqloss.experiments.saved_run import SavedRun, load_saved_run
 from sqloss.experiments.sweep import Sweep, SweepConfig
 from sqloss.experiments.sweep import plan as plan_sweep
 from sqloss.experiments.sweep import prepare as prepare_sweep
@@ -35,12 +37,10 @@ from sqloss.training.errors import UserError, require
 from sqloss.training.files import as_csv, write_atomically
 from sqloss.training.flags import as_flag, settings_of
 from sqloss.training.ranks import say
-from sqloss.training.saved_run import SavedRun, load_saved_run
 from sqloss.training.shares import classifier_of
 from sqloss.training.streams import show
 from sqloss.training.threads import set_threads
 from sqloss.training.trainers import VAE
-from sqloss.training.vae.bounds import BoundsConfig, bounds_table, measure_bounds, write_bounds
 from sqloss.training.vae.config import VAEConfig
 
 Settings = TypeVar("Settings", BoundsConfig, ImputeConfig, CompareConfig, SweepConfig)

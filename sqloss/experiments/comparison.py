@@ -27,7 +27,7 @@ from sqloss.models.classifier import Classifier
 from sqloss.training.datasets import Dataset
 from sqloss.training.errors import UserError
 from sqloss.training.files import write_json
-from sqloss.training.flags import LARGEST, as_flag, expect, flag
+from sqloss.training.flags import as_flag, expect_whole, flag
 from sqloss.training.run import Run
 from sqloss.training.shares import kept_classifier
 from sqloss.training.threads import set_threads
@@ -55,8 +55,8 @@ class CompareConfig:
     jobs: int = flag(1, "processes that train at the same time", metavar="N")
 
     def __post_init__(self) -> None:
-        expect(self, "seeds", 2 <= self.seeds <= LARGEST, f"a whole number from 2 to {LARGEST}")
-        expect(self, "jobs", 1 <= self.jobs <= LARGEST, f"a whole number from 1 to {LARGEST}")
+        expect_whole(self, 2, "seeds")
+        expect_whole(self, 1, "jobs")
         parse_numbers("dfs", self.dfs)
         parse_numbers("betas", self.betas)
 

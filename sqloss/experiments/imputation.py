@@ -15,12 +15,12 @@ from torch import Tensor
 from sqloss.experiments.measurement import Row
 from sqloss.models import VAE
 from sqloss.models.classifier import Classifier
-from sqloss.models.pixels import Images, in_blocks, pixels
+from sqloss.models.pixels import Images, in_blocks, pixels, some
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
 from sqloss.training.datasets import Dataset
 from sqloss.training.errors import require
-from sqloss.training.flags import LARGEST, expect, flag
+from sqloss.training.flags import expect, expect_whole, flag
 from sqloss.training.tables import table
 
 BATCH_SIZE = 100  # images, of which one-shot imputation decodes many draws at once
@@ -68,12 +68,8 @@ class ImputeConfig:
 
     def __post_init__(self) -> None:
         expect(self, "missing", 0 < self.missing < 1, "a number between 0 and 1")
-        for name in ("squares", "draws", "iterations", "components", "neighbours"):
-            in_range = 1 <= getattr(self, name) <= LARGEST
-            expect(self, name, in_range, f"a whole number from 1 to {LARGEST}")
-        for name in ("square_side", "test_images", "neighbour_images"):
-            in_range = 0 <= getattr(self, name) <= LARGEST
-            expect(self, name, in_range, f"a whole number from 0 to {LARGEST}")
+        expect_whole(self, 1, "squares", "draws", "iterations", "components", "neighbours")
+        expect_whole(self, 0, "square_side", "test_images", "neighbour_images")
         expected = f"a whole number from 0 to below --iterations {self.iterations}"
         expect(self, "burn_in", 0 <= self.burn_in < self.iterations, expected)
 
@@ -234,12 +230,7 @@ def pca(training_images: Images, components: int, fill: Tensor, seed: int) -> Me
     taken at random as have them.
     """
     most = max(1, PCA_VALUES // math.prod(training_images.shape[1:]))
-    if len(training_images) > most:
-        order = torch.randperm(len(training_images), generator=generator(seed, "PCA"))
-        chosen = training_images[order[:most].to(training_images.device)]
-    else:
-        chosen = training_images[:]
-    flat = pixels(chosen).flatten(1).cpu().numpy()
+    flat = pixels(some(training_images, most, generator(seed, "PCA"))).flatten(1).cpu().numpy()
     fitted = require("sklearn.decomposition").PCA(min(components, *flat.shape), random_state=0)
     fitted.fit(flat)
 

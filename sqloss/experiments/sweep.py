@@ -18,12 +18,11 @@ from sqloss.training.config import RunConfig
 from sqloss.training.errors import UserError, require
 from sqloss.training.files import write_json
 from sqloss.training.flags import (
-    LARGEST,
     as_flag,
     as_text,
     changed,
     configure,
-    expect,
+    expect_whole,
     flag,
     flat,
     renamed,
@@ -63,9 +62,7 @@ class SweepConfig:
     best_by: str = flag("", "the metric that the best row is chosen by", metavar="METRIC")
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "jobs"):
-            in_range = 1 <= getattr(self, name) <= LARGEST
-            expect(self, name, in_range, f"a whole number from 1 to {LARGEST}")
+        expect_whole(self, 1, "seeds", "jobs")
 
 
 # Arms.

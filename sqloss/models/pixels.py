@@ -31,6 +31,14 @@ def in_blocks(images: Images, size: int) -> Iterator[Tensor]:
     return (images[first : first + size] for first in range(0, len(images), size))
 
 
+def some(images: Images, count: int, draws: torch.Generator) -> Tensor:
+    """``count`` of the images at random, in no order; or all as they are, if there are no more."""
+    if count >= len(images):
+        return images[:]
+    chosen = torch.randperm(len(images), generator=draws)[:count]
+    return images[chosen.to(images.device)]
+
+
 def pixels(images: Tensor) -> Tensor:
     """uint8 images 0..255 as float pixels in [0, 1]."""
     return images / 255

@@ -10,7 +10,7 @@ from torch import Tensor
 from sqloss.models.classifier import Classifier, attribute_accuracies, train_classifier
 from sqloss.training.datasets import Dataset
 from sqloss.training.datasets.imbalance import Combination, in_text, members, thinned
-from sqloss.training.shares import share
+from sqloss.training.shares import share, with_interval
 from sqloss.training.text import in_markdown
 
 
@@ -75,7 +75,7 @@ def attribute_table(report: dict[str, Any]) -> Iterator[list[str]]:
             in_markdown(part),
             f"{attributes['train'][number]:.2%}",
             f"{attributes['train_before_imbalance'][number]:.2%}",
-            *(f"{s['share']:.2%} [{s['low']:.2%}, {s['high']:.2%}]" for s in shares),
+            *map(with_interval, shares),
         ]
 
 

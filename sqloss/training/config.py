@@ -24,6 +24,7 @@ from sqloss.training.flags import (
     choice,
     configure,
     expect,
+    expect_whole,
     flag,
     flat,
     renamed,
@@ -83,7 +84,7 @@ class RunConfig:
             )
         if self.risk.name == STANDARD:
             raise UserError(f"--risk: expected another name than that of the {STANDARD} model")
-        self._expect_whole(1, "epochs", "batch_size", "checkpoint_every")
+        expect_whole(self, 1, "epochs", "batch_size", "checkpoint_every")
         for name in ("seed", "threads"):
             self._expect(name, getattr(self, name) >= 0, "a whole number from 0 up")
 
@@ -93,11 +94,6 @@ class RunConfig:
             if choices:
                 value = getattr(self, each.name)
                 self._expect(each.name, value in choices, f"one of {', '.join(choices)}")
-
-    def _expect_whole(self, least: int, *names: str) -> None:
-        for name in names:
-            in_range = least <= getattr(self, name) <= LARGEST
-            self._expect(name, in_range, f"a whole number from {least} to {LARGEST}")
 
     def _expect(self, name: str, valid: bool, expected: str) -> None:
         expect(self, name, valid, expected)
@@ -216,8 +212,8 @@ class ImageConfig(RunConfig, Place):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._expect_whole(1, "num_samples")
-        self._expect_whole(0, "image_size", "train_limit")
+        expect_whole(self, 1, "num_samples")
+        expect_whole(self, 0, "image_size", "train_limit")
         in_range = 0 <= self.workers <= MOST_WORKERS
         self._expect("workers", in_range, f"a whole number from 0 to {MOST_WORKERS}")
         parse_imbalance(self.imbalance)

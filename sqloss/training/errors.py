@@ -1,6 +1,8 @@
 """What the user can put right is a ``UserError``: its message names what was expected and got."""
 
+import contextlib
 import importlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -8,6 +10,17 @@ import torch
 
 class UserError(ValueError):
     """A wrong argument, missing data, a full disk: shown without a traceback."""
+
+
+@contextlib.contextmanager
+def told(
+    kind: type[Exception] | tuple[type[Exception], ...], message: Callable[[Any], str]
+) -> Iterator[None]:
+    """Raise exceptions of a kind as what the user can do about them."""
+    try:
+        yield
+    except kind as error:
+        raise UserError(message(error)) from error
 
 
 def require(module: str) -> Any:

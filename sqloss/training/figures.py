@@ -31,8 +31,9 @@ STYLES = (
 BINS = 40
 
 
-def edges(lowest: float, highest: float) -> list[float]:
-    """The edges of BINS bins from the lowest to the highest value, both included."""
+def edges(losses: Iterable[Tensor]) -> list[float]:
+    """The edges of BINS bins from the lowest to the highest of all losses, both included."""
+    lowest, highest = (end.item() for end in torch.cat(list(losses)).double().aminmax())
     inner = torch.linspace(lowest, highest, BINS + 1, dtype=torch.float64)[1:-1]
     return [lowest, *inner.tolist(), highest]  # rounding would leave the extremes outside
 

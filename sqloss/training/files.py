@@ -55,6 +55,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, as_json(content))
 
 
+def write_report(directory: Path, text: str, report: dict[str, Any]) -> None:
+    write_atomically(directory / "report.md", text.encode())
+    write_json(directory / "report.json", report)  # the last file: it tells that all is there
+
+
 def as_json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 

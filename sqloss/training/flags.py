@@ -190,3 +190,10 @@ def expect(config: object, name: str, valid: bool, expected: str) -> None:
     """Refuse the value that a configuration has in one of its fields."""
     if not valid:
         raise UserError(f"{as_flag(name)}: expected {expected}, got {getattr(config, name)}")
+
+
+def expect_whole(config: object, least: int, *names: str) -> None:
+    """Refuse values of these fields that are no sizes from ``least`` up."""
+    for name in names:
+        in_range = least <= getattr(config, name) <= LARGEST
+        expect(config, name, in_range, f"a whole number from {least} to {LARGEST}")

@@ -1,5 +1,6 @@
 """The directory of a run: its configuration, its checkpoints, and whose it is."""
 
+import contextlib
 import itertools
 import json
 from datetime import datetime
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from sqloss.training import checkpoint, ranks
 from sqloss.training.config import Config, RunConfig, from_stored, to_stored
-from sqloss.training.errors import UserError
+from sqloss.training.errors import UserError, told
 from sqloss.training.files import as_json, create_atomically, temporary_of
 from sqloss.training.loop import Training
 
@@ -24,32 +25,26 @@ def make_default_directory(config: RunConfig) -> Path:
 
 def is_made(directory: Path) -> bool:
     """Make a directory; False where there is one."""
-    try:
-        directory.mkdir(parents=True)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise cannot_make(directory, error) from error
+    with told_of_making(directory):
+        try:
+            directory.mkdir(parents=True)
+        except FileExistsError:
+            return False
     return True
 
 
 def claim(directory: Path, config: RunConfig) -> None:
     """Make the directory that of this run and of no other, by its ``config.json``."""
-    try:
+    taken = (
+        f"--output-dir: expected a directory for this run alone, got {directory}, where another "
+        "run has just started; if none has, delete the rest of one that was killed, "
+        f"{temporary_of(directory / 'config.json')}"
+    )
+    with told_of_making(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_make(directory, error) from error
-    check_unused(directory)
-    try:
-        create_atomically(directory / "config.json", as_json(to_stored(config)))
-    except FileExistsError as error:
-        raise UserError(
-            f"--output-dir: expected a directory for this run alone, got {directory}, where "
-            "another run has just started; if none has, delete the rest of one that was killed, "
-            f"{temporary_of(directory / 'config.json')}"
-        ) from error
-    except OSError as error:
-        raise cannot_make(directory, error) from error
+        check_unused(directory)
+        with told(FileExistsError, lambda _: taken):
+            create_atomically(directory / "config.json", as_json(to_stored(config)))
 
 
 def check_unused(directory: Path) -> None:
@@ -63,8 +58,9 @@ def check_unused(directory: Path) -> None:
         raise UserError(f"{expected} the checkpoint {found[-1]} of one; choose another directory")
 
 
-def cannot_make(directory: Path, error: OSError) -> UserError:
-    return UserError(f"--output-dir: cannot make a run in {directory}: {error.strerror}")
+def told_of_making(directory: Path) -> contextlib.AbstractContextManager[None]:
+    refusal = f"--output-dir: cannot make a run in {directory}"
+    return told(OSError, lambda error: f"{refusal}: {error.strerror}")
 
 
 def restore(training: Training, directory: Path, data: str, argument: str) -> bool:

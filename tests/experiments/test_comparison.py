@@ -15,7 +15,6 @@ from sqloss.experiments.imputation import NO_MODEL, ImputeConfig
 from sqloss.experiments.measurement import first_arm, series_of
 from sqloss.experiments.sweep import Sweep, Task
 from sqloss.experiments.sweep_report import as_markdown, compared
-from sqloss.models import classifier
 from sqloss.training import UserError
 from sqloss.training.flags import configure
 from sqloss.training.vae.config import VAEConfig
@@ -156,8 +155,7 @@ def compare(directory, *arguments):
     return cli.main([*command, *flags, *arguments])
 
 
-def test_a_comparison_and_that_it_is_taken_up_again(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(classifier, "STEPS", 5)
+def test_a_comparison_and_that_it_is_taken_up_again(tmp_path, capsys, quick_reports):
     few = ["--draws", "2", "--betas", "1", "--dfs"]
     assert compare(tmp_path, *few, "none", "--seeds", "2") == 0
     told = capsys.readouterr()

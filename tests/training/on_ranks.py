@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import ranks as processes
 
 from sqloss import cli
-from sqloss.models import GAN
+from sqloss.models import GAN, classifier
 from sqloss.models.augment import draw_augmentation
-from sqloss.training import checkpoint, ranks
+from sqloss.training import checkpoint, figures, ranks
 from sqloss.training.errors import UserError
 from sqloss.training.flags import configure
 from sqloss.training.gan.batch_norm import over_ranks
@@ -201,8 +201,8 @@ def command(arguments, of_ranks=None, patience=60.0, fails=None):
     """The exit status of a command, and what it tells; a rank may have flags of its own."""
     rank = int(os.environ["RANK"])
     arguments = [*arguments, *(of_ranks[rank] if of_ranks else [])]
-    before = ranks.PATIENCE, checkpoint.save
-    ranks.PATIENCE = patience
+    before = ranks.PATIENCE, checkpoint.save, classifier.STEPS, figures.DPI
+    ranks.PATIENCE, classifier.STEPS, figures.DPI = patience, 5, 20  # a quick report
     if fails is not None:
         checkpoint.save = fail_on(*fails)
     try:
@@ -215,8 +215,19 @@ def command(arguments, of_ranks=None, patience=60.0, fails=None):
             except SystemExit as end:
                 status = end.code
     finally:
-        ranks.PATIENCE, checkpoint.save = before
+        ranks.PATIENCE, checkpoint.save, classifier.STEPS, figures.DPI = before
     return status, out.getvalue(), err.getvalue()
+
+
+def toy_command(arguments):
+    """The same with the toy trainer, which is registered meanwhile."""
+    import toy  # noqa: F401
+
+    try:
+        return command(arguments)
+    finally:
+        TRAINERS.unregister("toy")
+        del sys.modules["toy"]
 
 
 def fail_on(kind, message):

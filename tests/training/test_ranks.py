@@ -1,5 +1,6 @@
 """Trainings on several ranks against those in one process."""
 
+import csv
 import dataclasses
 import os
 import runpy
@@ -353,6 +354,21 @@ def test_one_process_needs_no_torch_distributed(monkeypatch):
 
 
 # the whole of a run
+
+
+def test_a_registered_trainer_runs_on_ranks(torchrun, tmp_path):
+    flags = ["toy", "--train-limit", "100", "--epochs", "2"]
+    rows = []
+    for count in (1, 2):
+        directory = tmp_path / str(count)
+        arguments = [*flags, "--output-dir", str(directory)]
+        (status, _, told), *_ = torchrun.run(count, on_ranks.toy_command, arguments)
+        assert status == 0, told
+        assert (directory / "report.json").exists()
+        rows.append(list(csv.DictReader((directory / "metrics.csv").open())))
+    for one, other in zip(*rows, strict=True):
+        assert (one["epoch"], one["model"]) == (other["epoch"], other["model"])
+        assert float(one["value"]) == pytest.approx(float(other["value"]), rel=1e-4)
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

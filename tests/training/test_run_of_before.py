@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from sqloss import cli
-from sqloss.models import classifier
 
 BEFORE = Path(__file__).parent / "run_of_before"
 
@@ -18,10 +17,9 @@ def run(tmp_path) -> Path:
     return Path(shutil.copytree(BEFORE, tmp_path / "run"))
 
 
-def test_it_is_resumed_and_comes_to_what_it_came_to(run, monkeypatch):
+def test_it_is_resumed_and_comes_to_what_it_came_to(run, quick_reports):
     for needed in ("matplotlib", "scipy", "sklearn", "tqdm"):
         pytest.importorskip(needed)
-    monkeypatch.setattr(classifier, "STEPS", 5)
     assert cli.main(["vae", "--resume", str(run)]) == 0
     got, expected = (
         list(csv.DictReader((run / name).open())) for name in ("metrics.csv", BEFORE_METRICS)

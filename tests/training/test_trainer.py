@@ -2,7 +2,6 @@
 
 import csv
 import importlib.util
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from sqloss import cli
-from sqloss.models import classifier
 from sqloss.training.flags import flag
 from sqloss.training.registry import Registry
 from sqloss.training.risks import RISKS, Risk
@@ -22,7 +20,6 @@ from sqloss.training.trainer import TRAINERS
 for needed in ("matplotlib", "scipy", "sklearn", "tqdm", "joblib"):
     pytest.importorskip(needed)
 FEW = ["--train-limit", "100", "--epochs", "2"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.fixture
@@ -63,18 +60,6 @@ def test_a_trainer_is_swept(toy, tmp_path, capsys):
     assert len(rows) == 8 and {"arm", "seed", "model", "rate", "value"} <= rows[0].keys()
 
 
-def test_a_trainer_runs_on_ranks(toy, tmp_path):
-    if not torch.distributed.is_available():
-        pytest.skip("torch.distributed is not available")
-    assert cli.main(["toy", *FEW, "--output-dir", str(tmp_path / "one")]) == 0
-    command = [*TORCHRUN, str(Path(__file__).with_name("toy_command.py")), "toy", *FEW]
-    command += ["--output-dir", str(tmp_path / "ranks")]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    for one, other in zip(values(tmp_path / "one"), values(tmp_path / "ranks"), strict=True):
-        assert one[:2] == other[:2] and one[2] == pytest.approx(other[2], rel=1e-4)
-    assert (tmp_path / "ranks" / "report.json").exists()
-
-
 @pytest.fixture
 def entropic():
     @RISKS.register
@@ -113,11 +98,10 @@ def last_half():
 
 @pytest.mark.parametrize("command", ["vae", "gan"])
 def test_a_risk_and_a_sampler_serve_every_trainer(
-    entropic, last_half, command, tmp_path, capsys, monkeypatch
+    entropic, last_half, command, tmp_path, capsys, quick_reports
 ):
     if command == "gan":
         pytest.importorskip("torchmetrics", exc_type=(ImportError, RuntimeError))
-    monkeypatch.setattr(classifier, "STEPS", 5)
     sizes = {"vae": ["--hidden", "8", "--latent", "2"], "gan": ["--width", "2", "--latent", "2"]}
     line = [command, *FEW, *sizes[command], "--num-samples", "20", "--risk", "entropic"]
     line += ["--tilt", "0.02", "--sampling", "last-half", "--output-dir", str(tmp_path / "run")]

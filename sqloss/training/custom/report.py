@@ -4,14 +4,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 import sqloss
 from sqloss.training.config import RunConfig
 from sqloss.training.errors import UserError, require
 from sqloss.training.figures import draw_curves, edges, new_figure, save_picture, style
-from sqloss.training.files import write_atomically, write_json
+from sqloss.training.files import write_report
 from sqloss.training.flags import flat
 from sqloss.training.tables import table
 from sqloss.training.trainer import Report
@@ -68,8 +67,7 @@ def write(
     shown = "".join(f"\n![{path.stem}]({path.name})" for path in pictures)
     trained = "; ".join(f"`{name}` on the {words}" for name, words in report["risks"].items())
     text = f"# Training\n\nTrained side by side: {trained}.\n\n{tables(report)}\n{shown}\n"
-    write_atomically(directory / "report.md", text.encode())
-    write_json(directory / "report.json", report)  # the last file: it tells that all is there
+    write_report(directory, text, report)
     return pictures
 
 
@@ -126,8 +124,7 @@ def loss_distribution(tested: Tested) -> "Figure":
     figure = new_figure(9, 3.6)
     axes = figure.subplots()
     losses = {name: by_name["loss"] for name, (by_name, _) in tested.items()}
-    together = torch.cat(list(losses.values()))
-    bins = edges(together.min().item(), together.max().item())
+    bins = edges(losses.values())
     for name, values in losses.items():
         axes.hist(values.tolist(), bins, histtype="step", label=name, **style(name, losses))
     axes.set(xlabel="test loss", ylabel="samples")

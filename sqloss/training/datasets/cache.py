@@ -15,7 +15,6 @@ before the training, so that a broken file is told then and not in the middle of
   a lock, and may lie where nobody can write.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -35,7 +34,7 @@ from torch import Tensor
 
 from sqloss.models.pixels import Images
 from sqloss.training.datasets.images import Decoding, decode, unreadable
-from sqloss.training.errors import UserError, require
+from sqloss.training.errors import UserError, require, told
 
 if TYPE_CHECKING:
     from sqloss.training.datasets.source import Place
@@ -110,7 +109,13 @@ def load_images(files: Sequence[Path], count: int, decoding: Decoding, place: "P
         return in_memory(files[:count], decoding)
     path = place.cache / file_name(files, decoding, place.root)
     cache = CacheFile(path, len(files), math.prod(decoding.shape))
-    with told(path):
+    with told(
+        OSError,
+        lambda error: (
+            f"--cache-dir: cannot keep decoded images in {path}: "
+            f"{error.strerror or error}; choose another folder"
+        ),
+    ):
         if cache.missing(count):
             with locked(path):
                 fill(cache, cache.missing(count), files, decoding, place.workers)
@@ -188,7 +193,7 @@ def fill(
     """Decode the missing blocks; whoever does holds the lock."""
     parts = [slice(block * BLOCK, (block + 1) * BLOCK) for block in blocks]
     images = sum(len(files[part]) for part in parts)
-    refuse_full_disk(cache.path.parent, images * cache.image_bytes)
+    check_space(cache.path.parent, images * cache.image_bytes)
     if not cache.path.exists() or cache.path.stat().st_size != cache.whole_bytes:
         cache.path.unlink(missing_ok=True)  # who has it open keeps it
         with cache.path.open("xb") as new:
@@ -203,18 +208,14 @@ def fill(
             for image in decode(files[part], decoding, threads):
                 file.write(image.contiguous().numpy().data)
                 done.update()
-            write_out(file)
+            file.flush()
+            os.fsync(file.fileno())
             file.seek(cache.marks + block)
             file.write(b"\1")
             file.flush()
 
 
-def write_out(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def refuse_full_disk(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int) -> None:
     """Raise before hours of decoding; what fills the disk while they last is told as it happens."""
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -224,21 +225,7 @@ def refuse_full_disk(folder: Path, needed: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a file of decoded images for this process, once no other does."""
+def locked(path: Path) -> Any:
+    """A context that holds a file of decoded images for this process, once no other does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with require("filelock").FileLock(path.with_suffix(".lock")):
-        yield
-
-
-@contextlib.contextmanager
-def told(path: Path) -> Iterator[None]:
-    """Raise what the system has against a file as what to do about it."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"--cache-dir: cannot keep decoded images in {path}: {error.strerror or error}; choose "
-            "another folder"
-        ) from error
+    return require("filelock").FileLock(path.with_suffix(".lock"))

@@ -30,7 +30,7 @@ from sqloss.training.datasets.source import (
     Source,
     stratified_split,
 )
-from sqloss.training.errors import UserError
+from sqloss.training.errors import UserError, told
 from sqloss.training.flags import flag
 
 # Folders that systems make beside the images, and fill with copies of them or with nothing.
@@ -92,7 +92,18 @@ class Folder(Source):
         )
 
     def check_output(self, place: Place, directory: Path) -> None:
-        refuse_output_among_images(place.root, directory)
+        real = Path(os.path.realpath(directory))
+        for root in image_roots(place.root):
+            folders = [root]
+            with contextlib.suppress(OSError):  # who reads the data tells of it
+                folders += class_folders(root)  # links among them lead elsewhere
+            for data in map(os.path.realpath, folders):
+                parts = real.relative_to(data).parts if real.is_relative_to(data) else (".",)
+                if not any(map(is_hidden, parts)):
+                    raise UserError(
+                        "--output-dir: expected a directory outside of the images, whose every "
+                        f"folder is data, got {directory}, which is in {root}; choose another one"
+                    )
 
     def _split(self, root: Path) -> tuple[Part, Part]:
         """What there is to train and to test on."""
@@ -121,7 +132,7 @@ class Folder(Source):
         if not self.folder_attribute:
             files, labels, classes = image_folder(root)
             return Part(files, labels, classes, read_attributes(root, files))
-        with told(root):
+        with told_of_folder(root):
             files = image_files(root)
             if not files:
                 raise FileNotFoundError(f"no image ({', '.join(image_suffixes())}) in {root}")
@@ -140,8 +151,8 @@ def image_roots(data_dir: Path) -> list[Path]:
 
 def image_folder(root: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
     """The image files below ``root``, their labels, and the names of the classes."""
-    refuse_run_among_images(root)
-    with told(root):
+    check_is_no_run(root)
+    with told_of_folder(root):
         classes = sorted(folder.name for folder in class_folders(root))
         files = [image_files(root / name) for name in classes]
         if empty := [name for name, found in zip(classes, files, strict=True) if not found]:
@@ -154,16 +165,13 @@ def image_folder(root: Path) -> tuple[list[Path], Tensor, tuple[str, ...]]:
     return list(itertools.chain.from_iterable(files)), labels, tuple(classes)
 
 
-@contextlib.contextmanager
-def told(root: Path) -> Iterator[None]:
-    """Raise what the system has against a folder as what it should hold."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"--dataset folder: expected one folder of images per class, as in {root}/cat/1.png "
-            f"and {root}/dog/1.png (choose the place with --data-dir), got: {error}"
-        ) from error
+def told_of_folder(root: Path) -> contextlib.AbstractContextManager[None]:
+    """Within it, what the system has against a folder is told as what it should hold."""
+    expected = (
+        f"--dataset folder: expected one folder of images per class, as in {root}/cat/1.png "
+        f"and {root}/dog/1.png (choose the place with --data-dir)"
+    )
+    return told(OSError, lambda error: f"{expected}, got: {error}")
 
 
 def class_folders(root: Path) -> list[Path]:
@@ -182,7 +190,7 @@ def image_files(folder: Path) -> list[Path]:
     def walk() -> Iterator[tuple[str, list[str]]]:
         for place, folders, names in os.walk(folder, followlinks=True, onerror=raise_it):
             folders[:] = [name for name in folders if not is_hidden(name)]
-            refuse_run_among_images(Path(place))
+            check_is_no_run(Path(place))
             yield place, names
 
     return [
@@ -197,7 +205,7 @@ def raise_it(error: OSError) -> None:
     raise error
 
 
-def refuse_run_among_images(folder: Path) -> None:
+def check_is_no_run(folder: Path) -> None:
     """Raise where a folder has the config.json of a run: the run's pictures are no data."""
     try:
         stored = json.loads((folder / "config.json").read_bytes())
@@ -208,19 +216,3 @@ def refuse_run_among_images(folder: Path) -> None:
             f"--dataset folder: expected folders of images only, got the run {folder}, whose "
             "pictures would be data; move it to another place"
         )
-
-
-def refuse_output_among_images(data_dir: Path, directory: Path) -> None:
-    """Raise for a directory where what is written would be read as data."""
-    place = Path(os.path.realpath(directory))
-    for root in image_roots(data_dir):
-        folders = [root]
-        with contextlib.suppress(OSError):  # who reads the data tells of it
-            folders += class_folders(root)  # links among them lead elsewhere
-        for data in map(os.path.realpath, folders):
-            parts = place.relative_to(data).parts if place.is_relative_to(data) else (".",)
-            if not any(map(is_hidden, parts)):
-                raise UserError(
-                    "--output-dir: expected a directory outside of the images, whose every folder "
-                    f"is data, got {directory}, which is in {root}; choose another one"
-                )

@@ -2,7 +2,6 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sqloss.training.datasets.dataset import Dataset
-from sqloss.training.errors import UserError, require
+from sqloss.training.errors import UserError, require, told
 from sqloss.training.files import expanded
 from sqloss.training.flags import flag
 from sqloss.training.registry import Registry
@@ -97,14 +96,13 @@ def stratified_split(labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tensor(train), torch.tensor(test)
 
 
-@contextlib.contextmanager
-def explained(name: str, place: Place, layout: str, download_hint: str = "") -> Iterator[None]:
+def explained(
+    name: str, place: Place, layout: str, download_hint: str = ""
+) -> contextlib.AbstractContextManager[None]:
     """A reader's failure, whatever its exception, as where to put what or how to fetch it."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(
-            f"--dataset {name}: expected {place.root}/{layout}, as torchvision stores it "
-            "(--data-dir chooses the folder; --download fetches what is missing and unpacks "
-            f"archives that are there{download_hint}), got {type(error).__name__}: {error}"
-        ) from error
+    expected = (
+        f"--dataset {name}: expected {place.root}/{layout}, as torchvision stores it "
+        "(--data-dir chooses the folder; --download fetches what is missing and unpacks "
+        f"archives that are there{download_hint})"
+    )
+    return told(Exception, lambda error: f"{expected}, got {type(error).__name__}: {error}")

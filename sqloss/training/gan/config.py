@@ -12,7 +12,7 @@ from sqloss.models.gan_losses import GAN_LOSSES
 from sqloss.training.config import ImageConfig
 from sqloss.training.errors import UserError
 from sqloss.training.files import expanded
-from sqloss.training.flags import as_flag, flag
+from sqloss.training.flags import as_flag, expect_whole, flag
 from sqloss.training.risks import Mean, Risk
 
 TAIL_PLAYERS = {"d": ("d",), "g": ("g",), "both": ("d", "g")}  # the players that train on a tail
@@ -79,9 +79,9 @@ class GANConfig(ImageConfig):
             self._expect(name, 0 <= getattr(self, name) < math.inf, "a number from 0 up")
         for name in ("beta1", "ema"):
             self._expect(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
-        self._expect_whole(1, "d_steps", "g_steps", "width", "latent")
-        self._expect_whole(2, "num_samples")  # a distance is one of distributions
-        self._expect_whole(0, "info_codes")
+        expect_whole(self, 1, "d_steps", "g_steps", "width", "latent")
+        expect_whole(self, 2, "num_samples")  # a distance is one of distributions
+        expect_whole(self, 0, "info_codes")
         self._check_effects()
 
     def _check_effects(self) -> None:

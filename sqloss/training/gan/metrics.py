@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sqloss.models.classifier import PREDICTION_BATCH_SIZE, Classifier
-from sqloss.models.pixels import Images, in_blocks, pixels
+from sqloss.models.pixels import Images, in_blocks, pixels, some
 from sqloss.models.seeding import generator, initialisation
 from sqloss.training.errors import UserError, require
 from sqloss.training.loop import NonFiniteError
@@ -89,7 +89,7 @@ def floor(
     - ``modes``: the number of classes that are predicted with a probability of at least 0.9 in at
       least a tenth of an even share of the images: in 1 % of them where there are ten classes.
     """
-    chosen = pixels(_choose(train_images, count, seed, "floor"))
+    chosen = pixels(some(train_images, count, generator(seed, "floor")))
     _check("floor", "train_images", chosen, test_images)
     return _against(chosen, test_images, classifier, seed)
 
@@ -101,8 +101,8 @@ def _against(images: Tensor, test_images: Images, classifier: Classifier, seed: 
     kernel_mean, kernel_std = kernel_distance(seen, reference, seed)
     alike = min(MANIFOLD_IMAGES, len(seen), len(reference))
     precision, recall = precision_and_recall(
-        _choose(seen, alike, seed, "precision and recall"),
-        _choose(reference, alike, seed, "precision and recall", "reference"),
+        some(seen, alike, generator(seed, "precision and recall")),
+        some(reference, alike, generator(seed, "precision and recall", "reference")),
     )
     return {
         "images": len(images),
@@ -214,22 +214,14 @@ def _nearest_quantiles(
     of_generated, of_held_out = (
         nearest_neighbours(images, train_images)[0].quantile(quantiles).tolist()
         for images in (
-            _choose(generated, NEAREST_AMONG, seed, "nearest"),
-            pixels(_choose(test_images, NEAREST_AMONG, seed, "nearest", "held out")),
+            some(generated, NEAREST_AMONG, generator(seed, "nearest")),
+            pixels(some(test_images, NEAREST_AMONG, generator(seed, "nearest", "held out"))),
         )
     )
     return [
         {"quantile": quantile, "generated": ours, "held_out": theirs}
         for quantile, ours, theirs in zip(QUANTILES, of_generated, of_held_out, strict=True)
     ]
-
-
-def _choose(images: Images, count: int, seed: int, *purpose: str) -> Tensor:
-    """``count`` of the images at random, in no order; or all as they are, if there are no more."""
-    if count >= len(images):
-        return images[:]
-    chosen = torch.randperm(len(images), generator=generator(seed, *purpose))[:count]
-    return images[chosen.to(images.device)]
 
 
 def _check(function: str, argument: str, images: Tensor, test_images: Images) -> None:

@@ -98,8 +98,7 @@ def loss_distribution(
             for name in images
         }
         of_real = real_losses(config.loss, logits(model.discriminator, real, labels))
-        together = torch.cat([of_real, *losses.values()]).double()
-        bins = edges(together.min().item(), together.max().item())
+        bins = edges([of_real, *losses.values()])
         draw_shares(axes, of_real, bins, color="0.8", label="test images, as real")
         for name, (label, values) in zip(images, losses.items(), strict=True):
             draw_shares(axes, values, bins, histtype="step", label=label, **style(name, images))

@@ -1,7 +1,6 @@
 """What a run of ``sqloss gan`` has come to: how good its images are, and what classes they show."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from sqloss.models.seeding import generator as stream
 from sqloss.training.attributes import AttributeJudge, attribute_note, attribute_table
 from sqloss.training.datasets import Dataset
 from sqloss.training.errors import UserError
-from sqloss.training.files import write_atomically, write_json
 from sqloss.training.flags import flat
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import generate_many
@@ -80,7 +78,8 @@ def make_report(
         **({"attributes": attributes.describe(whole, data)} if attributes else {}),
         "models": {
             name: measure_model(model, classifier, attributes, judged, data, config)
-            | {"losses": latest_losses(history, name), "failures": failed(history, name, config)}
+            | {"losses": latest_losses(history, name)}
+            | {"failures": failures(history, name, config.loss)}
             for name, model in generators.items()
         },
     }
@@ -125,20 +124,6 @@ def latest_losses(history: Sequence[Row], name: str) -> dict[str, float]:
     """The metrics of a model in the last epoch."""
     row = next(row for row in reversed(history) if row["model"] == name)
     return {metric: row[metric] for metric in (*D_METRICS, *G_METRICS)}
-
-
-def failed(history: Sequence[Row], name: str, config: GANConfig) -> dict[str, list[int]]:
-    """The epochs in which something was wrong with a model, by what that was."""
-    epochs: dict[str, list[int]] = {}
-    for epoch, found in failures(history, name, config.loss).items():
-        for words in found:
-            epochs.setdefault(words, []).append(epoch)
-    return epochs
-
-
-def write_report(directory: Path, report: Report) -> None:
-    write_atomically(directory / "report.md", as_markdown(report).encode())
-    write_json(directory / "report.json", report)  # the last file: it tells that all is there
 
 
 def as_markdown(report: Report) -> str:

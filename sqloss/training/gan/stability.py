@@ -58,10 +58,14 @@ def rows_by_model(history: Sequence[Row]) -> dict[str, list[Row]]:
     return rows
 
 
-def failures(history: Sequence[Row], name: str, loss: str) -> dict[int, list[str]]:
-    """What is wrong with a model after each of its epochs."""
+def failures(history: Sequence[Row], name: str, loss: str) -> dict[str, list[int]]:
+    """What was wrong with a model, and after which of its epochs."""
     rows = rows_by_model(history)[name]
-    return {row["epoch"]: failures_after(rows[:i], loss) for i, row in enumerate(rows, 1)}
+    epochs: dict[str, list[int]] = {}
+    for number, row in enumerate(rows, 1):
+        for words in failures_after(rows[:number], loss):
+            epochs.setdefault(words, []).append(row["epoch"])
+    return epochs
 
 
 def alarms(history: Sequence[Row], loss: str) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sqloss.training.datasets import Dataset
+from sqloss.training.files import write_report
 from sqloss.training.gan import loop, plots, report
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import first_samples
@@ -126,7 +127,7 @@ class GANTrainer(ImageTrainer[GANConfig, loop.GANTraining]):
         generators, history = training.generators, training.history
         made = report.make_report(generators, history, classifier, run.whole, data, config)
         plots.draw_pictures(directory, training.models, generators, history, data, config)
-        report.write_report(directory, made)
+        write_report(directory, report.as_markdown(made), made)
         return made
 
     def tables(self, report_: Report) -> str:

@@ -7,7 +7,7 @@ from typing import ClassVar
 from sqloss.models.vae import ARCHITECTURES, GREATEST_DF, LEAST_DF, PRIORS
 from sqloss.training.config import ImageConfig, parse_sizes
 from sqloss.training.errors import UserError
-from sqloss.training.flags import as_flag, flag
+from sqloss.training.flags import as_flag, expect_whole, flag
 from sqloss.training.risks import Mean
 from sqloss.training.vae.objective import TAIL_TERMS, Objective, objective_name, vae_objective
 
@@ -98,8 +98,8 @@ class VAEConfig(ImageConfig):
         super().__post_init__()
         self._expect("lr", 0 <= self.lr < math.inf, "a number from 0 up")
         self._expect("beta", 0 <= self.beta < math.inf, "a number from 0 up")
-        self._expect_whole(1, "latent")
-        self._expect_whole(0, "iwae_samples", "microbatch_size")
+        expect_whole(self, 1, "latent")
+        expect_whole(self, 0, "iwae_samples", "microbatch_size")
         self._check_df()
         self._check_iwae()
         self._check_backend()

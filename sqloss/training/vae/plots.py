@@ -74,8 +74,7 @@ def loss_distribution(losses: Mapping[str, Mapping[str, Tensor]], alpha: float) 
     figure = new_figure(9, 3.6)
     axes = figure.subplots()
     bounds = {name: of_model["negative_elbo"] for name, of_model in losses.items()}
-    together = torch.cat(list(bounds.values()))
-    bins = edges(together.min().item(), together.max().item())
+    bins = edges(bounds.values())
     for name, bound in bounds.items():
         look = style(name, bounds)
         color = look["color"]

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +12,6 @@ from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
 from sqloss.training.attributes import AttributeJudge, attribute_note, attribute_table
 from sqloss.training.datasets import Dataset
-from sqloss.training.files import write_atomically, write_json
 from sqloss.training.flags import flat
 from sqloss.training.progress import counted
 from sqloss.training.shares import batch_sizes, class_shares, classifier_of, share_table
@@ -111,11 +109,6 @@ def generated(model: VAE, config: VAEConfig) -> Iterator[Tensor]:
     draws = generator(config.seed, "samples")
     for count in batch_sizes(config.num_samples):
         yield model.sample(count, draw_seed(generator=draws))
-
-
-def write_report(directory: Path, report: Report) -> None:
-    write_atomically(directory / "report.md", as_markdown(report).encode())
-    write_json(directory / "report.json", report)  # the last file: it tells that all is there
 
 
 def as_markdown(report: Report) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from sqloss.training.datasets import Dataset
+from sqloss.training.files import write_report
 from sqloss.training.image_trainer import ACCURACY, RARE_SHARE, ImageTrainer
 from sqloss.training.run import Run
 from sqloss.training.trainer import TRAINERS, Metric, Preset, Report, product
@@ -71,7 +72,7 @@ class VAETrainer(ImageTrainer[VAEConfig, loop.VAETraining]):
         }
         made = report.make_report(models, losses, run.whole, data, config)
         plots.draw_pictures(directory, models, losses, training.history, data, config)
-        report.write_report(directory, made)
+        write_report(directory, report.as_markdown(made), made)
         return made
 
     def tables(self, report_: Report) -> str:

@@ -9,6 +9,7 @@ from sqloss.models import classifier as classifiers
 from sqloss.models.classifier import Classifier, accuracy, train_classifier
 from sqloss.models.seeding import generator as stream
 from sqloss.training.errors import UserError
+from sqloss.training.files import write_report
 from sqloss.training.flags import changed
 from sqloss.training.gan import report as reports
 from sqloss.training.gan.generation import generate_many
@@ -21,7 +22,6 @@ from sqloss.training.gan.report import (
     make_report,
     quality_table,
     tables,
-    write_report,
 )
 from sqloss.training.run import Run
 from sqloss.training.shares import share, share_table
@@ -183,10 +183,10 @@ def test_the_files(reported, tmp_path, variant):
     _, report = reported(**changes)
     (tmp_path / "report.md").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*report\.md"):
-        write_report(tmp_path, report)
+        write_report(tmp_path, as_markdown(report), report)
     assert not (tmp_path / "report.json").exists(), "it tells that all is there"
     (tmp_path / "report.md").rmdir()
-    write_report(tmp_path, report)
+    write_report(tmp_path, as_markdown(report), report)
     assert json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail) == report
 
     text = (tmp_path / "report.md").read_text()

@@ -29,7 +29,7 @@ def told(rows, loss="nonsaturating"):
 
 def test_all_is_well():
     assert told(history(*[{}] * 8)) == {}
-    assert failures(history({}, {}), "standard", "hinge") == {1: [], 2: []}
+    assert failures(history({}, {}), "standard", "hinge") == {}
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,6 @@ def test_models_fail_each_by_itself():
         [" standard", f" {SAME_LOGIT}"],
         [" cvar", f" {SAME_IMAGE}"],
     ]
-    assert {e: len(words) for e, words in failures(rows, "standard", "hinge").items()} == {
-        1: 0,
-        2: 1,
-        3: 2,
-    }
+    (same_image, same_logit) = failures(rows, "standard", "hinge").items()
+    assert same_image[0].startswith(SAME_IMAGE) and same_image[1] == [2, 3]
+    assert same_logit[0].startswith(SAME_LOGIT) and same_logit[1] == [3]

@@ -91,7 +91,7 @@ def test_the_distribution_counts_every_image():
 
 @pytest.mark.parametrize("highest", [0.3, 0.1 + 1e-9, 0.1])
 def test_the_edges_go_from_the_lowest_to_the_highest_value(highest):
-    between = edges(0.1, highest)
+    between = edges([torch.tensor([0.1, highest], dtype=torch.float64)])
     assert (between[0], between[-1], len(between)) == (0.1, highest, BINS + 1)
     assert between == sorted(between)
 

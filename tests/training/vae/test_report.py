@@ -11,6 +11,7 @@ from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
 from sqloss.training.datasets import Dataset
 from sqloss.training.errors import UserError
+from sqloss.training.files import write_report
 from sqloss.training.flags import changed
 from sqloss.training.shares import class_shares, share, share_table
 from sqloss.training.tables import aligned
@@ -23,7 +24,6 @@ from sqloss.training.vae.report import (
     overall_table,
     tables,
     worst_class,
-    write_report,
 )
 
 pytest.importorskip("scipy")
@@ -159,7 +159,7 @@ def test_the_classifier_learns_from_the_data_before_the_imbalance(trainer, losse
 
 
 def test_the_files(report, tmp_path):
-    write_report(tmp_path, report)
+    write_report(tmp_path, as_markdown(report), report)
     assert json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail) == report
     text = (tmp_path / "report.md").read_text()
     assert tables(report) in text
@@ -171,7 +171,7 @@ def test_the_files(report, tmp_path):
 def test_report_json_tells_that_all_is_there(report, tmp_path):
     (tmp_path / "report.md").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*report\.md"):
-        write_report(tmp_path, report)
+        write_report(tmp_path, as_markdown(report), report)
     assert not (tmp_path / "report.json").exists()
 
 
@@ -202,8 +202,8 @@ def test_the_text_says_what_each_model_was_trained_on(trainer, few_steps, tmp_pa
     config = changed(trainer.config, **changes)
     models = trainer.begin(config).models
     losses = evaluated(models, trainer.data, config)
-    write_report(tmp_path, make_report(models, losses, trainer.data, trainer.data, config))
-    assert words in " ".join((tmp_path / "report.md").read_text().split())
+    report = make_report(models, losses, trainer.data, trainer.data, config)
+    assert words in " ".join(as_markdown(report).split())
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_a_single_model_and_a_single_test_image(trainer, few_steps, tmp_path):
     report = make_report(models, losses, data, data, config)
     assert report["alpha_of_cvar"] == 0.8
     assert report["models"]["standard"]["test"]["negative_elbo_standard_error"] is None
-    write_report(tmp_path, report)
+    write_report(tmp_path, as_markdown(report), report)
     text = (tmp_path / "report.md").read_text()
     assert "alpha = 0.8 (the usual one, as --alpha 0 has no tail)" in text
     assert "same initial weights" not in text

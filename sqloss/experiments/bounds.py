@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sqloss.experiments.saved_run import SavedRun
 from sqloss.models.seeding import generator
 from sqloss.training.errors import require
 from sqloss.training.files import write_json
-from sqloss.training.flags import LARGEST, expect, flag
+from sqloss.training.flags import expect_whole, flag
 from sqloss.training.progress import counted
-from sqloss.training.saved_run import SavedRun
 from sqloss.training.tables import CONFIDENCE, nats, table
 from sqloss.training.vae.evaluation import importance_weighted, learnt_df
 
@@ -30,9 +30,8 @@ class BoundsConfig:
     images: int = flag(0, "random test images, the same for every run; 0: all", metavar="N")
 
     def __post_init__(self) -> None:
-        for name, least in (("iwae_samples", 1), ("images", 0)):
-            in_range = least <= getattr(self, name) <= LARGEST
-            expect(self, name, in_range, f"a whole number from {least} to {LARGEST}")
+        expect_whole(self, 1, "iwae_samples")
+        expect_whole(self, 0, "images")
 
 
 def measure_bounds(trained: SavedRun, config: BoundsConfig) -> dict[str, Any]:

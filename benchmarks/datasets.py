@@ -1,6 +1,6 @@
 """Reading images: in memory, and with --workers from a file, on made faces in CelebA's size.
 
-    python benchmarks/data.py --output benchmarks/results/data.md
+    python benchmarks/datasets.py --output benchmarks/results/datasets.md
 
 The faces are files of a few different drawn ones, so the disk is not read; the processor is timed.
 """
