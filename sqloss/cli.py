@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 import sqloss
-from sqloss.experiments.bounds import BoundsConfig
 from sqloss.experiments.commands import evaluate, impute, sweep
 from sqloss.experiments.comparison import NOT_COMPARED, PLAIN, CompareConfig
 from sqloss.experiments.imputation import ImputeConfig
 from sqloss.experiments.measurement import Measurement
 from sqloss.experiments.sweep import SweepConfig
 from sqloss.experiments.sweep_report import metric_to_choose_by
+from sqloss.generation.command import SampleConfig, sample
 from sqloss.training import ranks
 from sqloss.training.command import INTERRUPTED, train
 from sqloss.training.config import RunConfig
@@ -26,7 +26,9 @@ from sqloss.training.flags import Setting, as_flag, settings_of, warn_of_renamed
 from sqloss.training.ranks import say
 from sqloss.training.streams import flush_stdout
 from sqloss.training.trainers import TRAINERS
+from sqloss.training.vae.bounds import BoundsConfig
 from sqloss.training.vae.config import VAEConfig
+from sqloss.training.vae.priors import PriorConfig
 
 USER_ERROR = 2
 DIRECTORY: dict[str, Any] = {"type": expanded, "metavar": "DIR"}  # to argparse
@@ -118,6 +120,7 @@ def parser() -> argparse.ArgumentParser:
     for subcommand, add_flags in (
         (sweep, add_sweep_flags),
         (evaluate, add_evaluate_flags),
+        (sample, add_sample_flags),
         (impute, add_impute_flags),
         (config, None),
     ):
@@ -183,9 +186,42 @@ def add_evaluate_flags(evaluate: argparse.ArgumentParser) -> None:
         help="a run of sqloss vae; evaluation.json goes there",
     )
     add_config_flags(evaluate, BoundsConfig)
+    add_config_flags(evaluate, PriorConfig)
+    add_flags_of_machine(evaluate)
+
+
+def add_sample_flags(sample: argparse.ArgumentParser) -> None:
+    sample.set_defaults(smaller="a smaller --count")
+    sample.add_argument(
+        "run_dir",
+        type=expanded,
+        metavar="RUN_DIR",
+        help="a run of sqloss vae or gan; fitted priors and the judging classifier stay there",
+    )
+    add_config_flags(sample, SampleConfig, {"model": "that of the run's --risk"})
+    add_config_flags(sample, PriorConfig)
+    for name, what in (
+        (
+            "--output-dir",
+            "the pictures, samples.npz and samples.json (default: RUN_DIR/samples-TIME)",
+        ),
+        ("--folder", "each image as a PNG (default: nowhere)"),
+    ):
+        sample.add_argument(
+            name,
+            type=expanded,
+            default=argparse.SUPPRESS,
+            metavar="DIR",
+            help=f"where to put {what}",
+        )
+    add_flags_of_machine(sample)
+
+
+def add_flags_of_machine(part: argparse.ArgumentParser) -> None:
+    """Flags of a training that a command on a finished run takes too."""
     for name, setting in settings_of(VAEConfig).items():
         if name in VAEConfig.of_machine:
-            add_flag(evaluate, setting, "as in the run")
+            add_flag(part, setting, "as in the run")
 
 
 def add_impute_flags(impute: argparse.ArgumentParser) -> None:

@@ -195,7 +195,7 @@ def test_the_seed_is_that_of_the_initial_weights_too(monkeypatch):
 def test_the_classifier_learns_from_the_data_before_the_imbalance(tmp_path, monkeypatch):
     counts = []
 
-    def spy(_models, _losses, whole, data, _config):
+    def spy(_models, _losses, whole, data, _config, _under_priors):
         counts.append((whole.class_counts()[0], data.class_counts()[0]))
         raise KeyboardInterrupt
 

@@ -113,7 +113,7 @@ def test_links_lead_somewhere(page):
 def test_commands_are_understood(capsys):
     """Those that are not run, by their flags."""
     text = "\n".join(page.read_text() for page in PAGES if page != CONTRIBUTING)
-    command = r"^(?:    )?(?:torchrun .* -m )?sqloss ((?:vae|gan|sweep|impute|evaluate) .*)"
+    command = r"^(?:    )?(?:torchrun .* -m )?sqloss ((?:vae|gan|sweep|impute|evaluate|sample) .*)"
     lines = re.findall(command, text.replace("\\\n", " "), re.MULTILINE)
     assert len(lines) > 20
     for line in lines:

@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from sqloss.experiments.bounds import BoundsConfig, bounds_table, measure_bounds, write_bounds
 from sqloss.experiments.comparison import CompareConfig, plan_comparison
 from sqloss.experiments.directory import alone_in
 from sqloss.experiments.imputation import (
@@ -19,7 +18,6 @@ from sqloss.experiments.imputation import (
 )
 from sqloss.experiments.imputation_plots import draw_imputations
 from sqloss.experiments.measurement import Measurement
-from sqloss.experiments.saved_run import SavedRun, load_saved_run
 from sqloss.experiments.sweep import Sweep, SweepConfig
 from sqloss.experiments.sweep import plan as plan_sweep
 from sqloss.experiments.sweep import prepare as prepare_sweep
@@ -35,15 +33,16 @@ from sqloss.experiments.sweep_report import (
 from sqloss.training.command import INTERRUPTED
 from sqloss.training.errors import UserError, require
 from sqloss.training.files import as_csv, write_atomically
-from sqloss.training.flags import as_flag, settings_of
+from sqloss.training.flags import as_flag, taken
 from sqloss.training.ranks import say
+from sqloss.training.saved_run import SavedRun, load_saved_run
 from sqloss.training.shares import classifier_of
 from sqloss.training.streams import show
 from sqloss.training.threads import set_threads
 from sqloss.training.trainers import VAE
+from sqloss.training.vae.bounds import BoundsConfig, bounds_table, measure_bounds, write_bounds
 from sqloss.training.vae.config import VAEConfig
-
-Settings = TypeVar("Settings", BoundsConfig, ImputeConfig, CompareConfig, SweepConfig)
+from sqloss.training.vae.priors import PriorConfig, prior_of
 
 
 def sweep(trainer: str, output_dir: Path | None = None, **given: Any) -> int:
@@ -121,9 +120,12 @@ def evaluate(run_dir: Path, **given: Any) -> int:
     """Measure the VAEs of a run by their -ELBO and importance-weighted bound on test images."""
     require("scipy.stats")
     bounds_config, given = taken(BoundsConfig, given)
+    prior_config, given = taken(PriorConfig, given)
     trained = load_saved_run(VAE, run_dir, given)
     set_threads(trained.config, trained.data)
-    bounds = measure_bounds(trained, bounds_config)
+    fitted = {name: prior_of(trained, run_dir, name, prior_config) for name in trained.models}
+    priors = {n: f.mixture.with_power(prior_config.power) for n, f in fitted.items() if f}
+    bounds = measure_bounds(trained, bounds_config, priors, prior_config.in_words)
     write_bounds(run_dir, bounds)
     show(bounds_table(bounds))
     say(
@@ -132,13 +134,6 @@ def evaluate(run_dir: Path, **given: Any) -> int:
     )
     say(f"with more digits: {run_dir / 'evaluation.json'}")
     return 0
-
-
-def taken(kind: type[Settings], given: dict[str, Any]) -> tuple[Settings, dict[str, Any]]:
-    """The settings of one kind among those given, and the rest of these."""
-    names = settings_of(kind)
-    own = {name: value for name, value in given.items() if name in names}
-    return kind(**own), {name: value for name, value in given.items() if name not in names}
 
 
 def refuse_all_but(allowed: Sequence[str], given: Mapping[str, Any], where: str) -> None:

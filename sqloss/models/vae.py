@@ -4,8 +4,8 @@ Its losses are per sample and in nats, summed over pixels and latent dimensions:
 averaged, and how much the KL weighs (beta), belong to the objective, not to the model.
 
 Posterior and prior are of one family, which one word chooses: normal, or Student's t with the same
-df for both. ``Normal`` and ``StudentT`` have the same methods; the prior is the posterior at
-loc 0 and logvar 0. Another network is another pair of ``encoder`` and ``decoder``.
+df for both, as ``sqloss.models.latents`` has them. The prior is the posterior at loc 0 and
+logvar 0. Another network is another pair of ``encoder`` and ``decoder``.
 
 What is random here is a function of a seed (``sqloss.draw_seed``) and of the rows of a batch:
 the same seed gives the same draws, and ``rows`` names the rows of a larger draw that a batch has.
@@ -14,105 +14,18 @@ the same seed gives the same draws, and ``rows`` names the rows of a larger draw
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sqloss.losses import binary_cross_entropy_with_logits
-from sqloss.student_t import normal_rsample_kl, student_t_rsample, student_t_rsample_kl
+from sqloss.models.latents import Normal, Prior, StudentT
 
 PRIORS = ("normal", "t")
 ARCHITECTURES = ("mlp", "conv")
 # A learnt df stays between these. Below 1 a t has no mean, and the expected reconstruction of a
 # decoder that is linear far out is infinite; 1e6 is a normal distribution in all but name.
 LEAST_DF, GREATEST_DF = 1.0, 1e6
-
-
-class Normal(NamedTuple):
-    """The normal posterior of each sample, with mean loc and variance exp(logvar), against the
-    prior with mean 0 and variance 1."""
-
-    loc: Tensor  # [B, latent]
-    logvar: Tensor  # [B, latent]
-
-    def rsample(
-        self, seed: Tensor, num_samples: int | None = None, *, rows: Tensor | None = None
-    ) -> Tensor:
-        """Reparameterised draws: [B, latent], or [S, B, latent] where num_samples = S is given."""
-        seed = seed.to(self.loc.device)
-        return student_t_rsample(
-            math.inf,
-            self.loc,
-            logvar=self.logvar,
-            num_samples=num_samples,
-            seed=seed,
-            rows=rows,
-        )
-
-    def rsample_kl(
-        self,
-        seed: Tensor,
-        num_samples: int = 1,
-        *,
-        estimator: str = "closed_form",
-        reduction: str = "mean",
-        rows: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """``sqloss.normal_rsample_kl``: the draws of ``rsample`` and the KL to the prior."""
-        return normal_rsample_kl(
-            self.loc,
-            logvar=self.logvar,
-            num_samples=num_samples,
-            estimator=estimator,
-            reduction=reduction,
-            seed=seed.to(self.loc.device),
-            rows=rows,
-        )
-
-
-class StudentT(NamedTuple):
-    """The t posterior of each sample, with location loc, scale exp(logvar / 2) and df in every
-    dimension, against the prior with location 0, scale 1 and the same df."""
-
-    loc: Tensor  # [B, latent]
-    logvar: Tensor  # [B, latent]
-    df: Tensor | float
-
-    def rsample(
-        self, seed: Tensor, num_samples: int | None = None, *, rows: Tensor | None = None
-    ) -> Tensor:
-        """Reparameterised draws: [B, latent], or [S, B, latent] where num_samples = S is given."""
-        seed = seed.to(self.loc.device)
-        return student_t_rsample(
-            self.df,
-            self.loc,
-            logvar=self.logvar,
-            num_samples=num_samples,
-            seed=seed,
-            rows=rows,
-        )
-
-    def rsample_kl(
-        self,
-        seed: Tensor,
-        num_samples: int = 1,
-        *,
-        estimator: str = "mc",
-        reduction: str = "mean",
-        rows: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """``sqloss.student_t_rsample_kl``: the draws of ``rsample`` and their KL to the prior."""
-        return student_t_rsample_kl(
-            self.df,
-            self.loc,
-            logvar=self.logvar,
-            num_samples=num_samples,
-            estimator=estimator,
-            reduction=reduction,
-            seed=seed.to(self.loc.device),
-            rows=rows,
-        )
 
 
 class VAE(nn.Module):
@@ -204,26 +117,39 @@ class VAE(nn.Module):
         logits: Tensor = self.decoder(z.reshape(-1, self.latent))
         return logits.reshape(z.shape[:-1] + self.data_shape)
 
-    def losses(self, x: Tensor, seed: Tensor, *, rows: Tensor | None = None) -> dict[str, Tensor]:
+    def losses(
+        self, x: Tensor, seed: Tensor, *, rows: Tensor | None = None, prior: Prior | None = None
+    ) -> dict[str, Tensor]:
         """Per-sample losses of pixels ``x`` in [0, 1], [B, *data_shape], of one draw each.
 
         ``reconstruction`` + ``kl`` is the negative ELBO: both are [B], in nats. The KL of a normal
-        is that in closed form, that of a t is of the same draw as the reconstruction.
+        is that in closed form, that of a t, and any to another ``prior`` than the model's own, is
+        of the same draw as the reconstruction.
         """
-        z, kl = self.encode(x).rsample_kl(seed, rows=rows)
+        posterior = self.encode(x)
+        z, kl = posterior.rsample_kl(seed, rows=rows)
+        if prior is not None:
+            kl = (posterior.log_prob(z) - prior.log_prob(z)).to(z)
         reconstruction = binary_cross_entropy_with_logits(self.decode(z), x, reduction="sum")
         return {"reconstruction": reconstruction, "kl": kl}
 
     def log_weights(
-        self, x: Tensor, seed: Tensor, num_samples: int, *, rows: Tensor | None = None
+        self,
+        x: Tensor,
+        seed: Tensor,
+        num_samples: int,
+        *,
+        rows: Tensor | None = None,
+        prior: Prior | None = None,
     ) -> Tensor:
         """The log importance weights log p(x|z) + log p(z) - log q(z|x) of draws z, [S, B].
 
-        S is num_samples. Takes memory for S * B images.
+        S is num_samples; p(z) is the model's own prior, or another. Takes memory for S * B images.
         """
-        z, kl = self.encode(x).rsample_kl(
-            seed, num_samples, estimator="mc", reduction="none", rows=rows
-        )
+        posterior = self.encode(x)
+        z, kl = posterior.rsample_kl(seed, num_samples, estimator="mc", reduction="none", rows=rows)
+        if prior is not None:
+            kl = (posterior.log_prob(z) - prior.log_prob(z)).to(z)
         logits = self.decode(z.reshape(num_samples, len(x), self.latent))
         reconstruction = binary_cross_entropy_with_logits(
             logits, x.expand_as(logits), reduction="sum", sample_dims=2
@@ -242,10 +168,25 @@ class VAE(nn.Module):
         log_weights = self.log_weights(x, seed, num_samples, rows=rows)
         return math.log(num_samples) - log_weights.logsumexp(0)
 
-    def sample(self, count: int, seed: Tensor) -> Tensor:
-        """The pixel means of images drawn from the prior, [count, *data_shape]."""
+    def sample(
+        self,
+        count: int,
+        seed: Tensor,
+        *,
+        prior: Prior | None = None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """The pixel means of images drawn from the prior, [count, *data_shape].
+
+        It is the model's own, or another, such as a ``Mixture`` fitted to the training images.
+        ``temperature`` scales its standard deviations.
+        """
         zeros = next(self.decoder.parameters()).new_zeros(count, self.latent)
-        return self.decode(self.distribution(zeros, zeros).rsample(seed)).sigmoid()
+        if prior is None:
+            z = self.distribution(zeros, zeros).rsample(seed) * temperature
+        else:
+            z = prior.sample(count, seed, temperature).to(zeros)
+        return self.decode(z).sigmoid()
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """The pixel means at the posterior's loc of each ``x``."""

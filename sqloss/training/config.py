@@ -222,6 +222,11 @@ class ImageConfig(RunConfig, Place):
     def title(self) -> str:
         return f"{self.command}-{self.dataset.name}"
 
+    @property
+    def classifier_file(self) -> Path | None:
+        """The file of the classifier that judges the samples, where one is kept."""
+        return None
+
     def is_of_small(self, data: Any) -> bool:
         return bool(math.prod(data.shape) <= SINGLE_THREADED_PIXELS)
 

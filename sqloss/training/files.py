@@ -5,7 +5,8 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,34 @@ def create_atomically(path: Path, content: bytes) -> None:
 
 def temporary_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
+
+
+@contextlib.contextmanager
+def made_whole(directory: Path) -> Iterator[Path]:
+    """A directory to write into, which becomes the given one at the end; on failure nothing stays.
+
+    Raises:
+        UserError: there is one already, or it cannot be made.
+    """
+    temporary = temporary_of(directory)
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except FileExistsError as error:
+        raise UserError(
+            f"cannot make {directory}: another command is at it; if none is, delete the rest of "
+            f"one that was killed, {temporary}"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot make {directory}: {error.strerror}") from error
+    try:
+        yield temporary
+        os.rename(temporary, directory)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {directory}: {error.strerror}") from error
+        raise
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -130,6 +130,13 @@ def refuse_unchosen(setting: str, chosen: Mapping[str, tuple[Registry[Any], str]
     raise TypeError(f"no setting {setting}")
 
 
+def taken(kind: type[Kind], given: Mapping[str, Any]) -> tuple[Kind, dict[str, Any]]:
+    """The configuration of the settings of one kind among those given, and the rest of these."""
+    names = settings_of(kind)
+    own = {name: value for name, value in given.items() if name in names}
+    return kind(**own), {name: value for name, value in given.items() if name not in names}
+
+
 def settings_chosen(kind: type, given: Mapping[str, Any]) -> set[str]:
     """The names of the settings of a configuration and of what these settings choose."""
     names = set()

@@ -94,14 +94,29 @@ def restore(training: Training, directory: Path, data: str, argument: str) -> bo
     return True
 
 
+def command_of(directory: Path, argument: str) -> str:
+    """The command that a run is of; ``argument`` is the one that names its directory."""
+    path = directory / "config.json"
+    try:
+        return str(json.loads(path.read_text())["command"])
+    except OSError as error:
+        raise no_run(directory, argument, error) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{argument}: cannot use {path}: it names no command") from error
+
+
+def no_run(directory: Path, argument: str, error: OSError) -> UserError:
+    return UserError(
+        f"{argument}: expected the directory of a run, with a config.json, got {directory} "
+        f"({error.strerror})"
+    )
+
+
 def read_config(kind: type[Config], path: Path, argument: str) -> Config:
     """The configuration of a run; ``argument`` is the one that names its directory."""
     try:
         return from_stored(json.loads(path.read_text()), kind)
     except OSError as error:
-        raise UserError(
-            f"{argument}: expected the directory of a run, with a config.json, got {path.parent} "
-            f"({error.strerror})"
-        ) from error
+        raise no_run(path.parent, argument, error) from error
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{argument}: cannot use {path}: {error}") from error

@@ -16,6 +16,7 @@ from sqloss.training.tables import CONFIDENCE
 from sqloss.training.text import in_markdown
 
 GENERATED_BATCH_SIZE = 1000
+ARGUMENT = "--classifier"
 
 
 def classifier_of(whole: Dataset, device: torch.device, seed: int) -> Classifier:
@@ -24,10 +25,15 @@ def classifier_of(whole: Dataset, device: torch.device, seed: int) -> Classifier
     return train_classifier(images, labels, len(whole.class_names), seed)
 
 
-def kept_classifier(path: Path, whole: Dataset, device: torch.device, seed: int) -> Classifier:
-    """The classifier that a file holds; where there is none, it is trained and written."""
+def kept_classifier(
+    path: Path, whole: Dataset, device: torch.device, seed: int, argument: str = ARGUMENT
+) -> Classifier:
+    """The classifier that a file holds; where there is none, it is trained and written.
+
+    ``argument`` is the one that names the file, for errors.
+    """
     if path.exists():
-        return read_classifier(path, whole, device)
+        return read_classifier(path, whole, device, argument)
     classifier = classifier_of(whole, device, seed)
     content = io.BytesIO()
     torch.save({"data": whole.fingerprint(), "classifier": classifier.state_dict()}, content)
@@ -43,7 +49,9 @@ def check_classifier_file(path: Path, whole: Dataset) -> None:
         raise UserError(f"--classifier: expected a file in a folder that is there, got {path}")
 
 
-def read_classifier(path: Path, whole: Dataset, device: torch.device) -> Classifier:
+def read_classifier(
+    path: Path, whole: Dataset, device: torch.device, argument: str = ARGUMENT
+) -> Classifier:
     """The classifier of a data set that a file holds."""
     try:
         stored = torch.load(path, map_location=device, weights_only=True)
@@ -54,7 +62,7 @@ def read_classifier(path: Path, whole: Dataset, device: torch.device) -> Classif
     except Exception as error:  # a file that is no classifier fails in as many ways as files are
         reason = " ".join(str(error).split())
         raise UserError(
-            f"--classifier: expected a file with the classifier of this data set, got {path} "
+            f"{argument}: expected a file with the classifier of this data set, got {path} "
             f"({reason})"
         ) from error
     return classifier
@@ -69,9 +77,12 @@ def batch_sizes(count: int) -> list[int]:
 @torch.no_grad()
 def class_shares(classifier: Classifier, batches: Iterable[Tensor]) -> list[dict[str, Any]]:
     """The share of each class in batches of images of pixels."""
-    seen = torch.cat([classifier.predict(images) for images in batches])
-    counts = torch.bincount(seen, minlength=classifier.classes).tolist()
-    return [share(count, len(seen)) for count in counts]
+    return shares_of(torch.cat([classifier.predict(i) for i in batches]), classifier.classes)
+
+
+def shares_of(seen: Tensor, classes: int) -> list[dict[str, Any]]:
+    """The share of each class among these, int64 [N]."""
+    return [share(n, len(seen)) for n in torch.bincount(seen, minlength=classes).tolist()]
 
 
 def share(count: int, total: int) -> dict[str, Any]:

@@ -5,12 +5,13 @@
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
-from torch import Tensor
+from torch import Generator, Tensor
 
+from sqloss.models.mixture import Mixture
 from sqloss.training.config import Config
 from sqloss.training.errors import require
 from sqloss.training.flags import as_flag, as_text
@@ -31,6 +32,20 @@ class Metric(NamedTuple):
     better: str  # "lower", "higher", or "" where neither is
     value: Callable[[Report, Report], float | None]  # of the report, and its part on the model
     of_tail: bool = False  # the tail at the run's own alpha
+
+
+class Latents(NamedTuple):
+    """What images are generated from."""
+
+    prior: Mixture | None = None  # None: the model's own
+    temperature: float = 1.0  # scales the standard deviations
+
+
+class Drawn(NamedTuple):
+    """A batch of generated images."""
+
+    images: Tensor  # pixels [B, C, H, W]
+    made_of: dict[str, Tensor]  # by name, [B]: what is known of each
 
 
 class Preset(NamedTuple):
@@ -76,6 +91,9 @@ class Trainer(ABC, Generic[Config, State]):
     """Whether ``samples`` has images for the picture of a sweep."""
     not_swept: ClassVar[tuple[str, ...]] = ("seed",)
     """Settings that runs to be compared must share, or that have a flag of their own."""
+
+    priors: ClassVar[tuple[str, ...]] = ()
+    """The distributions that ``draw`` can draw latents from; () where no model makes images."""
 
     @abstractmethod
     def load(self, config: Config) -> Any:
@@ -130,6 +148,12 @@ class Trainer(ABC, Generic[Config, State]):
         None where the run has no checkpoint, or the trainer no such picture.
         """
         return {}
+
+    def draw(
+        self, training: State, name: str, count: int, draws: Generator, latents: Latents
+    ) -> Iterator[Drawn]:
+        """``count`` images by a model, in batches, where there are ``priors``."""
+        return iter(())
 
     def warning(self, row: Mapping[str, Any]) -> str:
         """What was wrong with a model, from its row of a sweep; "" where nothing was."""

@@ -50,11 +50,15 @@ def generate(model: Generator, noise: Noise) -> Tensor:
 
 
 def generate_many(
-    model: Generator, count: int, draws: torch.Generator
+    model: Generator, count: int, draws: torch.Generator, temperature: float = 1.0
 ) -> Iterator[tuple[Tensor, Noise]]:
-    """Images in batches, with what they are made of; classes are equally likely."""
+    """Images in batches, with what they are made of; classes are equally likely.
+
+    The standard deviation of z is ``temperature``.
+    """
     for size in batch_sizes(count):
         noise = draw_noise(size, model, draws)
+        noise = noise._replace(z=temperature * noise.z)
         yield generate(model, noise), noise
 
 

@@ -1,17 +1,17 @@
 """``sqloss gan``."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from sqloss.training.datasets import Dataset
 from sqloss.training.files import write_report
 from sqloss.training.gan import loop, plots, report
 from sqloss.training.gan.config import GANConfig
-from sqloss.training.gan.generation import first_samples
+from sqloss.training.gan.generation import first_samples, generate_many
 from sqloss.training.gan.metrics import require_fid
 from sqloss.training.image_trainer import ACCURACY, RARE_SHARE, ImageTrainer, data_settings
 from sqloss.training.progress import counted
@@ -19,7 +19,7 @@ from sqloss.training.run import Run
 from sqloss.training.run_directory import restore
 from sqloss.training.shares import classifier_of, kept_classifier
 from sqloss.training.threads import set_threads
-from sqloss.training.trainer import TRAINERS, Metric, Preset, Report, Settings
+from sqloss.training.trainer import TRAINERS, Drawn, Latents, Metric, Preset, Report, Settings
 
 
 def quality(metric: str) -> Callable[[Report, Report], float | None]:
@@ -45,6 +45,7 @@ class GANTrainer(ImageTrainer[GANConfig, loop.GANTraining]):
     )
     config = GANConfig
     has_samples = True
+    priors = ("standard",)
     modules = (*ImageTrainer.modules, "sklearn.neighbors", "torchmetrics")
     smaller = (
         "a smaller --batch-size, --width, --latent, --image-size, --train-limit or --num-samples"
@@ -150,6 +151,18 @@ class GANTrainer(ImageTrainer[GANConfig, loop.GANTraining]):
         if not restore(training, directory, data.fingerprint(), "--output-dir"):
             return {}
         return first_samples(training.generators, config.seed)
+
+    def draw(
+        self,
+        training: loop.GANTraining,
+        name: str,
+        count: int,
+        draws: Generator,
+        latents: Latents,
+    ) -> Iterator[Drawn]:
+        model = training.generators[name]
+        for images, noise in generate_many(model, count, draws, latents.temperature):
+            yield Drawn(images, {} if noise.labels is None else {"label": noise.labels})
 
     def warning(self, row: Mapping[str, Any]) -> str:
         epochs = row.get("failed_epochs")

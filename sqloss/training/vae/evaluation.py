@@ -8,6 +8,7 @@ from torch import Tensor
 
 import sqloss
 from sqloss.models import VAE
+from sqloss.models.latents import Prior
 from sqloss.models.pixels import Images, pixels
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
@@ -23,10 +24,13 @@ VALUES_AT_ONCE = 2**22  # of a layer of the decoder, so 16 MiB: plenty for sever
 
 
 @torch.no_grad()
-def evaluate(model: VAE, data: Dataset, seed: int, iwae_samples: int = 0) -> dict[str, Tensor]:
+def evaluate(
+    model: VAE, data: Dataset, seed: int, iwae_samples: int = 0, prior: Prior | None = None
+) -> dict[str, Tensor]:
     """Reconstruction, KL and their sum for each test image, in nats.
 
-    With iwae_samples > 0 also the negative importance-weighted bound of so many draws.
+    With iwae_samples > 0 also the negative importance-weighted bound of so many draws. Both are
+    under the model's own prior, or under another.
 
     Each rank computes its part of them, and all have all. The noise is the same in every epoch and
     for every model. The sum is the negative ELBO itself, whatever beta the training uses.
@@ -35,13 +39,14 @@ def evaluate(model: VAE, data: Dataset, seed: int, iwae_samples: int = 0) -> dic
     rows = torch.arange(len(images), device=images.device)[ranks.part(len(images))]
     draw = draw_seed(generator=generator(seed, "evaluation"))
     batches = [
-        model.losses(pixels(images[batch]), draw, rows=batch) for batch in rows.split(BATCH_SIZE)
+        model.losses(pixels(images[batch]), draw, rows=batch, prior=prior)
+        for batch in rows.split(BATCH_SIZE)
     ]
     losses = {name: torch.cat([batch[name] for batch in batches]).cpu() for name in batches[0]}
     # The mean of many float32 is taken in float64.
     losses = {name: values.double() for name, values in losses.items()}
     if iwae_samples:
-        bounds = importance_weighted(model, images, rows, seed, iwae_samples)
+        bounds = importance_weighted(model, images, rows, seed, iwae_samples, prior=prior)
         losses["negative_iw_bound"] = bounds["negative_iw_bound"]
     losses = {name: ranks.whole(values, len(images)) for name, values in losses.items()}
     losses["negative_elbo"] = losses["reconstruction"] + losses["kl"]
@@ -56,11 +61,13 @@ def importance_weighted(
     seed: int,
     num_samples: int,
     done: Callable[[int], object] = lambda _: None,
+    prior: Prior | None = None,
 ) -> dict[str, Tensor]:
     """The negative importance-weighted bound, and the negative ELBO, of ``images[rows]``, [N].
 
     Both are of the same num_samples draws for each image: -log of their weights' mean, and the mean
-    of their weights' -log. The draws are the same for every model. Memory is bounded whatever
+    of their weights' -log, under the model's own prior or under another. The draws are the same for
+    every model. Memory is bounded whatever
     num_samples is. ``done`` is called with the number of images that are done, each time some are.
     """
     draws = [
@@ -75,7 +82,7 @@ def importance_weighted(
         log_sum = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
         sum_of_logs = torch.zeros_like(log_sum)
         for draw, count in draws:
-            log_weights = model.log_weights(x, draw, count, rows=batch).double()
+            log_weights = model.log_weights(x, draw, count, rows=batch, prior=prior).double()
             log_sum = torch.logaddexp(log_sum, log_weights.logsumexp(0))
             sum_of_logs += log_weights.sum(0)
         parts.append((log_sum, sum_of_logs))

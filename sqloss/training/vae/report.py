@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from sqloss.training.progress import counted
 from sqloss.training.shares import batch_sizes, class_shares, classifier_of, share_table
 from sqloss.training.tables import CONFIDENCE, nats, table
 from sqloss.training.text import in_markdown
+from sqloss.training.vae.bounds import estimate
 from sqloss.training.vae.config import VAEConfig
 from sqloss.training.vae.evaluation import learnt_df, objective_values, summary
 
@@ -32,10 +34,12 @@ def make_report(
     whole: Dataset,
     data: Dataset,
     config: VAEConfig,
+    under_priors: Mapping[str, Losses] = MappingProxyType({}),
 ) -> Report:
     """The report on models with these test losses, trained on ``data``.
 
     ``whole`` is the data before the imbalance: from it the classifier learns every class.
+    ``under_priors`` are the test losses under a prior of communities, where there are such.
     """
     device = data.train_images.device
     classifier = classifier_of(whole, device, config.seed)
@@ -59,6 +63,11 @@ def make_report(
             for name, model in models.items()
         },
     }
+    for name, under_prior in under_priors.items():
+        gained = under_prior["negative_elbo"] - losses[name]["negative_elbo"]
+        report["models"][name]["communities_prior"] = overall(under_prior, config.metric_alpha) | {
+            "change": estimate(gained)
+        }
     if whole.train_attributes:
         judge = AttributeJudge.learn(whole, config.imbalance, device, config.seed)
         report["attributes"] = judge.describe(whole, data)
@@ -149,7 +158,7 @@ Every setting is in `config.json`.
   {mean_objective}, and the {own_objective}.{bound_note}
 - Each image's -ELBO is of one draw from the posterior. The mean over the images is unbiased, but
   images with an unlucky draw come to lie in the tail: that biases the CVaR slightly
-  upwards.{kl_note}{moments_note(report)}
+  upwards.{kl_note}{moments_note(report)}{prior_note(report)}
 - This is one run with one seed. A difference between the models on one seed is not evidence for
   one of them: repeat it with several seeds. The standard error of the mean -ELBO covers the choice
   of test images only, not the seed.
@@ -204,6 +213,30 @@ def moments_note(report: Report) -> str:
     )
 
 
+def prior_note(report: Report) -> str:
+    """What the prior of communities is, where there is one."""
+    priors = {name: m.get("communities_prior") for name, m in report["models"].items()}
+    if not all(priors.values()):
+        return ""
+    changes = "; ".join(
+        f"{name} {prior['change']['mean']:+.2f}"
+        + (
+            f" [{prior['change']['low']:+.2f}, {prior['change']['high']:+.2f}]"
+            if prior["change"]["low"] is not None
+            else ""
+        )
+        for name, prior in priors.items()
+        if prior
+    )
+    return (
+        "\n- The prior of communities is a mixture fitted to the latents of the training images"
+        "\n  after the training, with a component for each community of their neighbour graph"
+        "\n  (`sqloss sample --prior communities`). It weighs rare images as the data do: where the"
+        "\n  -ELBO falls it is simply a better prior of the same model. The KL to it is of the same"
+        f"\n  draw as the reconstruction. Change of the mean -ELBO in nats: {changes}."
+    )
+
+
 def tables(report: Report) -> str:
     """The numbers of a report, as Markdown that a terminal shows well too."""
     parts = [overall_table(report), class_table(report), share_table(report)]
@@ -226,6 +259,12 @@ def overall_table(report: Report) -> Iterator[list[str]]:
         *objectives_of_their_own(report),
     ):
         yield [label, *(nats(model["test"][metric]) for model in models)]
+    priors = [model.get("communities_prior") for model in models]
+    if all(priors):
+        yield [
+            "mean -ELBO, prior of communities",
+            *(nats(prior["negative_elbo"]) for prior in priors if prior),
+        ]
     if report["config"]["learn_df"]:
         yield ["learnt df", *(f"{model['df']:.3g}" for model in models)]
     for label, metric in (

@@ -1,16 +1,39 @@
 """``sqloss vae``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
+from torch import Generator
+
+from sqloss.student_t import draw_seed
 from sqloss.training.datasets import Dataset
 from sqloss.training.files import write_report
 from sqloss.training.image_trainer import ACCURACY, RARE_SHARE, ImageTrainer
 from sqloss.training.run import Run
-from sqloss.training.trainer import TRAINERS, Metric, Preset, Report, product
+from sqloss.training.shares import batch_sizes
+from sqloss.training.trainer import (
+    TRAINERS,
+    Drawn,
+    Latents,
+    Metric,
+    Preset,
+    Report,
+    product,
+)
 from sqloss.training.vae import loop, plots, report
 from sqloss.training.vae.config import VAEConfig
 from sqloss.training.vae.evaluation import evaluate
+from sqloss.training.vae.priors import (
+    COMMUNITIES,
+    PRIORS,
+    FittedPrior,
+    PriorConfig,
+    TrainedModel,
+    fitted_prior,
+)
+
+# Of all models together, for which the report fits a prior of communities: a few seconds' work
+MOST_IMAGES_OF_PRIORS = 10_000
 
 
 def test_loss(loss: str) -> Callable[[Report, Report], float | None]:
@@ -27,6 +50,8 @@ class VAETrainer(ImageTrainer[VAEConfig, loop.VAETraining]):
     name = "vae"
     about = "Train VAEs on the mean and on the tail of the loss, side by side, and report on them."
     config = VAEConfig
+    modules = (*ImageTrainer.modules, "networkx", "sklearn.neighbors")
+    priors = PRIORS
     smaller = (
         "--microbatch-size, or a smaller --batch-size, --hidden, --channels, --latent, "
         "--iwae-samples, --image-size, --train-limit or --num-samples"
@@ -70,10 +95,46 @@ class VAETrainer(ImageTrainer[VAEConfig, loop.VAETraining]):
             name: evaluate(model, data, config.seed, config.iwae_samples)
             for name, model in models.items()
         }
-        made = report.make_report(models, losses, run.whole, data, config)
+        priors = self._priors(run)
+        under_priors = {
+            name: evaluate(models[name], data, config.seed, prior=prior.mixture)
+            for name, prior in priors.items()
+        }
+        made = report.make_report(models, losses, run.whole, data, config, under_priors)
+        for name, prior in priors.items():
+            made["models"][name]["communities_prior"]["communities"] = len(prior.mixture)
         plots.draw_pictures(directory, models, losses, training.history, data, config)
         write_report(directory, report.as_markdown(made), made)
         return made
+
+    def _priors(self, run: Run[VAEConfig]) -> dict[str, FittedPrior]:
+        """A prior of communities for each model, where that takes seconds."""
+        models, images, settings = run.training.models, len(run.data), PriorConfig(COMMUNITIES)
+        if not settings.neighbours < images <= MOST_IMAGES_OF_PRIORS // len(models):
+            return {}
+        return {
+            name: fitted_prior(
+                TrainedModel(
+                    run.directory, name, model, run.data, run.config.seed, run.training.done()
+                ),
+                settings,
+            )
+            for name, model in models.items()
+        }
+
+    def draw(
+        self,
+        training: loop.VAETraining,
+        name: str,
+        count: int,
+        draws: Generator,
+        latents: Latents,
+    ) -> Iterator[Drawn]:
+        model, (prior, temperature) = training.models[name], latents
+        for size in batch_sizes(count):
+            seed = draw_seed(generator=draws)
+            images = model.sample(size, seed, prior=prior, temperature=temperature)
+            yield Drawn(images, {"component": prior.components(size, seed)} if prior else {})
 
     def tables(self, report_: Report) -> str:
         return report.tables(report_)

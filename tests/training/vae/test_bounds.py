@@ -5,21 +5,21 @@ import math
 import pytest
 import torch
 
-from sqloss.experiments.bounds import (
+from sqloss.models.seeding import generator
+from sqloss.student_t import draw_seed
+from sqloss.training.datasets.digits import Digits
+from sqloss.training.errors import UserError
+from sqloss.training.flags import changed
+from sqloss.training.saved_run import load_saved_run
+from sqloss.training.trainers import VAE
+from sqloss.training.vae import evaluation
+from sqloss.training.vae.bounds import (
     BoundsConfig,
     bounds_table,
     estimate,
     measure_bounds,
     write_bounds,
 )
-from sqloss.experiments.saved_run import load_saved_run
-from sqloss.models.seeding import generator
-from sqloss.student_t import draw_seed
-from sqloss.training.datasets.digits import Digits
-from sqloss.training.errors import UserError
-from sqloss.training.flags import changed
-from sqloss.training.trainers import VAE
-from sqloss.training.vae import evaluation
 from sqloss.training.vae.evaluation import evaluate, importance_weighted, largest_layer
 from sqloss.training.vae.loop import build_model
 

@@ -1,19 +1,22 @@
 """How well the models of a run explain the test images, by bounds as tight as one has time for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sqloss.experiments.saved_run import SavedRun
+from sqloss.models import VAE
+from sqloss.models.latents import Prior
 from sqloss.models.seeding import generator
 from sqloss.training.errors import require
 from sqloss.training.files import write_json
 from sqloss.training.flags import expect_whole, flag
 from sqloss.training.progress import counted
+from sqloss.training.saved_run import SavedRun
 from sqloss.training.tables import CONFIDENCE, nats, table
 from sqloss.training.vae.evaluation import importance_weighted, learnt_df
 
@@ -34,26 +37,45 @@ class BoundsConfig:
         expect_whole(self, 0, "images")
 
 
-def measure_bounds(trained: SavedRun, config: BoundsConfig) -> dict[str, Any]:
-    """The test -ELBO and importance-weighted bound of every model, in nats per image."""
+def measure_bounds(
+    trained: SavedRun,
+    config: BoundsConfig,
+    priors: Mapping[str, Prior] = MappingProxyType({}),
+    prior_name: str = "",
+) -> dict[str, Any]:
+    """The test -ELBO and importance-weighted bound of every model, in nats per image.
+
+    Where there are ``priors``, one of each model and all by one name, also under these.
+    """
     test_images = trained.data.test_images
     chosen = torch.randperm(len(test_images), generator=generator(IMAGES_SEED, "evaluated images"))
     rows = chosen[: config.images or None].sort().values.to(test_images.device)
-    models = {}
-    total = len(rows) * len(trained.models)
+    models: dict[str, dict[str, Any]] = {}
+    total = len(rows) * (len(trained.models) + len(priors))
     with require("tqdm").tqdm(
         desc="evaluation", total=total, unit="image", disable=None, dynamic_ncols=True
     ) as bar:
         for name, model in trained.models.items():
-            bounds = importance_weighted(
-                model, test_images, rows, trained.config.seed, config.iwae_samples, bar.update
-            )
-            estimates = {bound: estimate(values) for bound, values in bounds.items()}
-            models[name] = estimates | learnt_df(model)
+
+            def bounds_under(prior: Prior | None, model: VAE = model) -> dict[str, Tensor]:
+                return importance_weighted(
+                    *(model, test_images, rows, trained.config.seed, config.iwae_samples),
+                    done=bar.update,
+                    prior=prior,
+                )
+
+            own = bounds_under(None)
+            models[name] = {b: estimate(values) for b, values in own.items()} | learnt_df(model)
+            if name in priors:
+                under = bounds_under(priors[name])
+                models[name]["under_prior"] = {b: estimate(v) for b, v in under.items()} | {
+                    f"change_of_{b}": estimate(v - own[b]) for b, v in under.items()
+                }
     return {
         "trained_for": trained.done,
         "images": len(rows),
         "iwae_samples": config.iwae_samples,
+        **({"prior": prior_name} if priors else {}),
         "models": models,
     }
 
@@ -93,6 +115,13 @@ def bounds_rows(bounds: dict[str, Any]) -> Iterator[list[str]]:
         yield [label, *(nats(of_model["mean"]) for of_model in estimates)]
         yield ["its standard error", *(nats(of_model["standard_error"]) for of_model in estimates)]
         yield [f"its {CONFIDENCE:.0%} interval", *map(interval, estimates)]
+        if "prior" in bounds:
+            under = [model["under_prior"] for model in models]
+            yield [f"{label}, {bounds['prior']}", *(nats(u[bound]["mean"]) for u in under)]
+            yield [f"its {CONFIDENCE:.0%} interval", *(interval(u[bound]) for u in under)]
+            changes = [u[f"change_of_{bound}"] for u in under]
+            yield ["change by the prior", *(nats(change["mean"]) for change in changes)]
+            yield [f"its {CONFIDENCE:.0%} interval", *map(interval, changes)]
     if all("df" in model for model in models):
         yield ["learnt df", *(f"{model['df']:.3g}" for model in models)]
 

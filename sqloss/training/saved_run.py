@@ -21,6 +21,7 @@ class SavedRun:
     whole: Any  # the data before the imbalance
     data: Any  # that of the training
     models: Mapping[str, Any]
+    training: Any
     done: str  # how far the training is, in words
 
 
@@ -37,4 +38,4 @@ def load_saved_run(
         raise UserError(
             f"{ARGUMENT}: expected a run with a checkpoint, got {directory}, which has none yet"
         )
-    return SavedRun(config, whole, data, training.models, training.done())
+    return SavedRun(config, whole, data, training.models, training, training.done())
