@@ -58,6 +58,7 @@ class Training(ABC):
 
     models: Mapping[str, nn.Module]
     columns: tuple[str, ...]  # the names of the metrics
+    brought: Mapping[str, str] = {}  # by argument, what a resumed run is to be given again
 
     def __init__(self, config: RunConfig) -> None:
         self.seed = config.seed
