@@ -103,8 +103,8 @@ def train(
         output_dir: where the run goes; ``None``: runs/train-TIME.
         resume: go on with the run in ``output_dir``, if there is one: bit for bit as if it had
             not stopped, on one machine. Settings that are left out are those of the run. Of those
-            that are given only ``epochs``, ``backward``, ``device`` and ``threads`` may be others;
-            other data, test data, optimizers and schedulers are refused.
+            that are given only ``epochs``, ``backward``, ``find_unused_parameters``, ``device`` and
+            ``threads`` may be others; other data, test data, optimizers and schedulers are refused.
         optimizer: from the parameters of the copy to an optimizer; ``None``: Adam at 1e-3.
         scheduler: from an optimizer to a scheduler, which steps once an epoch, or after every step
             with ``scheduler_every="step"``. A ReduceLROnPlateau is told the model's own objective,
@@ -115,7 +115,8 @@ def train(
         settings: ``alpha``, ``backward="tail"`` (through the samples of the tail alone, where the
             model treats samples independently), ``no_baseline=True`` (no standard model; otherwise
             both see the same batches and noise), ``scheduler_every``, ``sampling``, ``device``,
-            ``threads``, ``checkpoint_every``.
+            ``threads``, ``checkpoint_every``, ``find_unused_parameters=True`` (under torchrun, of a
+            model with parameters that a loss may leave out).
 
     Returns:
         TrainedRun: the models, the report, the directory and the metrics. The directory has
