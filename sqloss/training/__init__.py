@@ -1,6 +1,6 @@
 """Training on a risk: data, the loop, checkpoints, runs, reports and pictures."""
 
-from sqloss.training.custom.trainer import Callback
+from sqloss.training.custom.own import Callback
 from sqloss.training.door import TrainedRun, train
 from sqloss.training.errors import UserError
 

@@ -18,6 +18,12 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     """Write a state that knows its ``epoch`` and ``step`` as the newest checkpoint of a folder."""
     content = io.BytesIO()
     torch.save(plain(state), content)
+    content.seek(0)
+    if unsafe := types_not_read(content):
+        raise UserError(
+            f"cannot save the checkpoint: expected tensors, numbers and text, got {unsafe}, which "
+            "torch.load reads only where torch.serialization.add_safe_globals allows it"
+        )
     older = saved(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +87,7 @@ class UnreadableError(Exception):
 def is_readable(path: Path) -> bool:
     try:
         read(path)
-    except UnreadableError:
+    except (UnreadableError, UserError):
         return False
     return True
 
@@ -89,12 +95,18 @@ def is_readable(path: Path) -> bool:
 def read(path: Path) -> dict[str, Any]:
     try:
         damaged = first_damaged(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        unsafe = types_not_read(path)
+        state = None if unsafe else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UnreadableError(f"cannot read the checkpoint {path}: {error.strerror}") from error
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
         raise no_checkpoint(path) from error
-    if damaged or not is_state(state):
+    if unsafe and not damaged:
+        raise UserError(
+            f"cannot read the checkpoint {path}: expected tensors, numbers and text, got {unsafe}, "
+            "which may run code"
+        )
+    if damaged or state is None or not is_state(state):
         raise no_checkpoint(path)
     return dict(state)
 
@@ -103,6 +115,11 @@ def first_damaged(path: Path) -> str | None:
     """The first part of a checkpoint whose checksum is wrong, which torch.load does not look at."""
     with zipfile.ZipFile(path) as parts:
         return parts.testzip()
+
+
+def types_not_read(checkpoint: Path | io.BytesIO) -> str:
+    """What a checkpoint holds that torch.load would not read without running code, in words."""
+    return ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(checkpoint)))
 
 
 def is_state(state: Any) -> bool:

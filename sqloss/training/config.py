@@ -38,7 +38,7 @@ METRIC_ALPHA = 0.8  # of the tail reported where training has none
 THREADS_PER_CPU = 16  # more than anyone has a use for, and few enough to be made
 SINGLE_THREADED_PIXELS = 16 * 16  # the digits, at 8 x 8, are no slower with one thread
 MOST_WORKERS = 256  # threads
-FORMAT = 1  # of config.json; runs of before there was a format have none
+FORMAT = 2  # of config.json; runs of before there was a format have none
 STANDARD = "standard"  # the model that is trained on the mean
 
 
@@ -80,10 +80,13 @@ class RunConfig:
         self._expect_choices()
         if self.no_baseline and self.risk.is_mean:
             raise UserError(
-                f"--no-baseline: expected another risk than the mean with it, got {self.risk.flags}"
+                f"{as_flag('no_baseline')}: expected another risk than the mean with it, got "
+                f"{self.risk.flags}"
             )
         if self.risk.name == STANDARD:
-            raise UserError(f"--risk: expected another name than that of the {STANDARD} model")
+            raise UserError(
+                f"{as_flag('risk')}: expected another name than that of the {STANDARD} model"
+            )
         expect_whole(self, 1, "epochs", "batch_size", "checkpoint_every")
         for name in ("seed", "threads"):
             self._expect(name, getattr(self, name) >= 0, "a whole number from 0 up")
@@ -152,17 +155,17 @@ class RunConfig:
             )
         if self.batch_size < count:
             raise UserError(
-                f"--batch-size: expected an image at least for each of {count} processes, got "
-                f"{self.batch_size}"
+                f"{as_flag('batch_size')}: expected a sample at least for each of {count} "
+                f"processes, got {self.batch_size}"
             )
         if ":" in self.device:
             raise UserError(
-                "--device: expected auto, cpu or cuda with several processes, each of which has a "
-                f"GPU of its own, got {self.device}"
+                f"{as_flag('device')}: expected auto, cpu or cuda with several processes, each of "
+                f"which has a GPU of its own, got {self.device}"
             )
         if self.torch_device.type == "cuda" and ranks.local() >= torch.cuda.device_count():
             raise UserError(
-                f"--device: expected a GPU for every process of a machine, or cpu, got "
+                f"{as_flag('device')}: expected a GPU for every process of a machine, or cpu, got "
                 f"{torch.cuda.device_count()} and a process with the number {ranks.local()}"
             )
 

@@ -12,10 +12,11 @@ from torch.utils.data import default_collate
 
 from sqloss.training import ranks
 from sqloss.training.custom.batches import as_data
-from sqloss.training.custom.trainer import Callback, CustomConfig, CustomTrainer, Own
+from sqloss.training.custom.own import Callback, Own
+from sqloss.training.custom.trainer import CustomConfig, CustomTrainer
 from sqloss.training.errors import UserError
 from sqloss.training.files import expanded
-from sqloss.training.flags import configure, settings_chosen, settings_of
+from sqloss.training.flags import called, configure, settings_of
 from sqloss.training.loop import Row
 from sqloss.training.progress import Progress, Silence
 from sqloss.training.run import Run
@@ -38,30 +39,39 @@ class TrainedRun:
 
 
 def typed(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as their flags would have them; numbers of NumPy and torch become Python's."""
+    """The settings that are given, as their flags would have them.
+
+    Numbers of NumPy and torch become Python's.
+    """
     settings = settings_of(CustomConfig)
     values: dict[str, Any] = {}
     for name, value in given.items():
-        kind = settings[name].type
+        if name not in settings:
+            known = ", ".join(sorted(settings))
+            raise UserError(f"settings: expected some of {known}, got {name}")
+        if value is None:
+            continue
         is_number = hasattr(value, "item") and getattr(value, "ndim", 1) == 0
         plain = value.item() if is_number else value
+        plain = str(plain) if isinstance(plain, torch.device) else plain
+        kind = settings[name].type
         if not settings[name].takes(plain):
-            raise UserError(f"train: {name}: expected {kind.__name__}, got {value!r}")
+            raise UserError(f"{name}: expected {kind.__name__}, got {value!r}")
         values[name] = kind(plain)
     return values
 
 
+@called("train", data_dir="data")
 def train(
     model: nn.Module,
     data: Any,
     *,
     losses_of: Callable[[Any, Any], Tensor | Mapping[str, Tensor]] | None = None,
     test: Any = None,
-    risk: str = "cvar",
-    baseline: bool = True,
-    epochs: int = 20,
-    batch_size: int = 128,
-    seed: int = 0,
+    risk: str | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
     output_dir: str | Path | None = None,
     resume: bool = False,
     optimizer: Callable[..., torch.optim.Optimizer] | None = None,
@@ -81,26 +91,32 @@ def train(
             dict of such; of a dict the entry ``loss`` is minimised, or else the sum. It is copied,
             and not changed.
         data: a tensor or a tuple of tensors with a row per sample, a TensorDataset, any map-style
-            Dataset (a list is one), or an iterable of batches that has a length, such as a
-            DataLoader. A batch is a tensor, or a tuple, list or dict of tensors; ``losses`` leaves
-            it as it is.
+            Dataset, or an iterable of batches that has a length, such as a DataLoader. A batch is a
+            tensor, or a tuple, list or dict of tensors; ``losses`` leaves it as it is. Lists and
+            IterableDatasets, which may hold samples or batches, are given in a DataLoader.
         losses_of: ``losses_of(model, batch)`` instead of the method.
         test: data of the same kinds, which are measured after every epoch; where they have classes
             (int64, the second part of a pair or ``labels`` of a dict), also by class in the report.
-        risk: its name, with its settings among ``settings`` (``alpha=0.9``).
-        baseline: whether to train the standard model too; both see the same batches and noise.
-        epochs, batch_size, seed: of the training. A DataLoader's own batches are taken as they are.
+        risk: its name, with its settings among ``settings`` (``alpha=0.9``); ``None``: cvar.
+        epochs, batch_size, seed: of the training; ``None``: 20, 128 and 0. A DataLoader's own
+            batches are taken as they are.
         output_dir: where the run goes; ``None``: runs/train-TIME.
         resume: go on with the run in ``output_dir``, if there is one: bit for bit as if it had
-            not stopped, on one machine.
+            not stopped, on one machine. Settings that are left out are those of the run. Of those
+            that are given only ``epochs``, ``backward``, ``find_unused_parameters``, ``device`` and
+            ``threads`` may be others; other data, test data, optimizers and schedulers are refused.
         optimizer: from the parameters of the copy to an optimizer; ``None``: Adam at 1e-3.
-        scheduler: from an optimizer to a scheduler, which steps once an epoch.
+        scheduler: from an optimizer to a scheduler, which steps once an epoch, or after every step
+            with ``scheduler_every="step"``. A ReduceLROnPlateau is told the model's own objective,
+            of the test data where there are some.
         callbacks: see :class:`Callback`.
         collate_fn: from a list of a Dataset's samples to a batch.
         progress: whether to show it on stderr; this needs tqdm.
         settings: ``alpha``, ``backward="tail"`` (through the samples of the tail alone, where the
-            model treats samples independently), ``sampling``, ``device``, ``threads``,
-            ``checkpoint_every``.
+            model treats samples independently), ``no_baseline=True`` (no standard model; otherwise
+            both see the same batches and noise), ``scheduler_every``, ``sampling``, ``device``,
+            ``threads``, ``checkpoint_every``, ``find_unused_parameters=True`` (under torchrun, of a
+            model with parameters that a loss may leave out).
 
     Returns:
         TrainedRun: the models, the report, the directory and the metrics. The directory has
@@ -108,10 +124,9 @@ def train(
         ``report.json``.
 
     Under torchrun every rank calls this alike, with the same data; each takes its part of every
-    batch, and the risk is that of the whole batch; models with batch norm are refused there. Noise
-    comes from torch's default generators, which every step seeds, as does every batch that is read:
-    what draws from ``random`` or NumPy in the main process, or from workers that persist, is not
-    repeated by ``resume``.
+    batch, and the risk and batch norm are those of the whole batch. Noise comes from torch's
+    default generators, which every step seeds, as does every batch that is read: what draws from
+    ``random`` or NumPy in the main process is not repeated by ``resume``.
 
     Raises:
         UserError: a ValueError whose message names the argument, what was expected and what came.
@@ -131,32 +146,25 @@ def train(
         >>> sorted(run.models)
         ['cvar', 'standard']
     """
-    given = {
-        **{"risk": risk, "epochs": epochs, "batch_size": batch_size, "seed": seed},
-        **settings,
-    }
-    given["no_baseline"] = not baseline and risk != "mean"
-    unknown = given.keys() - settings_chosen(CustomConfig, given)
-    if unknown:
-        known = ", ".join(sorted(settings_chosen(CustomConfig, given)))
+    own_settings = {"risk": risk, "epochs": epochs, "batch_size": batch_size, "seed": seed}
+    given = typed(own_settings | settings)
+    place = None if output_dir is None else expanded(str(output_dir))
+    if resume and place is None:
+        raise UserError("resume: expected an output_dir with it, got none")
+    has_losses = losses_of is not None or callable(getattr(model, "losses", None))
+    if not isinstance(model, nn.Module) or not has_losses:
         raise UserError(
-            f"train: settings: expected some of {known}, got {', '.join(sorted(unknown))}"
+            "model: expected a module with a method losses(batch), or losses_of, got "
+            f"{type(model).__name__}"
         )
-    given = typed(given)
-    config = configure(CustomConfig, **given)
+    listed = callbacks if isinstance(callbacks, list | tuple) else [None]
+    if not all(isinstance(each, Callback) for each in listed):
+        raise UserError(f"callbacks: expected a list of objects of Callback, got {callbacks!r}")
     with ranks.joined(ends=False):
-        place = None if output_dir is None else expanded(str(output_dir))
-        if resume and place is None:
-            raise UserError("train: resume: expected an output_dir with it, got none")
-        if losses_of is None and not callable(getattr(model, "losses", None)):
-            raise UserError(
-                "train: model: expected a module with a method losses(batch), or losses_of, got "
-                f"{type(model).__name__}"
-            )
         if resume and place is not None and ranks.of_first((place / "config.json").exists):
             run = Run.resumed(CustomConfig, place, given)
         else:
-            run = Run.new(place, config)
+            run = Run.new(place, configure(CustomConfig, **given))
         config, device = run.config, run.config.torch_device
         own = Own(
             model=model,

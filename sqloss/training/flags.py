@@ -5,8 +5,10 @@ A field made by ``choice`` holds one object of a registry, such as the risk. On 
 ``risk`` with the object ``CVaR(alpha=0.8)``.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_type_hints
 
@@ -67,9 +69,15 @@ class Setting:
 
 
 def settings_of(kind: type) -> dict[str, Setting]:
-    """The settings of a configuration and of all that it may choose, by name."""
+    """The settings of a configuration and of all that it may choose, by name.
+
+    Raises:
+        ValueError: a name is that of two settings, which a flat configuration cannot tell apart.
+            Things of one registry may share a setting, as one of them is chosen.
+    """
     hints = get_type_hints(kind)
     settings: dict[str, Setting] = {}
+    owners = {each.name: (kind, None) for each in dataclasses.fields(kind)}
     for each in dataclasses.fields(kind):
         registry = each.metadata.get("registry")
         if registry is None:
@@ -79,7 +87,13 @@ def settings_of(kind: type) -> dict[str, Setting]:
         settings[each.name] = Setting(each.name, str, each.default.name, metadata)
         for option in registry.values():
             for name, own in settings_of(option).items():
+                owner, its_registry = owners.setdefault(name, (option, registry))
                 settings.setdefault(name, own)
+                if its_registry is not registry or settings[name].type is not own.type:
+                    raise ValueError(
+                        f"{option.__name__}: expected a setting of another name or type than one "
+                        f"of {owner.__name__}, got {name}"
+                    )
     return settings
 
 
@@ -97,6 +111,7 @@ def warn_of_renamed(former: str, name: str) -> None:
 
 def configure(kind: type[Kind], **given: Any) -> Kind:
     """A configuration from flat settings; those not given have their defaults."""
+    known = settings_of(kind)
     values: dict[str, Any] = {}
     chosen: dict[str, Any] = {}
     for each in dataclasses.fields(kind):  # type: ignore[arg-type]
@@ -114,6 +129,8 @@ def configure(kind: type[Kind], **given: Any) -> Kind:
         values[each.name] = registry[name](**own)
         chosen[each.name] = registry, name
     for setting in given:
+        if setting not in known:
+            raise TypeError(f"no setting {setting}")
         refuse_unchosen(setting, chosen)
     return kind(**values)
 
@@ -124,10 +141,9 @@ def refuse_unchosen(setting: str, chosen: Mapping[str, tuple[Registry[Any], str]
         owners = [option for option, kind in registry.items() if setting in settings_of(kind)]
         if owners:
             raise UserError(
-                f"{as_flag(setting)}: expected {as_flag(field_name)} {' or '.join(owners)} with "
-                f"it, got {as_flag(field_name)} {name}"
+                f"{as_flag(setting)}: expected {as_given(field_name, ' or '.join(owners))} with "
+                f"it, got {as_given(field_name, name)}"
             )
-    raise TypeError(f"no setting {setting}")
 
 
 def taken(kind: type[Kind], given: Mapping[str, Any]) -> tuple[Kind, dict[str, Any]]:
@@ -176,12 +192,8 @@ def changed(config: Kind, **changes: Any) -> Kind:
 
 
 def in_flags(config: Any) -> str:
-    """Settings as they are given on the command line."""
-
-    def text(value: Any) -> str:
-        return f"{value:g}" if isinstance(value, float) else as_text(value)
-
-    return " ".join(f"{as_flag(name)} {text(value)}" for name, value in flat(config).items())
+    """Settings as they are given."""
+    return " ".join(as_given(name, value) for name, value in flat(config).items())
 
 
 def as_text(value: Any) -> str:
@@ -189,8 +201,38 @@ def as_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+# What a Python function that was called has other names for; None on the command line.
+_renamed_in_python: ContextVar[Mapping[str, str] | None] = ContextVar("function", default=None)
+
+
+@contextlib.contextmanager
+def called(function: str, **names: str) -> Iterator[None]:
+    """Within it errors are those of a Python function: "train: batch_size: expected ...".
+
+    Everything that names a setting does so by ``as_flag``. ``names`` are the function's own names
+    of some settings.
+    """
+    before = _renamed_in_python.set(names)
+    try:
+        yield
+    except UserError as error:
+        error.args = (f"{function}: {error}",)
+        raise
+    finally:
+        _renamed_in_python.reset(before)
+
+
 def as_flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    """A setting, by the name under which whoever reads this gives it."""
+    names = _renamed_in_python.get()
+    return "--" + name.replace("_", "-") if names is None else names.get(name, name)
+
+
+def as_given(name: str, value: Any) -> str:
+    """A setting with a value, as whoever reads this gives it: "--alpha 0.8" or "alpha=0.8"."""
+    between = " " if _renamed_in_python.get() is None else "="
+    shown = f"{value:g}" if isinstance(value, float) else as_text(value)
+    return f"{as_flag(name)}{between}{shown}"
 
 
 def expect(config: object, name: str, valid: bool, expected: str) -> None:

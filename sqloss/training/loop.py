@@ -59,6 +59,7 @@ class Training(ABC):
     models: Mapping[str, nn.Module]
     columns: tuple[str, ...]  # the names of the metrics
     round = 1  # steps after which every kind of step has been taken
+    brought: Mapping[str, str] = {}  # by argument, what a resumed run is to be given again
 
     def __init__(self, config: RunConfig) -> None:
         self.seed = config.seed

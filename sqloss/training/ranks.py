@@ -102,9 +102,13 @@ def joined(ends: bool = True) -> Iterator[None]:
     if not started or is_joined():  # by whoever calls this
         yield
         return
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, size = next(rendezvous("env://"))
+    # torchrun's store outlives this: a later joining has keys of its own
+    joining = store.add(f"sqloss: joinings of rank {rank}", 1)
+    store = PrefixStore(f"sqloss: joining {joining}", store)
     with_gpu = torch.cuda.is_available() and dist.is_nccl_available()
     if with_gpu and local() < torch.cuda.device_count():
         torch.cuda.set_device(local())  # what the device "cuda" is
@@ -281,14 +285,19 @@ def summed(values: Tensor) -> Tensor:
     return total
 
 
-def parallel(module: nn.Module) -> nn.Module:
-    """The module, whose gradients become the means of those of all ranks."""
+def parallel(module: nn.Module, find_unused: bool = False) -> nn.Module:
+    """The module, whose gradients become the means of those of all ranks.
+
+    ``find_unused``: look in every step for parameters that it does not use.
+    """
     if count() == 1:
         return module
     with warnings.catch_warnings():
         # From torch 2.14 on it has another name, which torch 2.11 does not know.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        return DistributedDataParallel(module, broadcast_buffers=False)
+        return DistributedDataParallel(
+            module, broadcast_buffers=False, find_unused_parameters=find_unused
+        )
 
 
 def no_sync(module: nn.Module) -> contextlib.AbstractContextManager[None]:

@@ -14,7 +14,7 @@ from torch import Tensor
 import sqloss
 from sqloss import distributed
 from sqloss.training import ranks
-from sqloss.training.flags import expect, flag, in_flags
+from sqloss.training.flags import as_given, expect, flag, in_flags
 from sqloss.training.registry import Registry
 
 
@@ -34,7 +34,7 @@ class Risk(ABC):
     @property
     def flags(self) -> str:
         """The flags that choose it, in short."""
-        return in_flags(self) or f"--risk {self.name}"
+        return in_flags(self) or as_given("risk", self.name)
 
     @property
     def is_mean(self) -> bool:

@@ -59,7 +59,8 @@ class Run(Generic[Config]):
     @classmethod
     def resumed(cls, kind: type[Config], directory: Path, changes: dict[str, Any]) -> "Run[Config]":
         """The run that a directory holds, with changes that do not make it another run."""
-        stored = ranks.of_first(lambda: read_config(kind, directory / "config.json", "--resume"))
+        path = directory / "config.json"
+        stored = ranks.of_first(lambda: read_config(kind, path, as_flag("resume")))
         before = flat(stored)
         for name, value in changes.items():
             if name not in kind.may_change() and value != before.get(name):
@@ -67,7 +68,7 @@ class Run(Generic[Config]):
                 had = before.get(name, "none")
                 raise UserError(
                     f"{as_flag(name)}: expected {had}, with which {directory} was started, got "
-                    f"{value}; with --resume only {allowed} may change"
+                    f"{value}; with {as_flag('resume')} only {allowed} may change"
                 )
         return cls(directory, changed(stored, **changes), is_new=False)
 
@@ -111,8 +112,8 @@ class Run(Generic[Config]):
         begun = self.training.epoch + (self.training.step > 0)
         if begun > self.config.epochs:
             raise UserError(
-                f"--epochs: expected at least {begun}, as {self.directory} has trained for them "
-                f"already, got {self.config.epochs}"
+                f"{as_flag('epochs')}: expected at least {begun}, as {self.directory} has trained "
+                f"for them already, got {self.config.epochs}"
             )
 
     def steps(self) -> tuple[int, int]:
@@ -155,7 +156,7 @@ class Run(Generic[Config]):
 
     def restore(self) -> None:
         """Put the training where the newest checkpoint has it, if there is one."""
-        if not restore(self.training, self.directory, self.fingerprint, "--resume"):
+        if not restore(self.training, self.directory, self.fingerprint, as_flag("resume")):
             return
         ranks.of_first(self._write_metrics)
         self.rows_in_tensorboard = len(self.training.history)
@@ -200,6 +201,6 @@ def check_ranks_agree(config: RunConfig, fingerprint: str) -> None:
     if ranks.count() > 1:
         of_machine = {*config.paths, *config.of_machine}
         flags = {as_flag(k): v for k, v in flat(config).items() if k not in of_machine}
-        flags["--device"] = config.torch_device.type  # where it is auto
-        flags["--data-dir"] = f"data with the hash {fingerprint}"
+        flags[as_flag("device")] = config.torch_device.type  # where it is auto
+        flags[as_flag("data_dir")] = f"data with the hash {fingerprint}"
         ranks.check_same_on_ranks(flags)

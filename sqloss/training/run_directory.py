@@ -10,6 +10,7 @@ from sqloss.training import checkpoint, ranks
 from sqloss.training.config import Config, RunConfig, from_stored, to_stored
 from sqloss.training.errors import UserError, told
 from sqloss.training.files import as_json, create_atomically, temporary_of
+from sqloss.training.flags import as_flag
 from sqloss.training.loop import Training
 
 CHECKPOINTS = "checkpoints"
@@ -36,8 +37,8 @@ def is_made(directory: Path) -> bool:
 def claim(directory: Path, config: RunConfig) -> None:
     """Make the directory that of this run and of no other, by its ``config.json``."""
     taken = (
-        f"--output-dir: expected a directory for this run alone, got {directory}, where another "
-        "run has just started; if none has, delete the rest of one that was killed, "
+        f"{as_flag('output_dir')}: expected a directory for this run alone, got {directory}, "
+        "where another run has just started; if none has, delete the rest of one that was killed, "
         f"{temporary_of(directory / 'config.json')}"
     )
     with told_of_making(directory):
@@ -48,10 +49,12 @@ def claim(directory: Path, config: RunConfig) -> None:
 
 
 def check_unused(directory: Path) -> None:
-    expected = f"--output-dir: expected a directory without a run, got {directory}, which holds"
+    expected = (
+        f"{as_flag('output_dir')}: expected a directory without a run, got {directory}, which holds"
+    )
     if (directory / "config.json").exists():
         raise UserError(
-            f"{expected} one; continue that one with --resume {directory}, or choose another "
+            f"{expected} one; continue that one with {as_flag('resume')}, or choose another "
             "directory"
         )
     if found := checkpoint.saved(directory / CHECKPOINTS):
@@ -59,7 +62,7 @@ def check_unused(directory: Path) -> None:
 
 
 def told_of_making(directory: Path) -> contextlib.AbstractContextManager[None]:
-    refusal = f"--output-dir: cannot make a run in {directory}"
+    refusal = f"{as_flag('output_dir')}: cannot make a run in {directory}"
     return told(OSError, lambda error: f"{refusal}: {error.strerror}")
 
 
@@ -83,9 +86,14 @@ def restore(training: Training, directory: Path, data: str, argument: str) -> bo
         raise other_run(f"one that holds {', '.join(map(str, state))}")
     if state["data"] != data:
         raise UserError(
-            f"--data-dir: expected the data that {directory} was started with, "
-            "got images or labels that differ from them"
+            f"{as_flag('data_dir')}: expected the data that {directory} was started with, "
+            "got data that differ from them"
         )
+    for name, got in training.brought.items():
+        if got != (had := state["brought"].get(name)):
+            raise UserError(
+                f"{as_flag(name)}: expected {had}, with which {directory} was started, got {got}"
+            )
     try:
         training.load_state_dict(state)
     except Exception as error:  # one for every way in which something can be misshapen

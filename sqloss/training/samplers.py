@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sqloss.training.errors import UserError
+from sqloss.training.flags import as_flag
 from sqloss.training.registry import Registry
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Balanced(Sampler):
     def order(self, data: "TrainingData", draws: torch.Generator, training: "Training") -> Tensor:
         labels = data.labels
         if labels is None:
-            raise UserError("--sampling: expected data with labels for balanced, got none")
+            raise UserError(
+                f"{as_flag('sampling')}: expected data with labels for balanced, got none"
+            )
         shares = 1 / torch.bincount(labels).double()
         return torch.multinomial(shares[labels], len(labels), replacement=True, generator=draws)

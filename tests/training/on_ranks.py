@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import tempfile
+import time
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -16,13 +18,14 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import ranks as processes
 
+import sqloss.training
 from sqloss import cli
 from sqloss.models import GAN, classifier
 from sqloss.models.augment import draw_augmentation
 from sqloss.training import checkpoint, figures, ranks
+from sqloss.training.batch_norm import over_ranks
 from sqloss.training.errors import UserError
 from sqloss.training.flags import configure
-from sqloss.training.gan.batch_norm import over_ranks
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import draw_noise
 from sqloss.training.gan.loop import Contender, own_part
@@ -103,6 +106,44 @@ def train(command, directory, given, whole, interrupted=(None, 0)):
     return finished, run.training.state_dict(), told.getvalue()
 
 
+class Own(nn.Module):
+    """A user's model, with batch norm; its second loss has parameters of its own."""
+
+    def __init__(self, has_unused):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4, momentum=None))
+        self.unused = nn.Linear(2, 1) if has_unused else None
+
+    def losses(self, x):
+        losses = {"loss": self.layers(x).square().sum(1)}
+        return losses | ({"unused": self.unused(x)[:, 0]} if self.unused else {})
+
+
+def train_own(directory, has_unused=False, **settings):
+    """``train`` on a user's model, twice, as one script may; the second one's metrics and state."""
+    torch.manual_seed(0)
+    model, x = Own(has_unused), torch.randn(42, 2)
+    # Not Adam, which makes a step of the rounding where a gradient is 0, as before a batch norm
+    settings |= {"optimizer": partial(torch.optim.SGD, lr=0.05), "no_baseline": True}
+    settings |= {"epochs": 2, "batch_size": 20, "progress": False}
+    for name in ("first", "second"):
+        run = sqloss.training.train(model, x, output_dir=directory / name, **settings)
+    return run.metrics, run.model.state_dict()
+
+
+def end_twice(patience):
+    """Join and leave; then join again, and tell an error that the first rank has not met."""
+    ranks.PATIENCE = patience
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        for is_first_time in (True, False):
+            with ranks.joined():
+                if ranks.number() == 1 and not is_first_time:
+                    ranks.tell_error("only here")
+                elif not is_first_time:
+                    time.sleep(2 * patience)
+    return [told.getvalue()]
+
+
 def gan_gradients(given, batch, sides):
     """Of both players after a step of each, in float64; and the state of the model."""
     config = configure(GANConfig, **given)
@@ -133,9 +174,10 @@ def gan_gradients(given, batch, sides):
 
 
 def batch_norm(sizes, is_training, whole):
-    """Of the second of two batches, of which the ranks have so many images."""
+    """Of the second of two batches, of which the ranks have so many samples."""
     dtype = whole.dtype
-    norm = nn.Sequential(nn.BatchNorm2d(3)).to(dtype)
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+    norm = nn.Sequential(kind[whole[0].dim()](3)).to(dtype)
     norm[0].weight.data = torch.tensor([0.5, 1.0, -2.0], dtype=dtype)
     over_ranks(norm).train(is_training)
     weight = torch.linspace(-1, 1, whole[0].numel(), dtype=dtype).view(whole[0].shape)

@@ -100,7 +100,7 @@ class Malicious:
 
 def test_a_checkpoint_never_runs_code(tmp_path):
     torch.save({"epoch": 1, "step": 0, "weights": Malicious()}, tmp_path / "epoch-0001.pt")
-    with pytest.raises(UserError, match="cannot read the checkpoint"):
+    with pytest.raises(UserError, match=r"cannot read the checkpoint .*, got builtins\.exec, "):
         checkpoint.load(tmp_path)
 
 

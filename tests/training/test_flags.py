@@ -1,5 +1,6 @@
 """Flags that were renamed: the old name works for one release, and for ever in ``config.json``."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,9 +9,10 @@ from sqloss import cli
 from sqloss.experiments.sweep import parse_grids
 from sqloss.training.config import from_stored, to_stored
 from sqloss.training.errors import UserError
-from sqloss.training.flags import as_flag, changed, configure, flat, renamed
+from sqloss.training.flags import as_flag, changed, configure, flag, flat, renamed, settings_of
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.run import Run
+from sqloss.training.samplers import SAMPLERS, Shuffle
 from sqloss.training.vae.config import VAEConfig
 
 # Command, former flag, the arguments, today's setting and its value.
@@ -78,6 +80,34 @@ def test_grids_take_a_former_name(capsys):
     assert "warning: --limit is now --train-limit" in capsys.readouterr().err
     with pytest.raises(UserError, match="expected every flag once, got tail-term twice"):
         parse_grids("vae", ["tail=elbo", "tail-term=reconstruction"])
+
+
+@pytest.mark.parametrize(
+    ("name", "owner"), [("seed", "VAEConfig"), ("alpha", "CVaR"), ("sharpness", "Sharp")]
+)
+def test_two_settings_of_one_name_are_refused(name, owner):
+    """A sampler's, of the configuration itself, of a risk, of another type than another's."""
+
+    def sampler(title, kind):
+        made = dataclasses.make_dataclass(
+            title, [(name, kind, flag(kind(), ""))], bases=(Shuffle,), frozen=True
+        )
+        made.name = title.lower()
+        return SAMPLERS.register(made)
+
+    try:
+        sampler("Sharp", int)
+        if owner == "Sharp":
+            settings_of(VAEConfig)
+            sampler("Blunt", float)
+        expected = f"expected a setting of another name or type than one of .*{owner}.*, got {name}"
+        for use in (settings_of, configure, lambda kind: from_stored(to_stored(kind()), kind)):
+            with pytest.raises(ValueError, match=expected):
+                use(VAEConfig)
+    finally:
+        for title in ("sharp", "blunt"):
+            if title in SAMPLERS:
+                SAMPLERS.unregister(title)
 
 
 CONFIGURATIONS = [

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -166,12 +167,20 @@ def test_gradients_of_both_players_are_those_of_one_process(torchrun, variant, b
 
 @pytest.mark.parametrize("is_training", [True, False])
 @pytest.mark.parametrize("sizes", [[2, 3, 1], [0, 5, 0], [0, 0, 1]])
-@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-def test_batch_norm_is_that_of_all_images(torchrun, sizes, is_training, dtype, close):
+@pytest.mark.parametrize(
+    ("sides", "dtype", "close"),
+    [
+        ((4, 5), torch.float32, 1e-4),
+        *((sides, torch.float64, 1e-9) for sides in ((4, 5), (2, 3, 4), (9,), ())),
+    ],
+)
+def test_batch_norm_is_that_of_all_samples(torchrun, sizes, is_training, sides, dtype, close):
     # A mean of 100 standard deviations: the mean square minus the squared mean, in float32, would
     # leave three digits.
     torch.manual_seed(0)
-    whole = torch.randn(2, sum(sizes), 3, 4, 5, dtype=torch.float64) + 100
+    if is_training and sum(sizes) == 1 and not sides:
+        pytest.skip("torch refuses a batch norm of one value")
+    whole = torch.randn(2, sum(sizes), 3, *sides, dtype=torch.float64) + 100
     expected = on_ranks.batch_norm(sizes, is_training, whole)
     results = torchrun.run(
         3, on_ranks.joined, on_ranks.batch_norm, sizes, is_training, whole.to(dtype)
@@ -198,6 +207,31 @@ def test_what_ranks_agree_upon(torchrun):
         assert result["of first"] == "from 0"
         assert result["turn"] == [number]
         assert result["refusal"] == "refused by 0"
+
+
+# a user's own model
+
+
+def test_a_model_with_batch_norm_trains_as_in_one_process(torchrun, tmp_path):
+    metrics, state = on_ranks.train_own(tmp_path / "one")
+    for result in torchrun.run(2, on_ranks.train_own, tmp_path / "two"):
+        assert not isinstance(result, Exception), result
+        torch.testing.assert_close(result[1], state, **ROUNDING)
+        for one, other in zip(metrics, result[0], strict=True):
+            assert one["train_objective"] == pytest.approx(other["train_objective"], **CURVE)
+
+
+def test_parameters_that_no_loss_depends_on(torchrun, tmp_path):
+    for error in torchrun.run(2, on_ranks.train_own, tmp_path / "refused", True):
+        assert isinstance(error, UserError)
+        assert "got none of unused.weight, unused.bias; give find_unused" in str(error)
+    metrics, _ = on_ranks.train_own(tmp_path / "one", True)
+    settings = partial(on_ranks.train_own, find_unused_parameters=True)
+    for result in torchrun.run(2, settings, tmp_path / "two", True):
+        assert not isinstance(result, Exception), result
+        assert result[0][-1]["train_objective"] == pytest.approx(
+            metrics[-1]["train_objective"], **CURVE
+        )
 
 
 # stopping and resuming
@@ -238,7 +272,7 @@ def test_all_ranks_stop_after_the_same_step(train, tmp_path, rank):
         (["vae", "--alpha", "2"], "--alpha: expected a number in [0, 1), got 2.0"),
         (
             ["gan", "--batch-size", "1"],
-            "--batch-size: expected an image at least for each of 2 processes, got 1",
+            "--batch-size: expected a sample at least for each of 2 processes, got 1",
         ),
         (
             ["vae", "--backend", "numpy"],
@@ -282,6 +316,10 @@ def test_an_error_of_one_rank_ends_all(torchrun, tmp_path, flags, message):
     told = results[1][2]
     assert told.startswith("rank 1: ") and told.count("error: ") == 1 and message in told
     assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_a_later_rank_is_told_after_an_earlier_joining_too(torchrun):
+    assert torchrun.run(2, on_ranks.end_twice, 0.2) == [[""], ["rank 1: only here\n"]]
 
 
 @pytest.mark.parametrize(("kind", "code"), [(UserError, 2), (MemoryError, 2)])

@@ -24,7 +24,7 @@ from sqloss.training.vae.config import VAEConfig
 def test_a_run_is_never_overwritten(trainer, tmp_path):
     trainer.train(trainer.run(tmp_path))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=f"holds one; continue that one with --resume {tmp_path}"):
+    with pytest.raises(UserError, match="holds one; continue that one with --resume, "):
         trainer.run(tmp_path)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 

@@ -5,7 +5,10 @@ A *batch* is a tensor, or a tuple, list or dict of such; every tensor has a row 
 
 import hashlib
 import itertools
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -48,12 +51,12 @@ def tensors_of(batch: Any) -> list[Tensor]:
     return found
 
 
-def size_of(batch: Any) -> int:
+def size_of(batch: Any, argument: str = "data") -> int:
     """How many samples a batch has."""
     sizes = {len(tensor) if tensor.ndim else 0 for tensor in tensors_of(batch)}
     if len(sizes) != 1 or 0 in sizes:
         raise UserError(
-            "train: data: expected batches of tensors with one row per sample, got "
+            f"{argument}: expected batches of tensors with one row per sample, got "
             + (f"rows {', '.join(map(str, sorted(sizes)))}" if sizes else "a batch without tensors")
         )
     return sizes.pop()
@@ -75,7 +78,7 @@ class Rows:
     """Data with a number of samples, each of which can be read: tensors or a map-style data set."""
 
     def __init__(
-        self, data: Any, device: torch.device, collate: Callable[[list[Any]], Any]
+        self, data: Any, device: torch.device, collate: Callable[[list[Any]], Any], argument: str
     ) -> None:
         self.device = device
         self.collate = collate
@@ -83,7 +86,7 @@ class Rows:
             data = data.tensors
         self.tensors = data if isinstance(data, Tensor | tuple) else None
         self.data = data
-        self.size = len(data) if self.tensors is None else size_of(data)
+        self.size = len(data) if self.tensors is None else size_of(data, argument)
 
     def __len__(self) -> int:
         return self.size
@@ -126,20 +129,26 @@ class Loader:
 
     labels: Tensor | None = None
 
-    def __init__(self, data: Any, device: torch.device) -> None:
+    def __init__(self, data: Any, device: torch.device, argument: str) -> None:
         self.data = data
         self.device = device
+        if getattr(data, "persistent_workers", False):
+            raise UserError(
+                f"{argument}: expected a loader whose workers are started and seeded in every "
+                "epoch, so that a resumed run repeats what they draw, got one with "
+                "persistent_workers=True"
+            )
         sampler = getattr(data, "sampler", None)
         if isinstance(sampler, torch.utils.data.distributed.DistributedSampler):
             raise UserError(
-                "train: data: expected a loader of whole batches, of which each rank takes its "
+                f"{argument}: expected a loader of whole batches, of which each rank takes its "
                 "part, got one with a DistributedSampler"
             )
         try:
             self.size = len(data)
         except TypeError as error:
             raise UserError(
-                "train: data: expected an iterable that knows its number of batches, by __len__, "
+                f"{argument}: expected an iterable that knows its number of batches, by __len__, "
                 f"got {type(data).__name__}"
             ) from error
 
@@ -162,7 +171,7 @@ class Loader:
                 yield on_device(batch, self.device)
         if number + 1 < self.size:
             raise UserError(
-                f"train: data: expected an iterable with as many batches as its length, "
+                f"data: expected an iterable with as many batches as its length, "
                 f"{self.size}, in every epoch, got {number + 1}"
             )
 
@@ -174,7 +183,8 @@ class Loader:
         """What is iterated over, of generators that are seeded whenever it draws from them."""
         for generator in self._generators():
             generator.manual_seed(stream(seed, *purpose))
-        with initialisation(seed, *purpose):
+        has_workers = getattr(self.data, "num_workers", 0) > 0
+        with initialisation(seed, *purpose), without_ctrl_c() if has_workers else nullcontext():
             iterator = iter(self.data)
         for number in itertools.count():
             with initialisation(seed, *purpose, number):
@@ -194,6 +204,23 @@ class Loader:
         return digest(self.size, [])
 
 
+@contextmanager
+def without_ctrl_c() -> Iterator[None]:
+    """Within it processes are started that Ctrl-C, which a terminal sends to all, does not end.
+
+    They inherit that it is blocked. The one that starts them gets it at the end.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # which unblocks it where spawned processes start the tracker
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def digest(size: int, tensors: Sequence[Tensor]) -> str:
     found = hashlib.sha256(str(size).encode())
     for tensor in tensors:
@@ -207,26 +234,30 @@ def as_data(
     data: Any, device: torch.device, collate: Callable[[list[Any]], Any], argument: str
 ) -> Rows | Loader:
     """A user's data: with rows to choose from where it has them, or else as it comes."""
+    expected = (
+        f"{argument}: expected a tensor, a tuple of tensors, a map-style Dataset or an iterable of "
+        "batches"
+    )
     if isinstance(data, Tensor | torch.utils.data.TensorDataset) or (
         isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data)
     ):
-        found: Rows | Loader = Rows(data, device, collate)
-    elif isinstance(data, torch.utils.data.DataLoader | torch.utils.data.IterableDataset):
-        found = Loader(data, device)
+        found: Rows | Loader = Rows(data, device, collate, argument)
+    elif isinstance(data, torch.utils.data.DataLoader):
+        found = Loader(data, device, argument)
     elif isinstance(data, Mapping):
+        raise UserError(f"{expected}, got a dict; a Dataset may have dicts as samples")
+    elif isinstance(data, list | tuple | torch.utils.data.IterableDataset):
         raise UserError(
-            f"train: {argument}: expected a tensor, a tuple of tensors, a torch Dataset or an "
-            "iterable of batches, got a dict; a Dataset may have dicts as samples"
+            f"{expected}, got {type(data).__name__}, which may hold samples or batches: give "
+            f"DataLoader({argument}, batch_size=...) of samples, or "
+            f"DataLoader({argument}, batch_size=None) of batches"
         )
     elif hasattr(data, "__getitem__") and hasattr(data, "__len__"):
-        found = Rows(data, device, collate)
+        found = Rows(data, device, collate, argument)
     elif isinstance(data, Iterable):
-        found = Loader(data, device)
+        found = Loader(data, device, argument)
     else:
-        raise UserError(
-            f"train: {argument}: expected a tensor, a tuple of tensors, a torch Dataset or an "
-            f"iterable of batches, got {type(data).__name__}"
-        )
+        raise UserError(f"{expected}, got {type(data).__name__}")
     if not len(found):
-        raise UserError(f"train: {argument}: expected at least one sample, got none")
+        raise UserError(f"{argument}: expected at least one sample, got none")
     return found

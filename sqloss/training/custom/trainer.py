@@ -1,9 +1,6 @@
 """The training of a user's own model, side by side with a standard one on the mean."""
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,29 +12,24 @@ from sqloss.models.seeding import initialisation
 from sqloss.student_t import draw_seed
 from sqloss.tail import tail_loss
 from sqloss.training import ranks
+from sqloss.training.batch_norm import over_ranks
 from sqloss.training.config import RunConfig
 from sqloss.training.custom import report
 from sqloss.training.custom.batches import Loader, Rows, labels_of, rows_of, size_of, tensors_of
+from sqloss.training.custom.own import (
+    Callback,
+    Own,
+    WithLosses,
+    copied,
+    in_words,
+    make_optimizer,
+    make_scheduler,
+)
 from sqloss.training.errors import UserError
-from sqloss.training.flags import flag
+from sqloss.training.flags import as_given, flag
 from sqloss.training.loop import Row, Training
 from sqloss.training.run import Run
 from sqloss.training.trainer import Report, Trainer
-
-LossesOf = Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]]
-
-
-class Callback:
-    """What a training tells while it runs; every method does nothing unless it is overridden."""
-
-    def on_step(self, model: str, metrics: dict[str, float]) -> None:
-        """After each step of each model: its objective. Told only to those who override it."""
-
-    def on_epoch(self, model: str, metrics: dict[str, float]) -> None:
-        """After each epoch, for each model."""
-
-    def on_picture(self, name: str, path: Path) -> None:
-        """After the training, for each picture that was drawn."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +37,7 @@ class CustomConfig(RunConfig):
     """The hyper-parameters that ``train`` keeps in ``config.json``."""
 
     command: ClassVar[str] = "train"
-    more_may_change: ClassVar[tuple[str, ...]] = ("backward",)
+    more_may_change: ClassVar[tuple[str, ...]] = ("backward", "find_unused_parameters")
 
     epochs: int = flag(20, "passes over the training data", metavar="N")
     backward: str = flag(
@@ -54,62 +46,17 @@ class CustomConfig(RunConfig):
         "independently; dense: through all",
         choices=("dense", "tail"),
     )
+    scheduler_every: str = flag(
+        "epoch", "when the scheduler steps", choices=("epoch", "step"), since=2
+    )
+    find_unused_parameters: bool = flag(
+        False, "with several processes: some parameters may have no part in a loss", since=2
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.backward == "tail" and self.risk.tail_alpha is None:
-            raise UserError(f"train: backward: expected dense with {self.risk.flags}, got tail")
-
-
-@dataclass(frozen=True)
-class Own:
-    """What a user brings."""
-
-    model: nn.Module
-    losses_of: LossesOf
-    optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
-    scheduler: Callable[[torch.optim.Optimizer], Any] | None
-    callbacks: Sequence[Callback]
-    test: Rows | Loader | None
-
-
-class WithLosses(nn.Module):
-    """A model whose forward pass is its losses, so that ranks may share its gradients."""
-
-    def __init__(self, model: nn.Module, losses_of: LossesOf) -> None:
-        super().__init__()
-        self.model = model
-        self.losses_of = losses_of
-
-    def forward(self, batch: Any) -> dict[str, Tensor]:
-        """By name, [B] each; ``loss`` is what the risk is of."""
-        losses = self.losses_of(self.model, batch)
-        terms = {"loss": losses} if isinstance(losses, Tensor) else dict(losses)
-        if "loss" not in terms:
-            terms["loss"] = torch.stack(list(terms.values())).sum(0)
-        size = size_of(batch)
-        for name, term in terms.items():
-            if term.shape != (size,):
-                raise UserError(
-                    f"train: losses: expected one per sample, [{size}], got {name} of shape "
-                    f"{list(term.shape)}"
-                )
-        return terms
-
-
-def check_optimizer(optimizer: Any, model: nn.Module) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UserError(
-            "train: optimizer: expected a function from parameters to an optimizer, got "
-            f"{type(optimizer).__name__}"
-        )
-    own = {id(parameter) for parameter in model.parameters()}
-    moved = [p for group in optimizer.param_groups for p in group["params"]]
-    if not all(id(parameter) in own for parameter in moved):
-        raise UserError(
-            "train: optimizer: expected one of the parameters that the function is given, which "
-            "are those of a copy of the model, got others"
-        )
+            raise UserError(f"backward: expected dense with {self.risk.flags}, got tail")
 
 
 class CustomTraining(Training):
@@ -118,19 +65,23 @@ class CustomTraining(Training):
     def __init__(self, own: Own, config: CustomConfig, device: torch.device) -> None:
         super().__init__(config)
         self.own, self.config, self.device = own, config, device
-        self.models = {name: copy.deepcopy(own.model).to(device) for name in config.risks}
+        self.models = {name: over_ranks(copied(own.model)).to(device) for name in config.risks}
+        self.optimizers = {name: make_optimizer(own, m) for name, m in self.models.items()}
         self.with_losses = {
-            name: ranks.parallel(WithLosses(model, own.losses_of))
+            name: ranks.parallel(WithLosses(model, own.losses_of), config.find_unused_parameters)
             for name, model in self.models.items()
         }
-        self.optimizers = {n: own.optimizer(list(m.parameters())) for n, m in self.models.items()}
-        for name, optimizer in self.optimizers.items():
-            check_optimizer(optimizer, self.models[name])
-        self.schedulers = {
-            name: own.scheduler(optimizer)
-            for name, optimizer in self.optimizers.items()
-            if own.scheduler is not None
+        optimizer = next(iter(self.optimizers.values()))
+        self.brought = {
+            "optimizer": in_words(optimizer, *optimizer.param_groups),
+            "scheduler": "none",
+            "test": f"data with the hash {own.test.fingerprint()}" if own.test else "none",
         }
+        self.schedulers = {}
+        if own.scheduler is not None:
+            self.schedulers = {n: make_scheduler(own, each) for n, each in self.optimizers.items()}
+            scheduler = next(iter(self.schedulers.values()))
+            self.brought["scheduler"] = in_words(scheduler, scheduler.state_dict())
         self.objective_sums = {  # and samples, of the epoch under way
             n: torch.zeros(2, dtype=torch.float64, device=device) for n in self.models
         }
@@ -146,6 +97,11 @@ class CustomTraining(Training):
 
     def train_step(self, batch: Any) -> None:
         size, seed = size_of(batch), int(draw_seed(generator=self.noise))
+        if size < ranks.count():
+            raise UserError(
+                f"data: expected batches with a sample for each of {ranks.count()} processes, got "
+                f"one of {size}"
+            )
         part = ranks.part(size)
         mine = rows_of(batch, part)
         versions = [tensor._version for tensor in tensors_of(mine)]
@@ -155,19 +111,17 @@ class CustomTraining(Training):
             # The same noise for every model
             with initialisation(seed, "step", ranks.number(), device=self.device):
                 objective = self._objective(name, mine)
-                objective.backward()
-            if all(parameter.grad is None for parameter in self.models[name].parameters()):
-                raise UserError(
-                    "train: losses: expected losses of the model that they are given, which is a "
-                    "copy, got none that depend on its parameters"
-                )
+                if objective.requires_grad:
+                    objective.backward()
+            self._check_gradients(self.models[name])
             optimizer.step()
+            value = objective.detach().double()
+            self._schedule("step", name, value)
             if versions != [tensor._version for tensor in tensors_of(mine)]:
                 raise UserError(
-                    "train: losses: expected a batch to stay as it is, got one changed in place, "
+                    "losses: expected a batch to stay as it is, got one changed in place, "
                     "which the next model would see"
                 )
-            value = objective.detach().double()
             self.objective_sums[name] += torch.stack([value * size, torch.full_like(value, size)])
             for callback in self.telling:
                 callback.on_step(name, {"train_objective": value.item()})
@@ -185,24 +139,45 @@ class CustomTraining(Training):
             return of_tail(losses, rows, alpha=risk.tail_alpha)
         return risk.over_ranks(model(batch)["loss"], **self._needed(name, batch))
 
+    def _check_gradients(self, model: nn.Module) -> None:
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        unused = [n for n, p in parameters.items() if p.grad is None]
+        if len(unused) == len(parameters):
+            raise UserError(
+                "losses: expected losses of the model that they are given, which is a copy, got "
+                "none that depend on its parameters"
+            )
+        if unused and ranks.count() > 1 and not self.config.find_unused_parameters:
+            raise UserError(
+                "losses: expected losses that depend on all parameters with several processes, "
+                f"got none of {', '.join(unused)}; give find_unused_parameters=True, or freeze "
+                "these by requires_grad_(False)"
+            )
+
     def _needed(self, name: str, batch: Any) -> dict[str, Tensor]:
         needed = {}
         for want in self.config.risks[name].needs:
             found = labels_of(batch) if want == "labels" else None
             if found is None:
-                raise UserError(f"train: data: expected batches with {want} for --risk {name}")
+                raise UserError(f"data: expected batches with {want} for {as_given('risk', name)}")
             needed[want] = found
         return needed
+
+    def _schedule(self, after: str, name: str, objective: Tensor | float) -> None:
+        if self.schedulers and self.config.scheduler_every == after:
+            scheduler = self.schedulers[name]
+            is_told = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            scheduler.step(*([float(objective)] if is_told else []))
 
     def measure(self, data: Any) -> list[Row]:
         rows = []
         for name in self.models:
             total, size = self.objective_sums[name].tolist()
             self.objective_sums[name].zero_()
-            if self.schedulers:
-                self.schedulers[name].step()
             row = {"epoch": self.epoch, "model": name, "train_objective": total / size}
-            rows.append(row | self._measured(name))
+            row |= self._measured(name)
+            self._schedule("epoch", name, row.get(f"test_objective_{name}", total / size))
+            rows.append(row)
         for callback in self.own.callbacks:
             for row in rows:
                 numbers = {k: v for k, v in row.items() if k != "model"}
@@ -263,11 +238,10 @@ class CustomTraining(Training):
             "optimizers": {name: each.state_dict() for name, each in self.optimizers.items()},
             "schedulers": {n: each.state_dict() for n, each in self.schedulers.items()},
             "objective_sums": self.objective_sums,
+            "brought": self.brought,
         }
 
     def load_own_state(self, state: dict[str, Any]) -> None:
-        if self.schedulers.keys() != state["schedulers"].keys():
-            raise ValueError("another scheduler")
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
             self.objective_sums[name].copy_(state["objective_sums"][name])
@@ -301,18 +275,12 @@ class CustomTrainer(Trainer[CustomConfig, CustomTraining]):
         rest = len(whole) % config.batch_size if isinstance(whole, Rows) else 0
         if 0 < rest < ranks.count():
             raise UserError(
-                f"train: batch_size: expected a last batch with a sample for each of "
+                f"batch_size: expected a last batch with a sample for each of "
                 f"{ranks.count()} processes, got one of {rest}"
-            )
-        batch_norm = nn.modules.batchnorm._BatchNorm
-        if ranks.count() > 1 and any(isinstance(m, batch_norm) for m in self.own.model.modules()):
-            raise UserError(
-                "train: model: expected no batch norm with several processes, whose statistics "
-                "would be those of each one's part, got a model with it"
             )
         if isinstance(whole, Loader) and config.sampling.name != "shuffle":
             raise UserError(
-                f"train: sampling: expected data with rows for {config.sampling.name}, got batches"
+                f"sampling: expected data with rows for {config.sampling.name}, got batches"
             )
 
     def begin(self, config: CustomConfig, data: Rows | Loader) -> CustomTraining:

@@ -20,9 +20,9 @@ from sqloss.models.gan_losses import (
 from sqloss.models.pixels import signed_pixels
 from sqloss.models.seeding import initialisation
 from sqloss.training import ranks
+from sqloss.training.batch_norm import over_ranks
 from sqloss.training.datasets import Dataset
 from sqloss.training.errors import UserError
-from sqloss.training.gan.batch_norm import over_ranks
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import Noise, draw_noise
 from sqloss.training.gan.stability import alarms

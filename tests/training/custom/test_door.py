@@ -1,16 +1,19 @@
+import json
+import os
 import re
 import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 from unittest import mock
 
 import numpy
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from sqloss.training import Callback, UserError, train
 
@@ -108,6 +111,14 @@ class Fewer:
         yield points()
 
 
+class Streamed(IterableDataset):
+    def __iter__(self):
+        return iter([points()])
+
+
+PERSISTENT = DataLoader(TensorDataset(*points()), 16, num_workers=1, persistent_workers=True)
+
+
 class Dicts(Dataset):
     def __len__(self):
         return 50
@@ -197,12 +208,97 @@ def test_a_stopped_run_is_resumed_bit_for_bit(tmp_path, kind):
     resumed = fit(tmp_path / "parts", data=data(), resume=True, **settings)
     same(resumed, whole)
     assert resumed.report["models"] == whole.report["models"]
-    with pytest.raises(UserError, match="--resume"):
-        fit(tmp_path / "parts", data=data(), **settings)
-    with pytest.raises(UserError, match="does not fit"):
-        fit(tmp_path / "parts", data=data(), resume=True, **settings | {"scheduler": None})
-    with pytest.raises(UserError, match="--batch-size: expected 16"):
-        fit(tmp_path / "parts", data=data(), resume=True, **settings, batch_size=8)
+
+
+def sgd(lr=0.01):
+    return lambda parameters: torch.optim.SGD(parameters, lr=lr)
+
+
+def halved(every=1):
+    return lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, every, 0.5)
+
+
+def test_a_resumed_run_keeps_its_settings_and_refuses_others(tmp_path):
+    brought = {"test": points(20), "optimizer": sgd(), "scheduler": halved()}
+    brought |= {"output_dir": tmp_path, "progress": False}
+    settings = {"epochs": 2, "batch_size": 10, "seed": 3, "alpha": 0.6, "no_baseline": True}
+    train(Line(), points(), **brought, **settings, scheduler_every="step")
+    longer = train(Line(), points(), **brought, resume=True, epochs=3)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored.items() >= (settings | {"epochs": 3, "scheduler_every": "step"}).items()
+    again = train(Line(), points(), **brought, resume=True)
+    assert again.metrics == longer.metrics and len(longer.metrics) == 3
+
+    for changes, message in [
+        ({"batch_size": 8}, "batch_size: expected 10, with which .*, got 8; with resume only epo"),
+        ({"risk": "mean"}, "risk: expected cvar, with which"),
+        ({"no_baseline": False}, "no_baseline: expected True, with which"),
+        ({"test": points(21)}, "test: expected data with the hash "),
+        ({"test": None}, "test: expected data with the hash .*, got none"),
+        ({"optimizer": None}, r"optimizer: expected SGD\(lr=0.01.*, got Adam\(lr=0.001"),
+        ({"optimizer": sgd(0.02)}, r"optimizer: expected SGD\(lr=0.01.*, got SGD\(lr=0.02"),
+        ({"scheduler": None}, r"scheduler: expected StepLR\(step_size=1.*, got none"),
+        ({"scheduler": halved(2)}, r"scheduler: expected .*, got StepLR\(step_size=2"),
+        ({"data": points(51)}, "data: expected the data that"),
+        ({"resume": False}, "output_dir: expected a directory .* continue that one with resume, "),
+        ({"epochs": 1}, "epochs: expected at least 3"),
+    ]:
+        with pytest.raises(UserError, match=f"^train: {message}"):
+            train(**{"model": Line(), "data": points(), "resume": True} | brought | changes)
+
+
+class Telling(torch.optim.lr_scheduler.ReduceLROnPlateau):
+    told: ClassVar[list] = []
+
+    def step(self, metrics):
+        super().step(metrics)
+        self.told.append(metrics)
+
+
+def test_schedulers(tmp_path):
+    rates = []
+
+    class Noting(Callback):
+        def on_step(self, model, metrics):
+            rates.append(schedulers[-1].get_last_lr()[0])
+
+    schedulers = []
+
+    def one_cycle(optimizer):
+        schedulers.append(torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=13))
+        return schedulers[-1]
+
+    settings = {"risk": "mean", "optimizer": sgd(), "callbacks": [Noting()]}
+    fit(tmp_path / "steps", scheduler=one_cycle, scheduler_every="step", **settings)
+    assert len(rates) == 12 and max(rates) > 0.09 and rates[-1] < 1e-5
+    run = fit(tmp_path / "plateau", scheduler=Telling, test=points(20), no_baseline=True)
+    assert Telling.told == [row["test_objective_cvar"] for row in run.metrics]
+
+
+class Interrupted(Augmented):
+    """A worker that reads it gets the Ctrl-C of a terminal, twice."""
+
+    def __getitem__(self, i):
+        if torch.utils.data.get_worker_info():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return super().__getitem__(i)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a test of what processes inherit")
+def test_ctrl_c_ends_no_worker_of_a_loader(tmp_path):
+    loader = DataLoader(Interrupted(), 16, num_workers=1, multiprocessing_context="fork")
+    stopped = fit(tmp_path, data=loader, callbacks=[Stopping(3)])
+    assert not stopped.finished and (tmp_path / "checkpoints").exists()
+
+
+def test_a_checkpoint_that_could_not_be_read_is_not_written(tmp_path):
+    class Holding(torch.optim.SGD):
+        def state_dict(self):
+            return super().state_dict() | {"mine": {"range": range(3)}}
+
+    with pytest.raises(UserError, match=r"cannot save .*: expected .*, got builtins\.range, whi"):
+        fit(tmp_path, optimizer=Holding)
 
 
 def test_backward_through_the_tail_alone(tmp_path):
@@ -245,12 +341,12 @@ def test_callbacks(tmp_path):
         ({"data": (torch.ones(0, 2), torch.ones(0, 1))}, "train: data: expected"),
         ({"data": iter([points()])}, "train: data: expected an iterable that knows its number"),
         ({"losses_of": lambda m, b: m.losses(b).mean()}, r"train: losses: expected one per sample"),
-        ({"sampling": "balanced"}, "--sampling: expected data with labels"),
+        ({"sampling": "balanced"}, "train: sampling: expected data with labels"),
         ({"data": Batches(), "sampling": "balanced"}, "train: sampling: expected data with rows"),
-        ({"risk": "worst"}, "--risk: expected one of cvar, mean"),
-        ({"alpha": 1.0}, r"--alpha: expected a number in \[0, 1\)"),
+        ({"risk": "worst"}, "train: risk: expected one of cvar, mean"),
+        ({"alpha": 1.0}, r"train: alpha: expected a number in \[0, 1\)"),
         ({"learning_rate": 1.0}, "train: settings: expected some of a"),
-        ({"risk": "mean", "backward": "tail"}, "train: backward: expected dense with --risk mean"),
+        ({"risk": "mean", "backward": "tail"}, "train: backward: expected dense with risk=mean"),
         ({"data": Fewer()}, "train: data: expected an iterable with as many batches as its length"),
         ({"data": dict(x=points()[0])}, "train: data: expected a tensor, .* got a dict"),
         ({"losses_of": halving}, "train: losses: expected a batch to stay as it is"),
@@ -262,10 +358,26 @@ def test_callbacks(tmp_path):
             {"optimizer": lambda _: torch.optim.SGD(OTHER.parameters())},
             "train: optimizer: expected",
         ),
+        ({"optimizer": sgd()([OTHER.bias])}, "train: optimizer: expected a function, got SGD"),
+        ({"optimizer": torch.optim.LBFGS}, "train: optimizer: expected one whose step needs no"),
+        ({"scheduler": lambda _: 3}, "train: scheduler: expected a function .* to int"),
+        ({"callbacks": [print]}, "train: callbacks: expected a list of objects of Callback"),
+        ({"model": Line().requires_grad_(False)}, "train: model: expected one with parameters"),
+        ({"model": Line}, "train: model: expected a module with a method losses.* got type"),
+        ({"data": [points()]}, r"train: data: .* got list, .*DataLoader\(data, batch_size=None\)"),
+        ({"data": Streamed()}, "train: data: .* got Streamed, which may hold samples or batches"),
+        ({"test": [points()]}, r"train: test: .* DataLoader\(test, batch_size=None\)"),
+        ({"data": PERSISTENT}, "train: data: expected .* got one with persistent_workers=True"),
+        ({"losses_of": lambda m, b: None}, "train: losses: expected a tensor or .* got NoneType"),
+        ({"losses_of": lambda m, b: {"a": 1.0}}, "train: losses: expected a tensor, got a, float"),
+        ({"losses_of": lambda m, b: m.losses(b).long()}, "train: losses: .* got loss, torch.int64"),
+        ({"losses_of": lambda m, b: m.losses(b).detach()}, "train: losses: expected losses of the"),
+        ({"scheduler_every": "batch"}, "train: scheduler_every: expected one of epoch, step"),
+        ({"risk": "mean", "no_baseline": True}, "train: no_baseline: expected .* got risk=mean"),
         ({"optimizer": lambda _: 3}, "train: optimizer: expected a function from parameters"),
         ({"epochs": 2.5}, "train: epochs: expected int, got 2.5"),
         ({"alpha": "0.9"}, "train: alpha: expected float, got '0.9'"),
-        ({"epochs": 0}, "--epochs: expected a whole number from 1"),
+        ({"epochs": 0}, "train: epochs: expected a whole number from 1"),
     ],
 )
 def test_errors(tmp_path, settings, message):
