@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import ClassVar
 
+from sqloss.training import sampling_report
 from sqloss.training.datasets import Dataset
 from sqloss.training.image_trainer import ACCURACY, RARE_SHARE, ImageTrainer
 from sqloss.training.run import Run
@@ -70,6 +71,7 @@ class VAETrainer(ImageTrainer[VAEConfig, loop.VAETraining]):
             for name, model in models.items()
         }
         made = report.make_report(models, losses, run.whole, data, config)
+        made |= sampling_report.section(training, data, data.class_names)
         plots.draw_pictures(directory, models, losses, training.history, data, config)
         report.write_report(directory, made)
         return made
