@@ -251,7 +251,9 @@ def add_impute_flags(impute: argparse.ArgumentParser) -> None:
     training = impute.add_argument_group(
         "how --compare trains; with RUN_DIR only " + ", ".join(map(as_flag, VAEConfig.of_machine))
     )
-    add_config_flags(training, VAEConfig, PLAIN, without=NOT_COMPARED)
+    add_config_flags(
+        training, VAEConfig, PLAIN, without=(*NOT_COMPARED, *settings_of(ImputeConfig))
+    )
 
 
 def add_config_flags(

@@ -12,10 +12,12 @@ from sqloss.groups.partitions import clusters as clusters
 from sqloss.groups.probabilities import effective_sample_size as effective_sample_size
 from sqloss.groups.probabilities import probabilities as probabilities
 from sqloss.groups.probabilities import score_probabilities as score_probabilities
+from sqloss.groups.sampler import CommunitySampler as CommunitySampler
 from sqloss.groups.scores import density as density
 from sqloss.groups.scores import leverage as leverage
 
 __all__ = [
+    "CommunitySampler",
     "clusters",
     "communities",
     "density",

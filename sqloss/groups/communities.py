@@ -12,7 +12,7 @@ from sqloss.groups.features import (
     check_number,
     check_whole,
     restored,
-    standardised,
+    scaled,
 )
 from sqloss.groups.neighbours import neighbour_graph, search
 
@@ -21,7 +21,12 @@ KEPT = 0.8  # share of the samples of each trial
 
 
 def communities(
-    features: Tensor, *, neighbours: int = 10, resolution: float = 1.0, seed: int = 0
+    features: Tensor,
+    *,
+    neighbours: int = 10,
+    resolution: float = 1.0,
+    seed: int = 0,
+    standardise: bool = True,
 ) -> Tensor:
     r"""Groups of samples that are one another's neighbours, found without labels or their number.
 
@@ -42,6 +47,8 @@ def communities(
         neighbours: how many each sample is joined to, from 1 up; fewer where there are fewer.
         resolution: :math:`\gamma` > 0; larger: more and smaller groups.
         seed: of the order in which samples are visited.
+        standardise: whether each feature is brought to variance 1; without it they keep their
+            proportions, as those that have one unit should, such as pixels.
 
     Returns:
         Tensor: the number of each sample's group, int64 [N] on the CPU, from 0 for the largest
@@ -72,7 +79,7 @@ def communities(
     """
     check_arguments("communities", features, neighbours, resolution, seed)
     rows, order = canonical(features)
-    return by_size(restored(partition(rows, neighbours, resolution, seed), order))
+    return by_size(restored(partition(rows, neighbours, resolution, seed, standardise), order))
 
 
 def check_arguments(
@@ -84,11 +91,13 @@ def check_arguments(
     check_whole(function, "seed", seed, 0)
 
 
-def partition(rows: Tensor, neighbours: int, resolution: float, seed: int) -> Tensor:
+def partition(
+    rows: Tensor, neighbours: int, resolution: float, seed: int, standardise: bool
+) -> Tensor:
     """Groups in any numbering, int64 [N], of rows in canonical order, float64 [N, D]."""
     if len(rows) == 1:
         return torch.zeros(1, dtype=torch.int64)
-    nearest, _ = search(standardised(rows), min(neighbours, len(rows) - 1))
+    nearest, _ = search(scaled(rows, standardise), min(neighbours, len(rows) - 1))
     edges, weights = neighbour_graph(nearest)
     return louvain(edges, weights, len(rows), resolution, seed)
 
@@ -146,6 +155,7 @@ def stability(
     neighbours: int = 10,
     resolution: float = 1.0,
     seed: int = 0,
+    standardise: bool = True,
     trials: int = TRIALS,
 ) -> Tensor:
     r"""How surely each group comes back: 1 where it always does, near 0 where it never does.
@@ -162,7 +172,7 @@ def stability(
     Args:
         features: as of :func:`communities`, [N, D].
         groups: the number of each sample's group, int64 [N], as ``communities`` gives them.
-        neighbours, resolution, seed: with which ``groups`` were found.
+        neighbours, resolution, seed, standardise: with which ``groups`` were found.
         trials: how many, from 1 up; each costs what :func:`communities` does, or a little less.
 
     Returns:
@@ -188,7 +198,11 @@ def stability(
         kept = torch.randperm(len(rows), generator=draws)[: max(1, round(KEPT * len(rows)))].sort()
         share = 0.5 + trial / max(trials - 1, 1)
         found = partition(
-            rows[kept.values], max(1, round(share * neighbours)), resolution, seed + trial + 1
+            rows[kept.values],
+            max(1, round(share * neighbours)),
+            resolution,
+            seed + trial + 1,
+            standardise,
         )
         scores += best_overlaps(groups[kept.values], found, len(scores))
     return scores / trials

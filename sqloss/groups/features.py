@@ -52,15 +52,20 @@ def canonical(features: Tensor) -> tuple[Tensor, Tensor]:
     return wide[order], order
 
 
-def standardised(features: Tensor) -> Tensor:
+def scaled(features: Tensor, standardise: bool = True) -> Tensor:
     """Features with mean 0 and variance 1, in float32; those that do not vary are 0.
+
+    Without ``standardise`` it is their mean variance that is 1, and they keep their proportions.
 
     float64 [N, D] in, so that a large mean costs no digits.
     """
     centred = features - features.mean(0)
     # Features divided by their largest size: squares neither overflow nor vanish.
-    centred = centred / centred.abs().amax(0).clamp_min(torch.finfo(torch.float64).tiny)
-    deviation = centred.square().mean(0).sqrt()
+    sizes = centred.abs().amax(0)
+    sizes = sizes if standardise else sizes.max()
+    centred = centred / sizes.clamp_min(torch.finfo(torch.float64).tiny)
+    variance = centred.square().mean(0)
+    deviation = (variance if standardise else variance.mean()).sqrt()
     return (centred / deviation.where(deviation > 0, 1)).float()
 
 

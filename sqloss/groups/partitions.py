@@ -6,10 +6,12 @@ from torch import Tensor, from_numpy
 
 from sqloss._extras import require
 from sqloss.groups.communities import by_size
-from sqloss.groups.features import canonical, check_features, check_whole, restored, standardised
+from sqloss.groups.features import canonical, check_features, check_whole, restored, scaled
 
 
-def clusters(features: Tensor, *, count: int = 50, seed: int = 0) -> Tensor:
+def clusters(
+    features: Tensor, *, count: int = 50, seed: int = 0, standardise: bool = True
+) -> Tensor:
     r"""Groups by k-means: each sample belongs to the nearest of ``count`` centres.
 
     The features are standardised; the centres c are a local minimum of
@@ -19,6 +21,8 @@ def clusters(features: Tensor, *, count: int = 50, seed: int = 0) -> Tensor:
         features: a row per sample, [N, D], of float16, bfloat16, float32 or float64.
         count: the number of centres, from 1 up; one per sample where there are fewer.
         seed: of the first centres.
+        standardise: whether each feature is brought to variance 1; without it they keep their
+            proportions, as those that have one unit should, such as pixels.
 
     Returns:
         Tensor: the number of each sample's group, int64 [N] on the CPU, from 0 for the largest.
@@ -43,7 +47,7 @@ def clusters(features: Tensor, *, count: int = 50, seed: int = 0) -> Tensor:
     check_whole("clusters", "count", count, 1)
     check_whole("clusters", "seed", seed, 0)
     rows, order = canonical(features)
-    points = standardised(rows)
+    points = scaled(rows, standardise)
     method = require("sklearn.cluster").KMeans(
         min(count, len(rows)), n_init=1, random_state=seed % 2**32
     )

@@ -6,12 +6,18 @@ Both measure how much room a sample has, so they lift what is spread out, and no
 import torch
 from torch import Tensor
 
-from sqloss.groups.features import canonical, check_features, check_number, check_whole, restored
-from sqloss.groups.features import standardised as standardise
+from sqloss.groups.features import (
+    canonical,
+    check_features,
+    check_number,
+    check_whole,
+    restored,
+    scaled,
+)
 from sqloss.groups.neighbours import search
 
 
-def leverage(features: Tensor, *, ridge: float = 1e-3) -> Tensor:
+def leverage(features: Tensor, *, ridge: float = 1e-3, standardise: bool = True) -> Tensor:
     r"""The ridge leverage score of each sample: how far the others are from explaining it.
 
     With the standardised features as the rows :math:`f_i` of F,
@@ -21,6 +27,8 @@ def leverage(features: Tensor, *, ridge: float = 1e-3) -> Tensor:
     Args:
         features: a row per sample, [N, D], of float16, bfloat16, float32 or float64.
         ridge: :math:`\lambda` > 0.
+        standardise: whether each feature is brought to variance 1; without it they keep their
+            proportions, as those that have one unit should, such as pixels.
 
     Returns:
         Tensor: float64 [N] on the CPU. Repeatable; a permutation of the rows permutes it.
@@ -42,20 +50,21 @@ def leverage(features: Tensor, *, ridge: float = 1e-3) -> Tensor:
     check_features("leverage", features)
     check_number("leverage", "ridge", ridge, ridge > 0, "a number above 0")
     rows, order = canonical(features)
-    points = standardise(rows).double()
+    points = scaled(rows, standardise).double()
     ridges = ridge * len(points) * torch.eye(points.shape[1], dtype=torch.float64)
     half = torch.linalg.cholesky(points.T @ points + ridges)
     solved = torch.linalg.solve_triangular(half, points.T, upper=False)
     return restored(solved.square().sum(0), order)
 
 
-def density(features: Tensor, *, neighbours: int = 10) -> Tensor:
+def density(features: Tensor, *, neighbours: int = 10, standardise: bool = True) -> Tensor:
     r"""The distance from each sample to its k-th nearest neighbour: large where few lie.
 
     Args:
-        features: a row per sample, [N, D], of float16, bfloat16, float32 or float64; they are
-            standardised.
+        features: a row per sample, [N, D], of float16, bfloat16, float32 or float64.
         neighbours: k, from 1 up; the farthest where there are fewer.
+        standardise: whether each feature is brought to variance 1; without it they keep their
+            proportions, as those that have one unit should, such as pixels.
 
     Returns:
         Tensor: float64 [N] on the CPU; 0 for a single sample. Repeatable; a permutation of the rows
@@ -80,5 +89,5 @@ def density(features: Tensor, *, neighbours: int = 10) -> Tensor:
     rows, order = canonical(features)
     if len(rows) == 1:
         return torch.zeros(1, dtype=torch.float64)
-    _, distances = search(standardise(rows), min(neighbours, len(rows) - 1))
+    _, distances = search(scaled(rows, standardise), min(neighbours, len(rows) - 1))
     return restored(distances[:, -1].double(), order)

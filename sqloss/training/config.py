@@ -31,6 +31,7 @@ from sqloss.training.flags import (
     settings_chosen,
     settings_of,
 )
+from sqloss.training.group_samplers import Communities as Communities  # these register too
 from sqloss.training.risks import RISKS, CVaR, Mean, Risk
 from sqloss.training.samplers import SAMPLERS, Sampler
 

@@ -60,13 +60,17 @@ class Training(ABC):
     columns: tuple[str, ...]  # the names of the metrics
     round = 1  # steps after which every kind of step has been taken
     brought: Mapping[str, str] = {}  # by argument, what a resumed run is to be given again
+    feature_names: tuple[str, ...] = ()  # those that ``features`` knows, the default first
 
     def __init__(self, config: RunConfig) -> None:
         self.seed = config.seed
+        self.epochs = config.epochs
         self.noise = generator(config.seed, "noise")
         self.epoch = 0  # whole epochs done
         self.step = 0  # steps done of the epoch under way
         self.history: list[Row] = []
+        # What the sampler keeps over epochs; None where it keeps nothing.
+        self.of_sampler: dict[str, Any] | None = {} if config.sampling.keeps_state else None
 
     @abstractmethod
     def train_step(self, batch: Any) -> None:
@@ -95,17 +99,27 @@ class Training(ABC):
     @abstractmethod
     def load_own_state(self, state: dict[str, Any]) -> None: ...
 
+    def features(self, name: str, data: Any) -> Tensor:
+        """What a sampler sees of the samples, [N, D], by one of ``feature_names``.
+
+        Of a model they are those of the first, the standard one where it is trained: all models of
+        a run see the same batches, and that one is trained as if there were no other.
+        """
+        raise NotImplementedError
+
     def alarms(self) -> list[str]:
         """What is wrong since the epoch that has ended though all numbers are finite."""
         return []
 
     def state_dict(self) -> dict[str, Any]:
+        of_sampler = {} if self.of_sampler is None else {"sampler": self.of_sampler}
         return {
             "epoch": self.epoch,
             "step": self.step,
             "models": {name: model.state_dict() for name, model in self.models.items()},
             "noise": self.noise.get_state(),
             "history": self.history,
+            **of_sampler,
         } | self.own_state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -118,6 +132,8 @@ class Training(ABC):
         self.load_own_state(state)
         self.noise.set_state(state["noise"])
         self.history = state["history"]
+        if self.of_sampler is not None:
+            self.of_sampler = state["sampler"]
 
     def _check_state(self, models: Iterable[str], history: list[Row], epoch: int) -> None:
         if set(models) != self.models.keys():

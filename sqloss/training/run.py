@@ -88,7 +88,9 @@ class Run(Generic[Config]):
         self.data = trainer.training_data(whole, config)
         check_ranks_agree(config, self.fingerprint)
         set_threads(config, self.data)
-        self.start(trainer.begin(config, self.data), self.data)
+        training = trainer.begin(config, self.data)
+        ranks.of_first(lambda: config.sampling.check(self.data, training))
+        self.start(training, self.data)
 
     def start(self, training: Training, data: Any) -> "Run[Config]":
         """Take the directory, or take up the training where the directory has it."""

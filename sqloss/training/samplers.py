@@ -25,6 +25,11 @@ class Sampler(ABC):
     """The value of ``--sampling``."""
     about: ClassVar[str]
     """The samples of an epoch, in words."""
+    keeps_state: ClassVar[bool] = False
+    """Whether it keeps anything in ``Training.of_sampler``, which is part of the checkpoint."""
+
+    def check(self, data: "TrainingData", training: "Training") -> None:  # noqa: B027
+        """Raise before the training what ``order`` would raise in the midst of it."""
 
     @abstractmethod
     def order(self, data: "TrainingData", draws: torch.Generator, training: "Training") -> Tensor:

@@ -206,6 +206,15 @@ def test_arguments_are_refused_by_name(name, arguments, message):
         getattr(groups, name)(torch.zeros(3, 2), **arguments)
 
 
+def test_without_standardising_features_keep_their_proportions():
+    x = points(40, 2) * torch.tensor([1e3, 1.0]) + 7
+    apart = groups.density(x, neighbours=3, standardise=False)
+    scale = (x - x.mean(0)).square().mean().sqrt()
+    _, expected = plainly_nearest(x / scale, 3)
+    torch.testing.assert_close(apart, expected[:, 2], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(apart.argsort(), groups.density(x, neighbours=3).argsort())
+
+
 def test_scores_are_what_their_formulas_say():
     x = points(30, 4)
     f = (x - x.mean(0)) / x.std(0, correction=0)

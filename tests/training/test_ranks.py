@@ -36,6 +36,7 @@ VAE_VARIANTS = {
     "tail of reconstruction": {"tail_term": "reconstruction", "prior": "t", "beta": 2.0},
     "importance-weighted": {"iwae_samples": 3, "backward": "dense"},
     "conv, oversampled": {"architecture": "conv", "channels": "2,3", "sampling": "balanced"},
+    "communities": {"sampling": "communities", "neighbours": 3, "min_stability": 0.0},
     "tail alone": {"backward": "tail"},
     "microbatches": {"microbatch_size": 3},
     "microbatches of a mean": {"alpha": 0.0, "tail_term": "reconstruction", "microbatch_size": 3},

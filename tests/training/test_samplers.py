@@ -2,7 +2,10 @@ import pytest
 import torch
 
 from sqloss.models.seeding import generator
+from sqloss.training import checkpoint, sampling_report
 from sqloss.training.errors import UserError
+from sqloss.training.flags import changed
+from sqloss.training.run import Run
 from sqloss.training.samplers import SAMPLERS, Balanced, Shuffle
 
 
@@ -41,7 +44,180 @@ def test_balanced_needs_labels():
 
 
 def test_every_sampler_has_its_name():
-    assert {name: kind.name for name, kind in SAMPLERS.items()} == {
-        "shuffle": "shuffle",
-        "balanced": "balanced",
-    }
+    expected = ["shuffle", "balanced", "communities", "clusters", "leverage", "density"]
+    assert {name: kind.name for name, kind in SAMPLERS.items()} == {name: name for name in expected}
+
+
+# --- the samplers without labels
+
+
+class Rare(Data):
+    """Rows around centres far apart; the last class is rare."""
+
+    def __init__(self, counts=(90, 80, 9)):
+        super().__init__(counts)
+        draws = generator(0, "rare")
+        centres = 50 * torch.randn(len(counts), 3, generator=draws)
+        self.x = torch.randn(len(self), 3, generator=draws) + centres[self.labels]
+
+
+class Trained:
+    """What a sampler asks of a training."""
+
+    feature_names = ("means", "pixels")
+
+    def __init__(self, epochs=4):
+        self.epochs, self.epoch, self.step, self.seed = epochs, 0, 0, 0
+        self.of_sampler = {}
+        self.asked = []
+
+    def features(self, name, data):
+        self.asked.append((name, self.epoch))
+        return data.x
+
+
+FOUND = {"resolution": 0.2, "min_stability": 0.0}
+BY_FEATURES = {
+    "communities": FOUND,
+    "clusters": {"clusters": 3},
+    "leverage": {},
+    "density": {},
+}
+
+
+def epoch_of(sampler, data, training, epoch):
+    training.epoch = epoch
+    return sampler.order(data, generator(0, "order", epoch), training)
+
+
+@pytest.mark.parametrize("name", BY_FEATURES)
+def test_they_begin_with_their_share_of_the_training_and_are_found_once(name):
+    sampler, data, training = SAMPLERS[name](**BY_FEATURES[name]), Rare(), Trained()
+    for epoch in (0, 1):
+        assert sorted(epoch_of(sampler, data, training, epoch).tolist()) == list(range(179))
+        assert not training.of_sampler
+    for epoch in (2, 3):
+        drawn = epoch_of(sampler, data, training, epoch)
+        assert len(drawn) == 179 and drawn.min() >= 0 and drawn.max() < 179
+        assert torch.equal(drawn, epoch_of(sampler, data, training, epoch))
+    assert training.asked == [("means", 2)]
+    refreshed = SAMPLERS[name](**BY_FEATURES[name], sampling_from=0.0, sampling_refresh=2)
+    training = Trained(6)
+    for epoch in range(6):
+        epoch_of(refreshed, data, training, epoch)
+    assert training.asked == [("means", epoch) for epoch in (0, 2, 4)]
+
+
+def test_a_refresh_leaves_the_epoch_under_way_as_it_is():
+    sampler = SAMPLERS["communities"](**FOUND, sampling_from=0.0, sampling_refresh=1)
+    data, training = Rare(), Trained()
+    drawn = epoch_of(sampler, data, training, 1)
+    training.step = 3
+    assert torch.equal(drawn, epoch_of(sampler, data, training, 1)) and len(training.asked) == 1
+
+
+def test_communities_draw_a_rare_class_more_often():
+    data = Rare()
+    for lift in (True, False):
+        sampler = SAMPLERS["communities"](**FOUND, sampling_lift=lift, sampling_from=0.0)
+        drawn = torch.cat([epoch_of(sampler, data, Trained(), epoch) for epoch in range(20)])
+        assert (data.labels[drawn] == 2).double().mean() > 0.2  # 5 % of the data
+    for guarded in ({"min_community": 10}, {"sampling_power": 0.0}):
+        sampler = SAMPLERS["communities"](**FOUND, **guarded, sampling_from=0.0)
+        training = Trained()
+        epoch_of(sampler, data, training, 0)
+        weights = training.of_sampler["p"][data.labels == 2]
+        assert (weights <= training.of_sampler["p"].min() * (1 + 1e-9)).all()
+
+
+def test_what_is_not_stable_is_not_lifted():
+    data, training = Rare(), Trained()
+    sampler = SAMPLERS["communities"](resolution=0.2, sampling_from=0.0, min_stability=1.0)
+    epoch_of(sampler, data, training, 0)
+    kept = training.of_sampler
+    weights = kept["p"] * len(data)
+    unstable = (kept["stability"] < 1)[kept["groups"]]
+    assert kept["stability"].shape == (int(kept["groups"].max()) + 1,)
+    if unstable.any():
+        assert (weights[unstable] <= weights.min() + 1e-12).all()
+
+
+def test_features_of_a_file(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    data, training = Rare(), Trained()
+    numpy.save(tmp_path / "f.npy", data.x.numpy())
+    of_file = SAMPLERS["communities"](**FOUND, sampling_from=0.0, features=str(tmp_path / "f.npy"))
+    of_file.check(data, training)
+    drawn = epoch_of(of_file, data, training, 0)
+    assert not training.asked
+    own = SAMPLERS["communities"](**FOUND, sampling_from=0.0)
+    assert torch.equal(drawn, epoch_of(own, data, Trained(), 0))
+    numpy.save(tmp_path / "f.npy", data.x.numpy()[1:])
+    with pytest.raises(UserError, match=r"--features: expected a row for each of 179 .* 178 x 3"):
+        of_file.check(data, training)
+    numpy.save(tmp_path / "f.npy", data.x.numpy() * float("nan"))
+    with pytest.raises(UserError, match="--features: expected finite numbers"):
+        of_file.check(data, training)
+    (tmp_path / "f.npy").write_text("none")
+    with pytest.raises(UserError, match=r"--features: cannot read .*f.npy"):
+        of_file.check(data, training)
+
+
+def test_features_that_a_trainer_has_not():
+    sampler = SAMPLERS["density"](features="hidden")
+    with pytest.raises(UserError, match="--features: expected one of means, pixels, FILE"):
+        sampler.check(Rare(), Trained())
+    training = Trained()
+    training.feature_names = ()
+    with pytest.raises(UserError, match=r"--features: expected one of FILE.npy here, got auto"):
+        SAMPLERS["density"]().check(Rare(), training)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("leverage", {"sampling_power": -1.0}),
+        ("leverage", {"sampling_from": 1.0}),
+        ("density", {"sampling_refresh": -1}),
+        ("clusters", {"clusters": 0}),
+        ("clusters", {"min_community": 0}),
+        ("communities", {"neighbours": 0}),
+        ("communities", {"resolution": 0.0}),
+        ("communities", {"min_stability": 1.5}),
+    ],
+)
+def test_settings_out_of_range(name, setting):
+    (field,) = setting
+    with pytest.raises(UserError, match=f"--{field.replace('_', '-')}: expected"):
+        SAMPLERS[name](**setting)
+
+
+def test_what_the_report_says():
+    data, training = Rare(), Trained()
+    epoch_of(SAMPLERS["communities"](resolution=0.2, sampling_from=0.0), data, training, 0)
+    report = sampling_report.section(training, data, ("a", "b", "rare"))
+    found = report["sampling"]
+    assert sum(group["size"] for group in found["groups"]) == 179
+    assert sum(group["drawn"] for group in found["groups"]) == pytest.approx(1)
+    assert 0 < found["effective_sample_size"] < 1
+    assert found["classes_that_pay"].keys() <= {"a", "b"} and found["classes_that_pay"]
+    text = sampling_report.note(report)
+    assert "From epoch 1 on" in text and "| 0 |" in text and "drawn less for it: " in text
+    assert sampling_report.section(Trained(), data, ("a",)) == {} and sampling_report.note({}) == ""
+
+
+@pytest.mark.parametrize("stopped_after", [4, 8, 11])
+def test_a_run_resumes_with_the_groups_that_it_had(
+    trainer, tmp_path, assert_same_run, signalling, stopped_after
+):
+    trainer.config = changed(
+        trainer.config, sampling="communities", neighbours=3, sampling_refresh=1
+    )
+    trainer.train(trainer.run(tmp_path / "whole"))
+    _, ended = trainer.train(trainer.run(tmp_path / "resumed"), signalling(stopped_after))
+    assert not ended
+    again = Run.resumed(type(trainer.config), tmp_path / "resumed", {})
+    assert trainer.train(again)[1]
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+    state = checkpoint.load(tmp_path / "resumed" / "checkpoints")
+    assert state["sampler"]["epoch"] == 3 and state["sampler"]["p"].shape == (50,)

@@ -11,7 +11,7 @@ from sqloss import distributed
 from sqloss.models.seeding import initialisation
 from sqloss.student_t import draw_seed
 from sqloss.tail import tail_loss
-from sqloss.training import ranks
+from sqloss.training import ranks, sampling_report
 from sqloss.training.batch_norm import over_ranks
 from sqloss.training.config import RunConfig
 from sqloss.training.custom import report
@@ -86,6 +86,8 @@ class CustomTraining(Training):
             n: torch.zeros(2, dtype=torch.float64, device=device) for n in self.models
         }
         self.columns = ("epoch", "model", "train_objective", *self._test_columns())
+        if callable(getattr(own.model, "features", None)):
+            self.feature_names = ("model",)
         self.telling = [c for c in own.callbacks if type(c).on_step is not Callback.on_step]
 
     def _test_columns(self) -> tuple[str, ...]:
@@ -168,6 +170,17 @@ class CustomTraining(Training):
             scheduler = self.schedulers[name]
             is_told = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
             scheduler.step(*([float(objective)] if is_told else []))
+
+    @torch.no_grad()
+    def features(self, name: str, data: Any) -> Tensor:
+        """What the model's own method ``features(batch)`` returns, in evaluation mode."""
+        model: Any = next(iter(self.models.values()))
+        was_training = model.training
+        model.eval()
+        with initialisation(self.config.seed, "features", device=self.device):
+            found = [model.features(batch) for batch in data.in_order(self.config.batch_size)]
+        model.train(was_training)
+        return torch.cat([each.detach().flatten(1).cpu() for each in found])
 
     def measure(self, data: Any) -> list[Row]:
         rows = []
@@ -291,6 +304,9 @@ class CustomTrainer(Trainer[CustomConfig, CustomTraining]):
         names = training.models if self.own.test is not None else ()
         tested = {name: training.test_losses(name) for name in names}
         made = report.make_report(training, tested, run.config)
+        labels = run.data.labels if isinstance(run.data, Rows) else None
+        classes = 0 if labels is None else int(labels.max()) + 1
+        made |= sampling_report.section(training, run.data, tuple(map(str, range(classes))))
         for path in report.write(run.directory, made, training, tested):
             for callback in self.own.callbacks:
                 callback.on_picture(path.stem, path)

@@ -24,6 +24,7 @@ from sqloss.training.batch_norm import over_ranks
 from sqloss.training.datasets import Dataset
 from sqloss.training.errors import UserError
 from sqloss.training.gan.config import GANConfig
+from sqloss.training.gan.features import FEATURES, features_of
 from sqloss.training.gan.generation import Noise, draw_noise
 from sqloss.training.gan.stability import alarms
 from sqloss.training.loop import Row, Training
@@ -215,6 +216,8 @@ class GANTraining(Training):
     the generators take --g-steps steps.
     """
 
+    feature_names = FEATURES
+
     def __init__(self, model: GAN, config: GANConfig, batches: int) -> None:
         super().__init__(config)
         self.config = config
@@ -261,6 +264,9 @@ class GANTraining(Training):
             {"epoch": self.epoch, "model": name, **contender.close_epoch()}
             for name, contender in self.contenders.items()
         ]
+
+    def features(self, name: str, data: Dataset) -> Tensor:
+        return features_of(name, next(iter(self.models.values())).discriminator, data)
 
     def describe(self, row: Row) -> str:
         return (

@@ -9,6 +9,7 @@ from torch import Tensor
 from sqloss.models.classifier import Classifier, accuracy
 from sqloss.models.gan import Generator
 from sqloss.models.seeding import generator as stream
+from sqloss.training import sampling_report
 from sqloss.training.attributes import AttributeJudge, attribute_note, attribute_table
 from sqloss.training.datasets import Dataset
 from sqloss.training.errors import UserError
@@ -181,7 +182,7 @@ Every setting is in `config.json`.
   held-out ones are.
 - This is one run with one seed. A difference between the models on one seed is not evidence for one
   of them: repeat it with several seeds (`sqloss sweep gan --seeds 5`).
-
+{sampling_report.note(report)}
 {shown}
 """
 

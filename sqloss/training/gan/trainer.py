@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Generator, Tensor
 
+from sqloss.training import sampling_report
 from sqloss.training.datasets import Dataset
 from sqloss.training.files import write_report
 from sqloss.training.gan import loop, plots, report
@@ -127,6 +128,7 @@ class GANTrainer(ImageTrainer[GANConfig, loop.GANTraining]):
         )
         generators, history = training.generators, training.history
         made = report.make_report(generators, history, classifier, run.whole, data, config)
+        made |= sampling_report.section(training, data, data.class_names)
         plots.draw_pictures(directory, training.models, generators, history, data, config)
         write_report(directory, report.as_markdown(made), made)
         return made

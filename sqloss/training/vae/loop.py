@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from sqloss.models import VAE
-from sqloss.models.pixels import pixels
+from sqloss.models.pixels import in_blocks, pixels
 from sqloss.models.seeding import initialisation
 from sqloss.student_t import draw_seed
 from sqloss.training import ranks
 from sqloss.training.datasets import Dataset
+from sqloss.training.datasets.features import AT_ONCE, IMAGE_FEATURES, image_features
 from sqloss.training.loop import Row, Training
 from sqloss.training.vae.backends import BACKENDS, Batch
 from sqloss.training.vae.config import VAEConfig
@@ -27,6 +28,8 @@ COLUMNS = (
 
 class VAETraining(Training):
     """The training of copies of one initial model, one for every contender of the run."""
+
+    feature_names = ("means", *IMAGE_FEATURES)
 
     def __init__(self, model: VAE, config: VAEConfig) -> None:
         super().__init__(config)
@@ -68,6 +71,16 @@ class VAETraining(Training):
             | {f"test_{metric}": value for metric, value in test.items()}
             | learnt_df(model)
         )
+
+    @torch.no_grad()
+    def features(self, name: str, data: Dataset) -> Tensor:
+        if name in IMAGE_FEATURES:
+            return image_features(name, data)
+        model = next(iter(self.models.values()))
+        device = next(model.parameters()).device
+        blocks = in_blocks(data.train_images, AT_ONCE)
+        # The mean of Student's t with a df of 1 or below is none: its location is the same place.
+        return torch.cat([model.encode(pixels(block.to(device))).loc.cpu() for block in blocks])
 
     def describe(self, row: Row) -> str:
         return (

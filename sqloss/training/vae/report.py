@@ -11,6 +11,7 @@ from sqloss.models import VAE
 from sqloss.models.classifier import accuracy
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
+from sqloss.training import sampling_report
 from sqloss.training.attributes import AttributeJudge, attribute_note, attribute_table
 from sqloss.training.datasets import Dataset
 from sqloss.training.flags import flat
@@ -166,7 +167,7 @@ Every setting is in `config.json`.
   before the imbalance, and gets {report["classifier_test_accuracy"]:.1%} of the test images right.
   The intervals are Wilson's at {CONFIDENCE:.0%}; they cover the number of generated images, not
   the classifier's errors.{attribute_note(report)}
-
+{sampling_report.note(report)}
 ![Losses over the epochs](vae_loss_curves.png)
 ![Distribution of the test losses](vae_loss_distribution.png)
 ![Generated images](vae_samples.png)

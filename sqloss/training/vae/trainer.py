@@ -6,6 +6,7 @@ from typing import ClassVar
 from torch import Generator
 
 from sqloss.student_t import draw_seed
+from sqloss.training import sampling_report
 from sqloss.training.datasets import Dataset
 from sqloss.training.files import write_report
 from sqloss.training.image_trainer import ACCURACY, RARE_SHARE, ImageTrainer
@@ -103,6 +104,7 @@ class VAETrainer(ImageTrainer[VAEConfig, loop.VAETraining]):
         made = report.make_report(models, losses, run.whole, data, config, under_priors)
         for name, prior in priors.items():
             made["models"][name]["communities_prior"]["communities"] = len(prior.mixture)
+        made |= sampling_report.section(training, data, data.class_names)
         plots.draw_pictures(directory, models, losses, training.history, data, config)
         write_report(directory, report.as_markdown(made), made)
         return made

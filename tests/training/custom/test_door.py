@@ -169,6 +169,22 @@ def test_classes_are_reported_one_by_one(tmp_path):
     assert "| class | test |" in (tmp_path / "report.md").read_text()
 
 
+class Seeing(Line):
+    def features(self, batch):
+        return batch[0] + 0 * self.weight
+
+
+def test_it_samples_by_what_a_model_of_ones_own_or_a_file_says(tmp_path):
+    settings = {"sampling": "communities", "neighbours": 3, "sampling_from": 0.0}
+    own = fit(tmp_path / "own", Seeing(), **settings)
+    numpy.save(tmp_path / "x.npy", points()[0].numpy())
+    of_file = fit(tmp_path / "file", features=str(tmp_path / "x.npy"), **settings)
+    same(own, of_file)
+    found = own.report["sampling"]
+    assert sum(group["size"] for group in found["groups"]) == 50
+    assert "classes_that_pay" not in found
+
+
 class Stopping(Callback):
     def __init__(self, after):
         self.after = after
@@ -342,6 +358,7 @@ def test_callbacks(tmp_path):
         ({"data": iter([points()])}, "train: data: expected an iterable that knows its number"),
         ({"losses_of": lambda m, b: m.losses(b).mean()}, r"train: losses: expected one per sample"),
         ({"sampling": "balanced"}, "train: sampling: expected data with labels"),
+        ({"sampling": "density"}, r"features: expected one of FILE.npy here, got auto"),
         ({"data": Batches(), "sampling": "balanced"}, "train: sampling: expected data with rows"),
         ({"risk": "worst"}, "train: risk: expected one of cvar, mean"),
         ({"alpha": 1.0}, r"train: alpha: expected a number in \[0, 1\)"),

@@ -29,6 +29,18 @@ VARIANTS = {loss: {"loss": loss} for loss in GAN_LOSSES} | {
     "moving average": {"ema": 0.9},
     "augmented": {"augment": True},
     "balanced": {"sampling": "balanced"},
+    "communities of what D sees": {
+        "sampling": "communities",
+        "features": "hidden",
+        "neighbours": 3,
+        "sampling_from": 0.0,
+        "min_stability": 0.0,
+    },
+    "density of components": {
+        "sampling": "density",
+        "features": "components",
+        "sampling_from": 0.0,
+    },
     "alone": {"no_baseline": True},
     "standard only": {"alpha": 0.0},
     "tail of d": {"tail_player": "d"},

@@ -1,0 +1,233 @@
+"""The samplers that need no labels: they draw more often what is rare by where it lies.
+
+For the first share of the training an epoch is every sample once. Then the features of all samples
+give groups or scores, and these the probabilities, which stay until they are to be computed anew.
+What was computed is part of the checkpoint: the model has changed since.
+"""
+
+import argparse
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sqloss import groups
+from sqloss.groups.sampler import drawn
+from sqloss.training import ranks
+from sqloss.training.errors import UserError, require
+from sqloss.training.files import expanded
+from sqloss.training.flags import LARGEST, expect, flag
+from sqloss.training.samplers import SAMPLERS, Sampler
+
+if TYPE_CHECKING:
+    from sqloss.training.loop import Training, TrainingData
+
+UNSCALED = ("pixels", "components")  # features of one unit, which keep their proportions
+ON_OFF = argparse.BooleanOptionalAction
+
+
+@dataclass(frozen=True)
+class ByFeatures(Sampler):
+    """Draws with replacement, by probabilities that the features of the samples give."""
+
+    keeps_state: ClassVar[bool] = True
+
+    features: str = flag(
+        "auto",
+        "what the samplers without labels see of the samples: means (of a VAE's encoder), pixels, "
+        "components (principal ones of the pixels), hidden (a discriminator's last layer), model "
+        "(what the method features of a model of your own returns), or FILE.npy with a row for "
+        "each training sample; auto: the first of these that the trainer has",
+        since=1,
+    )
+    sampling_power: float = flag(
+        1.0,
+        "how much the samplers without labels lift: 0 nothing, 1 groups to equal shares",
+        since=1,
+    )
+    sampling_lift: bool = flag(
+        True, "never draw a common group or sample less for it", since=1, action=ON_OFF
+    )
+    sampling_from: float = flag(
+        0.5, "share of the training after which a sampler without labels begins", since=1
+    )
+    sampling_refresh: int = flag(
+        0, "epochs after which its groups are made anew; 0: never", since=1, metavar="N"
+    )
+
+    def __post_init__(self) -> None:
+        expect(self, "sampling_power", 0 <= self.sampling_power <= 100, "a number in [0, 100]")
+        expect(self, "sampling_from", 0 <= self.sampling_from < 1, "a number in [0, 1)")
+        refresh = self.sampling_refresh
+        expect(self, "sampling_refresh", 0 <= refresh <= LARGEST, f"0 to {LARGEST} epochs")
+        if self.features.endswith(".npy"):  # a run is resumed from any working directory
+            object.__setattr__(self, "features", str(expanded(self.features).absolute()))
+
+    @abstractmethod
+    def found(self, features: Tensor, standardise: bool, seed: int) -> dict[str, Tensor]:
+        """The probabilities ``p``, and what led to them, of these features, [N] each but for what
+        is one per group."""
+
+    def order(self, data: "TrainingData", draws: torch.Generator, training: "Training") -> Tensor:
+        kept = training.of_sampler
+        assert kept is not None
+        if not kept and training.epoch < int(self.sampling_from * training.epochs):
+            return torch.randperm(len(data), generator=draws)
+        due = self.sampling_refresh and kept and training.step == 0
+        if not kept or (due and training.epoch - kept["epoch"] >= self.sampling_refresh):
+            found = ranks.of_first(lambda: self._found(data, training))
+            kept.clear()
+            kept.update(found, epoch=training.epoch)
+        return drawn(kept["p"], len(data), draws)
+
+    def check(self, data: "TrainingData", training: "Training") -> None:
+        names = training.feature_names
+        if self.features.endswith(".npy"):
+            check_rows(from_file(self.features), data)
+        elif not names or self.features not in ("auto", *names):
+            there = ", ".join((*names, "FILE.npy"))
+            raise UserError(f"--features: expected one of {there} here, got {self.features}")
+
+    def _found(self, data: "TrainingData", training: "Training") -> dict[str, Tensor]:
+        name = training.feature_names[0] if self.features == "auto" else self.features
+        is_file = name.endswith(".npy")
+        features = from_file(name) if is_file else training.features(name, data).detach().cpu()
+        check_rows(features, data)
+        return self.found(features, name not in UNSCALED, training.seed)
+
+
+def check_rows(features: Tensor, data: "TrainingData") -> None:
+    if features.dim() != 2 or len(features) != len(data) or not features.shape[1]:
+        raise UserError(
+            f"--features: expected a row for each of {len(data)} training samples, got "
+            f"{' x '.join(map(str, features.shape))}"
+        )
+    if not features.isfinite().all():
+        raise UserError("--features: expected finite numbers, got NaN or infinities")
+
+
+def from_file(path: str) -> Tensor:
+    numpy = require("numpy")
+    try:
+        return torch.from_numpy(numpy.load(path, allow_pickle=False)).float()
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise UserError(f"--features: cannot read {path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Grouped(ByFeatures):
+    """Draws by the sizes of groups."""
+
+    min_community: int = flag(
+        1, "samples a group must have to be lifted: outliers are few", since=1, metavar="N"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least = 1 <= self.min_community <= LARGEST
+        expect(self, "min_community", least, f"a whole number from 1 to {LARGEST}")
+
+    def of_groups(self, found: Tensor, lifted: Tensor | None = None) -> dict[str, Tensor]:
+        p = groups.probabilities(
+            found,
+            self.sampling_power,
+            lift=self.sampling_lift,
+            min_size=self.min_community,
+            lifted=lifted,
+        )
+        return {"p": p, "groups": found}
+
+
+@SAMPLERS.register
+@dataclass(frozen=True)
+class Communities(Grouped):
+    """By communities of the graph of nearest neighbours."""
+
+    name: ClassVar[str] = "communities"
+    about: ClassVar[str] = "as many random ones, with small communities of neighbours more often"
+
+    neighbours: int = flag(
+        10, "nearest neighbours that a sample is joined to", since=1, metavar="N"
+    )
+    resolution: float = flag(1.0, "larger: more and smaller communities", since=1)
+    min_stability: float = flag(
+        0.5,
+        "share, in [0, 1], of a community that must come back when they are found anew, under "
+        "other seeds, neighbours and samples, for it to be lifted; 0: all are, in a fifth of the "
+        "time",
+        since=1,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        near = 1 <= self.neighbours <= LARGEST
+        expect(self, "neighbours", near, f"a whole number from 1 to {LARGEST}")
+        expect(self, "resolution", 0 < self.resolution <= 1e6, "a number in (0, 1e6]")
+        expect(self, "min_stability", 0 <= self.min_stability <= 1, "a number in [0, 1]")
+
+    def found(self, features: Tensor, standardise: bool, seed: int) -> dict[str, Tensor]:
+        options: dict[str, Any] = {
+            "neighbours": self.neighbours,
+            "resolution": self.resolution,
+            "seed": seed,
+            "standardise": standardise,
+        }
+        numbers = groups.communities(features, **options)
+        lifted, stable = None, {}
+        if self.min_stability > 0:
+            scores = groups.stability(features, numbers, **options)
+            lifted, stable = scores >= self.min_stability, {"stability": scores}
+        return self.of_groups(numbers, lifted) | stable
+
+
+@SAMPLERS.register
+@dataclass(frozen=True)
+class Clusters(Grouped):
+    """By clusters of k-means: a control."""
+
+    name: ClassVar[str] = "clusters"
+    about: ClassVar[str] = "with small clusters of k-means more often"
+
+    clusters: int = flag(50, "centres of --sampling clusters", since=1, metavar="N")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect(self, "clusters", 1 <= self.clusters <= LARGEST, f"from 1 to {LARGEST}")
+
+    def found(self, features: Tensor, standardise: bool, seed: int) -> dict[str, Tensor]:
+        return self.of_groups(
+            groups.clusters(features, count=self.clusters, seed=seed, standardise=standardise)
+        )
+
+
+@SAMPLERS.register
+@dataclass(frozen=True)
+class Leverage(ByFeatures):
+    """By ridge leverage scores: a control."""
+
+    name: ClassVar[str] = "leverage"
+    about: ClassVar[str] = "with what others explain least more often"
+
+    def found(self, features: Tensor, standardise: bool, seed: int) -> dict[str, Tensor]:
+        scores = groups.leverage(features, standardise=standardise)
+        return of_scores(self, scores)
+
+
+@SAMPLERS.register
+@dataclass(frozen=True)
+class Density(ByFeatures):
+    """By the distance to the tenth neighbour: a control."""
+
+    name: ClassVar[str] = "density"
+    about: ClassVar[str] = "with what lies far from others more often"
+
+    def found(self, features: Tensor, standardise: bool, seed: int) -> dict[str, Tensor]:
+        scores = groups.density(features, standardise=standardise)
+        return of_scores(self, scores)
+
+
+def of_scores(sampler: ByFeatures, scores: Tensor) -> dict[str, Tensor]:
+    p = groups.score_probabilities(scores, sampler.sampling_power, lift=sampler.sampling_lift)
+    return {"p": p, "scores": scores}

@@ -1,0 +1,80 @@
+"""What a sampler without labels has drawn: for the report, so that a user sees what was lifted."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sqloss import groups
+from sqloss.training.text import in_markdown
+
+if TYPE_CHECKING:
+    from sqloss.training.loop import Training, TrainingData
+
+
+def section(training: "Training", data: "TrainingData", names: tuple[str, ...]) -> dict[str, Any]:
+    """What was drawn, as ``sampling``; nothing with a sampler that keeps none or has not begun.
+
+    ``names`` are those of the classes. A class pays whose share of the draws is below that of the
+    data.
+    """
+    kept = training.of_sampler
+    if not kept:
+        return {}
+    p = kept["p"]
+    weight = p * len(p)  # 1: drawn as often as without
+    described: dict[str, Any] = {
+        "since_epoch": kept["epoch"] + 1,
+        "effective_sample_size": groups.effective_sample_size(p),
+        "share_lifted_over_3": float((weight > 3).double().mean()),
+        "drawn_of_lifted_over_3": float(p[weight > 3].sum()),
+        "largest_weight": float(weight.max()),
+    }
+    if "groups" in kept:
+        sizes = torch.bincount(kept["groups"])
+        drawn_shares = torch.zeros(len(sizes), dtype=p.dtype).index_add(0, kept["groups"], p)
+        described["groups"] = [
+            {"size": size, "drawn": share}
+            for size, share in zip(sizes.tolist(), drawn_shares.tolist(), strict=True)
+        ]
+        for group, score in zip(described["groups"], kept.get("stability", ()), strict=False):
+            group["stability"] = float(score)
+    if data.labels is not None:
+        counts = torch.bincount(data.labels, minlength=len(names)).double() / len(p)
+        drawn_classes = torch.zeros(len(names), dtype=p.dtype).index_add(0, data.labels, p)
+        described["classes_that_pay"] = {
+            name: {"in_data": before, "drawn": after}
+            for name, before, after in zip(
+                names, counts.tolist(), drawn_classes.tolist(), strict=True
+            )
+            if after < before
+        }
+    return {"sampling": described}
+
+
+def note(report: dict[str, Any]) -> str:
+    """The section on the sampler, in Markdown; "" where there is none."""
+    found = report.get("sampling")
+    if not found:
+        return ""
+    lines = [
+        "\n## What was drawn\n",
+        f"From epoch {found['since_epoch']} on. The draws are worth "
+        f"{found['effective_sample_size']:.0%} of the samples (effective sample size). "
+        f"{found['share_lifted_over_3']:.2%} of\nthe samples are drawn more than three times their "
+        f"share: they are {found['drawn_of_lifted_over_3']:.1%} of the draws, outliers\namong them "
+        "included. Look at samples of the smallest groups before you trust them.\n",
+    ]
+    if "groups" in found:
+        lines.append("| group | samples | share | drawn | stability |\n|:--|--:|--:|--:|--:|")
+        total = sum(group["size"] for group in found["groups"])
+        lines += [
+            f"| {number} | {group['size']} | {group['size'] / total:.2%} | {group['drawn']:.2%} | "
+            f"{format(group['stability'], '.2f') if 'stability' in group else ''} |"
+            for number, group in enumerate(found["groups"])
+        ]
+    if paying := found.get("classes_that_pay"):
+        words = (
+            f"{in_markdown(n)} {s['in_data']:.1%} -> {s['drawn']:.1%}" for n, s in paying.items()
+        )
+        lines.append(f"\nClasses that are drawn less for it: {', '.join(words)}.")
+    return "\n".join(lines) + "\n"
