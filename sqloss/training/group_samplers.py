@@ -18,7 +18,7 @@ from sqloss.groups.sampler import drawn
 from sqloss.training import ranks
 from sqloss.training.errors import UserError, require
 from sqloss.training.files import expanded
-from sqloss.training.flags import LARGEST, expect, flag
+from sqloss.training.flags import LARGEST, as_flag, expect, flag
 from sqloss.training.samplers import SAMPLERS, Sampler
 
 if TYPE_CHECKING:
@@ -88,7 +88,9 @@ class ByFeatures(Sampler):
             check_rows(from_file(self.features), data)
         elif not names or self.features not in ("auto", *names):
             there = ", ".join((*names, "FILE.npy"))
-            raise UserError(f"--features: expected one of {there} here, got {self.features}")
+            raise UserError(
+                f"{as_flag('features')}: expected one of {there} here, got {self.features}"
+            )
 
     def _found(self, data: "TrainingData", training: "Training") -> dict[str, Tensor]:
         name = training.feature_names[0] if self.features == "auto" else self.features
@@ -101,11 +103,11 @@ class ByFeatures(Sampler):
 def check_rows(features: Tensor, data: "TrainingData") -> None:
     if features.dim() != 2 or len(features) != len(data) or not features.shape[1]:
         raise UserError(
-            f"--features: expected a row for each of {len(data)} training samples, got "
+            f"{as_flag('features')}: expected a row for each of {len(data)} training samples, got "
             f"{' x '.join(map(str, features.shape))}"
         )
     if not features.isfinite().all():
-        raise UserError("--features: expected finite numbers, got NaN or infinities")
+        raise UserError(f"{as_flag('features')}: expected finite numbers, got NaN or infinities")
 
 
 def from_file(path: str) -> Tensor:
@@ -113,7 +115,7 @@ def from_file(path: str) -> Tensor:
     try:
         return torch.from_numpy(numpy.load(path, allow_pickle=False)).float()
     except (OSError, ValueError, TypeError, EOFError) as error:
-        raise UserError(f"--features: cannot read {path}: {error}") from error
+        raise UserError(f"{as_flag('features')}: cannot read {path}: {error}") from error
 
 
 @dataclass(frozen=True)

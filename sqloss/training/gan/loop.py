@@ -1,20 +1,18 @@
 """The training of GANs: two players in turns, each on the risk of losses that are per sample."""
 
 import copy
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import sqloss
 from sqloss.models.augment import Augmentation, augment, draw_augmentation
-from sqloss.models.gan import GAN, LAST_SIDE, Discriminator, Generator
+from sqloss.models.gan import GAN, LAST_SIDE, Generator
 from sqloss.models.gan_losses import (
-    code_losses,
     fake_losses,
     generator_losses,
-    gradient_penalty,
     real_losses,
 )
 from sqloss.models.pixels import signed_pixels
@@ -26,6 +24,7 @@ from sqloss.training.errors import UserError
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.features import FEATURES, features_of
 from sqloss.training.gan.generation import Noise, draw_noise
+from sqloss.training.gan.judging import Judgement, Judging, judge
 from sqloss.training.gan.stability import alarms
 from sqloss.training.loop import Row, Training
 from sqloss.training.risks import Mean
@@ -36,44 +35,6 @@ D_METRICS = ("d_loss_mean", "d_loss_cvar", "d_auc", "d_spread")
 G_METRICS = ("g_loss_mean", "g_loss_cvar", "g_spread")
 NO_SPREAD = 1e-6  # of pixels in [-1, 1]: the images of a batch are one
 COLUMNS = ("epoch", "model", *D_METRICS, *G_METRICS)
-
-
-class Judgement(NamedTuple):
-    """The outputs of a discriminator's step, per image."""
-
-    real_logits: Tensor
-    fake_logits: Tensor
-    code_losses: Tensor | None  # of the generated images
-    penalties: Tensor | None
-
-
-class Judging(nn.Module):
-    """All that a discriminator's step asks it, in one forward pass."""
-
-    def __init__(self, discriminator: Discriminator, loss: str) -> None:
-        super().__init__()
-        self.discriminator = discriminator
-        self.loss = loss
-
-    def forward(self, real: Tensor, fake: Tensor, noise: Noise, mix: Tensor) -> Judgement:
-        def critic(images: Tensor) -> Tensor:
-            logits: Tensor = self.discriminator(images, noise.labels)
-            return logits
-
-        real_logits = critic(real)
-        fake_logits, of_codes = judge(self.discriminator, fake, noise)
-        penalised = self.loss == "wgan-gp"
-        penalties = gradient_penalty(critic, real, fake, mix) if penalised else None
-        return Judgement(real_logits, fake_logits, of_codes, penalties)
-
-
-def judge(discriminator: Discriminator, fake: Tensor, noise: Noise) -> tuple[Tensor, Tensor | None]:
-    """The logits of generated images and, where they have codes, the losses of both players on
-    those."""
-    if noise.codes is None:
-        return discriminator(fake, noise.labels), None
-    logits, loc, var = discriminator.with_codes(fake, noise.labels)
-    return logits, code_losses(loc, var, noise.codes)
 
 
 class Contender:

@@ -358,7 +358,7 @@ def test_callbacks(tmp_path):
         ({"data": iter([points()])}, "train: data: expected an iterable that knows its number"),
         ({"losses_of": lambda m, b: m.losses(b).mean()}, r"train: losses: expected one per sample"),
         ({"sampling": "balanced"}, "train: sampling: expected data with labels"),
-        ({"sampling": "density"}, r"features: expected one of FILE.npy here, got auto"),
+        ({"sampling": "density"}, "train: features: expected one of FILE.npy here, got auto"),
         ({"data": Batches(), "sampling": "balanced"}, "train: sampling: expected data with rows"),
         ({"risk": "worst"}, "train: risk: expected one of cvar, mean"),
         ({"alpha": 1.0}, r"train: alpha: expected a number in \[0, 1\)"),
