@@ -15,7 +15,7 @@ from sqloss.models.seeding import generator
 from sqloss.training.errors import UserError, require
 from sqloss.training.figures import save_picture
 from sqloss.training.files import made_whole
-from sqloss.training.flags import LARGEST, expect, flag, flat, taken
+from sqloss.training.flags import expect, expect_whole, flag, flat, taken
 from sqloss.training.ranks import say
 from sqloss.training.run_directory import command_of
 from sqloss.training.saved_run import ARGUMENT, SavedRun, load_saved_run
@@ -38,8 +38,7 @@ class SampleConfig:
     seed: int = flag(0, "seed of the latent variables", metavar="N")
 
     def __post_init__(self) -> None:
-        in_range = 1 <= self.count <= LARGEST
-        expect(self, "count", in_range, f"a whole number from 1 to {LARGEST}")
+        expect_whole(self, 1, "count")
         expect(self, "temperature", 0 <= self.temperature < math.inf, "a number from 0 up")
         expect(self, "seed", self.seed >= 0, "a whole number from 0 up")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from sqloss.models.classifier import Classifier
 from sqloss.models.mixture import Mixture
 from sqloss.training.progress import counted
-from sqloss.training.shares import share, shares_of
+from sqloss.training.shares import share, shares_of, with_interval
 from sqloss.training.tables import table
 from sqloss.training.text import in_markdown
 from sqloss.training.trainer import Drawn
@@ -104,13 +104,9 @@ def class_table(report: dict[str, Any]) -> Iterator[list[str]]:
             in_markdown(name),
             f"{count / total:.2%}",
             with_interval(every),
-            with_interval(of_clear),
+            with_interval(of_clear) if of_clear else "-",
         ]
     yield [f"clear (probability {CONFIDENT:g} or more)", "", with_interval(clear), ""]
-
-
-def with_interval(of: dict[str, Any] | None) -> str:
-    return f"{of['share']:.2%} [{of['low']:.2%}, {of['high']:.2%}]" if of else "-"
 
 
 def component_table(report: dict[str, Any]) -> Iterator[list[str]]:

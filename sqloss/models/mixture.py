@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from sqloss.groups.sampler import drawn
 from sqloss.models.seeding import generator
 
 
@@ -155,10 +156,7 @@ class Mixture(nn.Module):
 
     def components(self, count: int, seed: Tensor) -> Tensor:
         """Random components by their weights, int64 [count]; ``seed`` as in ``draw_seed``."""
-        draws = generator(int(seed), "components")
-        steps = self.weights.cpu().cumsum(0)
-        positions = torch.rand(count, dtype=torch.float64, generator=draws) * steps[-1]
-        return torch.searchsorted(steps, positions, right=True).clamp(max=len(self) - 1)
+        return drawn(self.weights.cpu(), count, generator(int(seed), "components"))
 
     def draws(self, components: Tensor, seed: Tensor, temperature: float = 1.0) -> Tensor:
         """A draw of each of these components, [count, d] in float64.

@@ -27,10 +27,10 @@ def estimate(run: "Run[Any]") -> str | None:
     as not all steps of a round cost the same, and then what follows an epoch.
     """
     config, steps, done = run.config, *run.steps()
-    trial = run.trainer.begin(config, run.data)
-    left, each = steps - done, trial.round
+    left, each = steps - done, run.training.round
     if left < WORTH * 2 * each:
         return None
+    trial = run.trainer.begin(config, run.data)
     order = torch.randperm(len(run.data), generator=generator(config.seed, "estimate"))
     rows = order.split(config.batch_size)
 

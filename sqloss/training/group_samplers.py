@@ -18,7 +18,7 @@ from sqloss.groups.sampler import drawn
 from sqloss.training import ranks
 from sqloss.training.errors import UserError, require
 from sqloss.training.files import expanded
-from sqloss.training.flags import LARGEST, as_flag, expect, flag
+from sqloss.training.flags import LARGEST, as_flag, expect, expect_whole, flag
 from sqloss.training.samplers import SAMPLERS, Sampler
 
 if TYPE_CHECKING:
@@ -128,8 +128,7 @@ class Grouped(ByFeatures):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least = 1 <= self.min_community <= LARGEST
-        expect(self, "min_community", least, f"a whole number from 1 to {LARGEST}")
+        expect_whole(self, 1, "min_community")
 
     def of_groups(self, found: Tensor, lifted: Tensor | None = None) -> dict[str, Tensor]:
         p = groups.probabilities(
@@ -164,8 +163,7 @@ class Communities(Grouped):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        near = 1 <= self.neighbours <= LARGEST
-        expect(self, "neighbours", near, f"a whole number from 1 to {LARGEST}")
+        expect_whole(self, 1, "neighbours")
         expect(self, "resolution", 0 < self.resolution <= 1e6, "a number in (0, 1e6]")
         expect(self, "min_stability", 0 <= self.min_stability <= 1, "a number in [0, 1]")
 
@@ -204,32 +202,39 @@ class Clusters(Grouped):
         )
 
 
+@dataclass(frozen=True)
+class Scored(ByFeatures):
+    """Draws by scores of rarity."""
+
+    @abstractmethod
+    def scores(self, features: Tensor, standardise: bool) -> Tensor:
+        """Of each of these features, [N]: larger where it is rarer."""
+
+    def found(self, features: Tensor, standardise: bool, seed: int) -> dict[str, Tensor]:
+        scores = self.scores(features, standardise)
+        p = groups.score_probabilities(scores, self.sampling_power, lift=self.sampling_lift)
+        return {"p": p, "scores": scores}
+
+
 @SAMPLERS.register
 @dataclass(frozen=True)
-class Leverage(ByFeatures):
+class Leverage(Scored):
     """By ridge leverage scores: a control."""
 
     name: ClassVar[str] = "leverage"
     about: ClassVar[str] = "with what others explain least more often"
 
-    def found(self, features: Tensor, standardise: bool, seed: int) -> dict[str, Tensor]:
-        scores = groups.leverage(features, standardise=standardise)
-        return of_scores(self, scores)
+    def scores(self, features: Tensor, standardise: bool) -> Tensor:
+        return groups.leverage(features, standardise=standardise)
 
 
 @SAMPLERS.register
 @dataclass(frozen=True)
-class Density(ByFeatures):
+class Density(Scored):
     """By the distance to the tenth neighbour: a control."""
 
     name: ClassVar[str] = "density"
     about: ClassVar[str] = "with what lies far from others more often"
 
-    def found(self, features: Tensor, standardise: bool, seed: int) -> dict[str, Tensor]:
-        scores = groups.density(features, standardise=standardise)
-        return of_scores(self, scores)
-
-
-def of_scores(sampler: ByFeatures, scores: Tensor) -> dict[str, Tensor]:
-    p = groups.score_probabilities(scores, sampler.sampling_power, lift=sampler.sampling_lift)
-    return {"p": p, "scores": scores}
+    def scores(self, features: Tensor, standardise: bool) -> Tensor:
+        return groups.density(features, standardise=standardise)

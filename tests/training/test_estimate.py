@@ -51,7 +51,7 @@ def run(monkeypatch):
         config=config,
         data=Data(),
         steps=lambda: (360, 60),
-        training=SimpleNamespace(epoch=2),
+        training=SimpleNamespace(epoch=2, round=Trial.round),
         trainer=SimpleNamespace(begin=lambda *_: Trial(clock)),
     )
 

@@ -22,7 +22,7 @@ from sqloss.training.checkpoint import first_damaged
 from sqloss.training.datasets import Dataset
 from sqloss.training.errors import UserError, require
 from sqloss.training.files import write_atomically
-from sqloss.training.flags import LARGEST, as_flag, expect, flag
+from sqloss.training.flags import as_flag, expect, expect_whole, flag
 from sqloss.training.saved_run import SavedRun
 from sqloss.training.vae.evaluation import BATCH_SIZE
 
@@ -63,9 +63,7 @@ class PriorConfig:
         expect(self, "prior", self.prior in PRIORS, f"one of {', '.join(PRIORS)}")
         expect(self, "power", 0 <= self.power < math.inf, "a number from 0 up")
         expect(self, "resolution", 0 < self.resolution < math.inf, "a number above 0")
-        for name in ("neighbours", "components"):
-            in_range = 1 <= getattr(self, name) <= LARGEST
-            expect(self, name, in_range, f"a whole number from 1 to {LARGEST}")
+        expect_whole(self, 1, "neighbours", "components")
         own = ("power", *SETTINGS[self.prior]) if self.prior != STANDARD else ()
         for name in ("power", "neighbours", "resolution", "components"):
             if name not in own and getattr(self, name) != getattr(PriorConfig, name):
