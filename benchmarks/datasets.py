@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
-from sqloss.training.datasets import load_dataset
-from sqloss.training.files import write_atomically
+from sqloss.common.files import write_atomically
+from sqloss.datasets import load_dataset
 
 DIFFERENT = 100  # faces
 TEST_SHARE = 0.1

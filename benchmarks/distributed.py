@@ -21,7 +21,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 import sqloss
-from sqloss.training.files import write_atomically
+from sqloss.common.files import write_atomically
 
 DISTRIBUTIONS: dict[str, Callable[[Sequence[int]], Tensor]] = {
     "exponential": lambda shape: torch.rand(shape, dtype=torch.float64).log().neg(),

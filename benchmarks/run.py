@@ -24,7 +24,7 @@ from measure import Operation, bandwidth, measure
 from report import Report, figures, is_wrong, markdown
 
 import sqloss
-from sqloss.training.files import as_json, write_atomically
+from sqloss.common.files import as_json, write_atomically
 
 HERE = Path(__file__).parent
 SECONDS, QUICK_SECONDS = 3.0, 0.3  # for the rounds of each table

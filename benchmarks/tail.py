@@ -23,9 +23,9 @@ from torch import Tensor
 from vae import mean_loss, training_step
 
 import sqloss
+from sqloss.common.files import write_atomically
+from sqloss.common.flags import configure
 from sqloss.models import VAE
-from sqloss.training.files import write_atomically
-from sqloss.training.flags import configure
 from sqloss.training.vae.backends import Torch
 from sqloss.training.vae.config import VAEConfig
 

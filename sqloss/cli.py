@@ -10,6 +10,12 @@ from typing import Any
 import torch
 
 import sqloss
+from sqloss.common import ranks
+from sqloss.common.errors import UserError
+from sqloss.common.files import expanded
+from sqloss.common.flags import Setting, as_flag, settings_of, warn_of_renamed
+from sqloss.common.ranks import say
+from sqloss.common.streams import flush_stdout
 from sqloss.experiments.commands import evaluate, impute, sweep
 from sqloss.experiments.comparison import NOT_COMPARED, PLAIN, CompareConfig
 from sqloss.experiments.imputation import ImputeConfig
@@ -17,14 +23,8 @@ from sqloss.experiments.measurement import Measurement
 from sqloss.experiments.sweep import SweepConfig
 from sqloss.experiments.sweep_report import metric_to_choose_by
 from sqloss.generation.command import SampleConfig, sample
-from sqloss.training import ranks
 from sqloss.training.command import INTERRUPTED, train
 from sqloss.training.config import RunConfig
-from sqloss.training.errors import UserError
-from sqloss.training.files import expanded
-from sqloss.training.flags import Setting, as_flag, settings_of, warn_of_renamed
-from sqloss.training.ranks import say
-from sqloss.training.streams import flush_stdout
 from sqloss.training.trainers import TRAINERS
 from sqloss.training.vae.bounds import BoundsConfig
 from sqloss.training.vae.config import VAEConfig

@@ -1,10 +1,12 @@
 import fcntl
 import functools
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -237,3 +239,65 @@ def quick_reports(monkeypatch):
 
     monkeypatch.setattr(figure, "savefig", coarse)
     monkeypatch.setattr(classifier, "STEPS", 5)
+
+
+@pytest.fixture(scope="session")
+def torchvision():
+    """Skips where there is none that fits torch."""
+    try:
+        import torchvision
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"torchvision cannot be imported here: {error}")
+    return torchvision
+
+
+@pytest.fixture
+def write_celeba(torchvision, monkeypatch) -> Callable:
+    """Writes faces in torchvision's layout of CelebA.
+
+    ``attributes`` has for each name which faces have it; ``parts`` the part of each face: 0 to
+    train on, 1 to validate, 2 to test.
+    """
+    reader = torchvision.datasets.CelebA
+    unchecked = [(None, None, name) for _, _, name in reader.file_list]
+    monkeypatch.setattr(reader, "file_list", unchecked)
+
+    def write(
+        root: Path,
+        faces: Sequence,
+        attributes: dict[str, Sequence[bool]],
+        parts: Sequence[int],
+    ) -> None:
+        place = root / "celeba"
+        (place / "img_align_celeba").mkdir(parents=True)
+        names = [f"{number:06d}.jpg" for number in range(1, len(faces) + 1)]
+        for name, face in zip(names, faces, strict=True):
+            face.save(place / "img_align_celeba" / name, format="PNG")
+
+        def table(file: str, header: list[str], row: Callable) -> None:
+            lines = [*header, *(f"{name} {row(i)}" for i, name in enumerate(names))]
+            (place / file).write_text("\n".join(lines) + "\n")
+
+        count = str(len(faces))
+        table(
+            "list_attr_celeba.txt",
+            [count, " ".join(attributes)],
+            lambda i: " ".join("1" if has[i] else "-1" for has in attributes.values()),
+        )
+        table("identity_CelebA.txt", [], lambda i: i + 1)
+        table("list_bbox_celeba.txt", [count, "x_1 y_1 width height"], lambda i: "0 0 9 9")
+        table("list_landmarks_align_celeba.txt", [count, "lefteye_x lefteye_y"], lambda i: "1 2")
+        table("list_eval_partition.txt", [], lambda i: parts[i])
+
+    return write
+
+
+@pytest.fixture
+def real_mnist(torchvision, tmp_path) -> Path:
+    """A data directory with the archives of MNIST, to be unpacked there."""
+    shared = Path(
+        os.environ.get("SQLOSS_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data")
+    )
+    if not (shared / "MNIST" / "raw").is_dir():
+        pytest.skip("needs MNIST in $SQLOSS_TEST_DATA or in ../shared/data")
+    return Path(shutil.copytree(shared / "MNIST", tmp_path / "MNIST")).parent

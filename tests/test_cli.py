@@ -13,10 +13,10 @@ import torch
 
 import sqloss
 from sqloss import cli
-from sqloss.training import files
-from sqloss.training.datasets import Dataset
-from sqloss.training.datasets.digits import Digits
-from sqloss.training.flags import configure
+from sqloss.common import files
+from sqloss.common.flags import configure
+from sqloss.datasets import Dataset
+from sqloss.datasets.digits import Digits
 from sqloss.training.threads import set_threads
 from sqloss.training.vae import loop as vae_loop
 from sqloss.training.vae import report as vae_report

@@ -12,7 +12,7 @@ import torch
 
 import sqloss
 from sqloss import cli
-from sqloss.training.datasets import DATASETS
+from sqloss.datasets import DATASETS
 from sqloss.training.risks import RISKS
 from sqloss.training.samplers import SAMPLERS
 from sqloss.training.trainers import TRAINERS

@@ -4,6 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sqloss.common.errors import UserError, require
+from sqloss.common.files import as_csv, write_atomically
+from sqloss.common.flags import as_flag, taken
+from sqloss.common.ranks import say
+from sqloss.common.streams import show
 from sqloss.experiments.comparison import CompareConfig, plan_comparison
 from sqloss.experiments.directory import alone_in
 from sqloss.experiments.imputation import (
@@ -31,13 +36,8 @@ from sqloss.experiments.sweep_report import (
     write_report,
 )
 from sqloss.training.command import INTERRUPTED
-from sqloss.training.errors import UserError, require
-from sqloss.training.files import as_csv, write_atomically
-from sqloss.training.flags import as_flag, taken
-from sqloss.training.ranks import say
 from sqloss.training.saved_run import SavedRun, load_saved_run
 from sqloss.training.shares import classifier_of
-from sqloss.training.streams import show
 from sqloss.training.threads import set_threads
 from sqloss.training.trainers import VAE
 from sqloss.training.vae.bounds import BoundsConfig, bounds_table, measure_bounds, write_bounds

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from sqloss.common.errors import UserError
+from sqloss.common.files import write_json
+from sqloss.common.flags import as_flag, expect_whole, flag
+from sqloss.datasets import Dataset
 from sqloss.experiments.imputation import (
     NO_MODEL,
     ONE_SHOT,
@@ -24,10 +28,6 @@ from sqloss.experiments.imputation import (
 from sqloss.experiments.measurement import Control, Key, Measurement, Series, first_arm
 from sqloss.experiments.sweep import Arms, Flags, Sweep, plan_arms
 from sqloss.models.classifier import Classifier
-from sqloss.training.datasets import Dataset
-from sqloss.training.errors import UserError
-from sqloss.training.files import write_json
-from sqloss.training.flags import as_flag, expect_whole, flag
 from sqloss.training.run import Run
 from sqloss.training.shares import kept_classifier
 from sqloss.training.threads import set_threads

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sqloss.training.errors import UserError, require
-from sqloss.training.files import write_json
-from sqloss.training.flags import renamed, settings_of
+from sqloss.common.errors import UserError, require
+from sqloss.common.files import write_json
+from sqloss.common.flags import renamed, settings_of
 
 
 def keep_settings(path: Path, settings: Mapping[str, Any], kind: type, begun: bool) -> None:

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sqloss.common.errors import require
+from sqloss.common.flags import expect, expect_whole, flag
+from sqloss.common.tables import table
+from sqloss.datasets import Dataset
 from sqloss.experiments.measurement import Row
 from sqloss.models import VAE
 from sqloss.models.classifier import Classifier
 from sqloss.models.pixels import Images, in_blocks, pixels, some
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
-from sqloss.training.datasets import Dataset
-from sqloss.training.errors import require
-from sqloss.training.flags import expect, expect_whole, flag
-from sqloss.training.tables import table
 
 BATCH_SIZE = 100  # images, of which one-shot imputation decodes many draws at once
 WINDOW = 7  # pixels, of the structural similarity

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sqloss.datasets import Dataset
 from sqloss.experiments.imputation import Imputed, filled, mean_pixels, means_at_draws, name_of
 from sqloss.models import VAE
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator
-from sqloss.training.datasets import Dataset
 from sqloss.training.figures import label_rows, mosaic, new_figure, save_picture, show
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from sqloss.training.errors import UserError, require
+from sqloss.common.errors import UserError, require
 
 Result = TypeVar("Result")
 

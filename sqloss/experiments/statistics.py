@@ -5,8 +5,8 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from sqloss.training.errors import require
-from sqloss.training.tables import CONFIDENCE
+from sqloss.common.errors import require
+from sqloss.common.tables import CONFIDENCE
 
 
 class Paired(NamedTuple):

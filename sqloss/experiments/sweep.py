@@ -11,13 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqloss.experiments.directory import keep_settings
-from sqloss.experiments.measurement import Measurement
-from sqloss.experiments.processes import in_processes
-from sqloss.training.config import RunConfig
-from sqloss.training.errors import UserError, require
-from sqloss.training.files import write_json
-from sqloss.training.flags import (
+from sqloss.common.errors import UserError, require
+from sqloss.common.files import write_json
+from sqloss.common.flags import (
     as_flag,
     as_text,
     changed,
@@ -30,6 +26,10 @@ from sqloss.training.flags import (
     settings_of,
     warn_of_renamed,
 )
+from sqloss.experiments.directory import keep_settings
+from sqloss.experiments.measurement import Measurement
+from sqloss.experiments.processes import in_processes
+from sqloss.training.config import RunConfig
 from sqloss.training.loop import NonFiniteError
 from sqloss.training.progress import Silence
 from sqloss.training.run import Run

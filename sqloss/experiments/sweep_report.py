@@ -4,6 +4,11 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from sqloss.common.errors import UserError
+from sqloss.common.files import as_csv, write_atomically
+from sqloss.common.flags import as_text, flat
+from sqloss.common.tables import CONFIDENCE, table
+from sqloss.common.text import in_markdown
 from sqloss.experiments.measurement import (
     Control,
     Key,
@@ -16,11 +21,6 @@ from sqloss.experiments.measurement import (
 from sqloss.experiments.statistics import Paired, mean_interval, paired, paired_table
 from sqloss.experiments.sweep import FAILED, Sweep, Task, data_of
 from sqloss.experiments.sweep_plots import Panel, draw_panels
-from sqloss.training.errors import UserError
-from sqloss.training.files import as_csv, write_atomically
-from sqloss.training.flags import as_text, flat
-from sqloss.training.tables import CONFIDENCE, table
-from sqloss.training.text import in_markdown
 from sqloss.training.trainer import Metric, Report
 
 PICTURE = "sweep.png"

@@ -8,19 +8,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from sqloss.common.errors import UserError, require
+from sqloss.common.files import made_whole
+from sqloss.common.flags import expect, expect_whole, flag, flat, taken
+from sqloss.common.ranks import say
+from sqloss.common.streams import show
 from sqloss.generation.files import draw_communities, write_images, write_samples
 from sqloss.generation.measures import Samples, measure, tables
 from sqloss.models.classifier import accuracy
 from sqloss.models.seeding import generator
-from sqloss.training.errors import UserError, require
 from sqloss.training.figures import save_picture
-from sqloss.training.files import made_whole
-from sqloss.training.flags import expect, expect_whole, flag, flat, taken
-from sqloss.training.ranks import say
 from sqloss.training.run_directory import command_of
 from sqloss.training.saved_run import ARGUMENT, SavedRun, load_saved_run
 from sqloss.training.shares import kept_classifier
-from sqloss.training.streams import show
 from sqloss.training.threads import set_threads
 from sqloss.training.trainer import TRAINERS, Latents, Trainer
 from sqloss.training.vae.priors import PriorConfig, prior_of

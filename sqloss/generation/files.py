@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sqloss.common.errors import require
+from sqloss.common.files import write_atomically, write_json
+from sqloss.datasets import Dataset
 from sqloss.generation.measures import Samples, tables
 from sqloss.models import VAE
 from sqloss.models.mixture import Mixture
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
-from sqloss.training.datasets import Dataset
-from sqloss.training.errors import require
 from sqloss.training.figures import label_rows, mosaic, new_figure, save_picture, show
-from sqloss.training.files import write_atomically, write_json
 from sqloss.training.progress import counted
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sqloss.common.tables import table
+from sqloss.common.text import in_markdown
 from sqloss.models.classifier import Classifier
 from sqloss.models.mixture import Mixture
 from sqloss.training.progress import counted
 from sqloss.training.shares import share, shares_of, with_interval
-from sqloss.training.tables import table
-from sqloss.training.text import in_markdown
 from sqloss.training.trainer import Drawn
 
 CONFIDENT = 0.8  # the least probability of a class that a confident classifier gives

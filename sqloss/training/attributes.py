@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sqloss.common.text import in_markdown
+from sqloss.datasets import Dataset
+from sqloss.datasets.imbalance import Combination, in_text, members, thinned
 from sqloss.models.classifier import Classifier, attribute_accuracies, train_classifier
-from sqloss.training.datasets import Dataset
-from sqloss.training.datasets.imbalance import Combination, in_text, members, thinned
 from sqloss.training.shares import share, with_interval
-from sqloss.training.text import in_markdown
 
 
 @dataclass(frozen=True)

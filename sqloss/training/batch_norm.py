@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sqloss.training import ranks
-from sqloss.training.errors import UserError
+from sqloss.common import ranks
+from sqloss.common.errors import UserError
 
 Model = TypeVar("Model", bound=nn.Module)
 

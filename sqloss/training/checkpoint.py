@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from sqloss.training.errors import UserError
-from sqloss.training.files import write_atomically
+from sqloss.common.errors import UserError
+from sqloss.common.files import write_atomically
 
 KEPT = 2  # should the newest prove unreadable, the one before it is still there
 

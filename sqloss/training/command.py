@@ -4,13 +4,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from sqloss.training import ranks
+from sqloss.common import ranks
+from sqloss.common.flags import configure
+from sqloss.common.ranks import say
+from sqloss.common.streams import show
 from sqloss.training.estimate import estimate
-from sqloss.training.flags import configure
 from sqloss.training.progress import Progress, Silence
-from sqloss.training.ranks import say
 from sqloss.training.run import Run
-from sqloss.training.streams import show
 from sqloss.training.trainer import Trainer
 
 INTERRUPTED = 130  # what a shell returns for it: 128 + SIGINT

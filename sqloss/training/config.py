@@ -13,12 +13,10 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from sqloss.training import ranks
-from sqloss.training.datasets import DATASETS, Place, Source
-from sqloss.training.datasets.imbalance import parse_imbalance
-from sqloss.training.errors import UserError
-from sqloss.training.files import expanded
-from sqloss.training.flags import (
+from sqloss.common import ranks
+from sqloss.common.errors import UserError
+from sqloss.common.files import expanded
+from sqloss.common.flags import (
     LARGEST,
     as_flag,
     choice,
@@ -31,6 +29,8 @@ from sqloss.training.flags import (
     settings_chosen,
     settings_of,
 )
+from sqloss.datasets import DATASETS, Place, Source
+from sqloss.datasets.imbalance import parse_imbalance
 from sqloss.training.group_samplers import Communities as Communities  # these register too
 from sqloss.training.risks import RISKS, CVaR, Mean, Risk
 from sqloss.training.samplers import SAMPLERS, Sampler

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from sqloss.training import ranks
+from sqloss.common import ranks
+from sqloss.common.errors import UserError
+from sqloss.common.files import expanded
+from sqloss.common.flags import called, configure, settings_of
 from sqloss.training.custom.batches import as_data
 from sqloss.training.custom.own import Callback, Own
 from sqloss.training.custom.trainer import CustomConfig, CustomTrainer
-from sqloss.training.errors import UserError
-from sqloss.training.files import expanded
-from sqloss.training.flags import called, configure, settings_of
 from sqloss.training.loop import Row
 from sqloss.training.progress import Progress, Silence
 from sqloss.training.run import Run

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from sqloss.common import ranks
 from sqloss.models.seeding import generator
-from sqloss.training import ranks
 from sqloss.training.loop import Training, close_epoch
 from sqloss.training.progress import counted, duration
 from sqloss.training.run import Run

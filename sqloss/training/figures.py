@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sqloss.common.errors import require
+from sqloss.common.files import write_atomically
+from sqloss.common.text import printable
 from sqloss.training.config import STANDARD
-from sqloss.training.errors import require
-from sqloss.training.files import write_atomically
-from sqloss.training.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from sqloss import groups
+from sqloss.common import ranks
+from sqloss.common.errors import UserError, require
+from sqloss.common.files import expanded
+from sqloss.common.flags import LARGEST, as_flag, expect, expect_whole, flag
 from sqloss.groups.sampler import drawn
-from sqloss.training import ranks
-from sqloss.training.errors import UserError, require
-from sqloss.training.files import expanded
-from sqloss.training.flags import LARGEST, as_flag, expect, expect_whole, flag
 from sqloss.training.samplers import SAMPLERS, Sampler
 
 if TYPE_CHECKING:

@@ -2,11 +2,11 @@
 
 from typing import Any, TypeVar
 
-from sqloss.training import ranks
+from sqloss.common import ranks
+from sqloss.common.flags import settings_of
+from sqloss.datasets import DATASETS, Dataset, Place
+from sqloss.datasets.imbalance import in_text, thinned
 from sqloss.training.config import ImageConfig
-from sqloss.training.datasets import DATASETS, Dataset, Place
-from sqloss.training.datasets.imbalance import in_text, thinned
-from sqloss.training.flags import settings_of
 from sqloss.training.loop import Training
 from sqloss.training.trainer import Metric, Report, Trainer
 

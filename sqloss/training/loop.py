@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sqloss.common import ranks
+from sqloss.common.errors import UserError
 from sqloss.models.seeding import generator
-from sqloss.training import ranks
 from sqloss.training.config import RunConfig
-from sqloss.training.errors import UserError
 from sqloss.training.progress import Progress, counted
 from sqloss.training.stop import StopSignal
 

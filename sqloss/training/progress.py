@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from sqloss.training.errors import require
-from sqloss.training.streams import may_be_left
+from sqloss.common.errors import require
+from sqloss.common.streams import may_be_left
 
 
 def counted(number: int, noun: str) -> str:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import sqloss
 from sqloss import distributed
-from sqloss.training import ranks
-from sqloss.training.flags import as_given, expect, flag, in_flags
-from sqloss.training.registry import Registry
+from sqloss.common import ranks
+from sqloss.common.flags import as_given, expect, flag, in_flags
+from sqloss.common.registry import Registry
 
 
 class Risk(ABC):

@@ -5,11 +5,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic
 
-from sqloss.training import checkpoint, ranks
+from sqloss.common import ranks
+from sqloss.common.errors import UserError
+from sqloss.common.files import as_csv, write_atomically, write_json
+from sqloss.common.flags import as_flag, changed, flat
+from sqloss.training import checkpoint
 from sqloss.training.config import Config, RunConfig, to_stored
-from sqloss.training.errors import UserError
-from sqloss.training.files import as_csv, write_atomically, write_json
-from sqloss.training.flags import as_flag, changed, flat
 from sqloss.training.loop import NonFiniteError, Row, Training, fit
 from sqloss.training.progress import Progress
 from sqloss.training.run_directory import (

@@ -6,11 +6,12 @@ import json
 from datetime import datetime
 from pathlib import Path
 
-from sqloss.training import checkpoint, ranks
+from sqloss.common import ranks
+from sqloss.common.errors import UserError, told
+from sqloss.common.files import as_json, create_atomically, temporary_of
+from sqloss.common.flags import as_flag
+from sqloss.training import checkpoint
 from sqloss.training.config import Config, RunConfig, from_stored, to_stored
-from sqloss.training.errors import UserError, told
-from sqloss.training.files import as_json, create_atomically, temporary_of
-from sqloss.training.flags import as_flag
 from sqloss.training.loop import Training
 
 CHECKPOINTS = "checkpoints"

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from sqloss.training.errors import UserError
-from sqloss.training.flags import as_flag
-from sqloss.training.registry import Registry
+from sqloss.common.errors import UserError
+from sqloss.common.flags import as_flag
+from sqloss.common.registry import Registry
 
 if TYPE_CHECKING:
     from sqloss.training.loop import Training, TrainingData

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sqloss import groups
-from sqloss.training.text import in_markdown
+from sqloss.common.text import in_markdown
 
 if TYPE_CHECKING:
     from sqloss.training.loop import Training, TrainingData

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqloss.training.errors import UserError
-from sqloss.training.flags import changed
+from sqloss.common.errors import UserError
+from sqloss.common.flags import changed
 from sqloss.training.run_directory import read_config, restore
 from sqloss.training.trainer import Trainer
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sqloss.common.errors import UserError, require
+from sqloss.common.files import write_atomically
+from sqloss.common.tables import CONFIDENCE
+from sqloss.common.text import in_markdown
+from sqloss.datasets import Dataset
 from sqloss.models.classifier import Classifier, train_classifier
-from sqloss.training.datasets import Dataset
-from sqloss.training.errors import UserError, require
-from sqloss.training.files import write_atomically
-from sqloss.training.tables import CONFIDENCE
-from sqloss.training.text import in_markdown
 
 GENERATED_BATCH_SIZE = 1000
 ARGUMENT = "--classifier"

@@ -5,7 +5,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from sqloss.training import ranks
+from sqloss.common import ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
+from sqloss.common.errors import require
 from sqloss.training.config import RunConfig
-from sqloss.training.errors import require
 
 
 def set_threads(config: RunConfig, data: Any) -> None:

@@ -11,12 +11,12 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from torch import Generator, Tensor
 
+from sqloss.common.errors import require
+from sqloss.common.flags import as_flag, as_text
+from sqloss.common.registry import Registry
 from sqloss.models.mixture import Mixture
 from sqloss.training.config import Config
-from sqloss.training.errors import require
-from sqloss.training.flags import as_flag, as_text
 from sqloss.training.loop import Training
-from sqloss.training.registry import Registry
 from sqloss.training.run import Run
 
 Report = dict[str, Any]

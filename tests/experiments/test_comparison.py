@@ -5,6 +5,7 @@ import math
 import pytest
 
 from sqloss import cli
+from sqloss.common.flags import configure
 from sqloss.experiments.comparison import (
     CompareConfig,
     Imputation,
@@ -16,7 +17,6 @@ from sqloss.experiments.measurement import first_arm, series_of
 from sqloss.experiments.sweep import Sweep, Task
 from sqloss.experiments.sweep_report import as_markdown, compared
 from sqloss.training import UserError
-from sqloss.training.flags import configure
 from sqloss.training.vae.config import VAEConfig
 
 for needed in ("joblib", "matplotlib", "sklearn", "scipy", "tqdm"):

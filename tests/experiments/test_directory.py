@@ -1,7 +1,7 @@
 import pytest
 
+from sqloss.common.errors import UserError
 from sqloss.experiments.directory import alone_in
-from sqloss.training.errors import UserError
 
 pytest.importorskip("filelock")
 

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sqloss import cli
+from sqloss.common.flags import configure
+from sqloss.datasets import load_dataset
 from sqloss.experiments.imputation import (
     COLUMNS,
     ImputeConfig,
@@ -29,8 +31,6 @@ from sqloss.models import VAE, classifier
 from sqloss.models.classifier import Classifier
 from sqloss.models.seeding import generator
 from sqloss.training import UserError
-from sqloss.training.datasets import load_dataset
-from sqloss.training.flags import configure
 from sqloss.training.progress import Silence
 from sqloss.training.run import Run
 from sqloss.training.vae.config import VAEConfig

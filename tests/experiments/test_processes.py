@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from sqloss.common.errors import UserError
 from sqloss.experiments.processes import in_processes
-from sqloss.training.errors import UserError
 
 pytest.importorskip("joblib")
 

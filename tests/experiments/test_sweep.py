@@ -11,6 +11,9 @@ import torch
 from torch import nn
 
 from sqloss import cli
+from sqloss.common.errors import UserError
+from sqloss.common.files import write_json
+from sqloss.common.flags import configure, flat, settings_of
 from sqloss.experiments.measurement import Key, Measurement, first_arm, series_of
 from sqloss.experiments.sweep import (
     Sweep,
@@ -36,9 +39,6 @@ from sqloss.experiments.sweep_report import (
 from sqloss.models import classifier
 from sqloss.models.seeding import initialisation
 from sqloss.training.config import RunConfig
-from sqloss.training.errors import UserError
-from sqloss.training.files import write_json
-from sqloss.training.flags import configure, flat, settings_of
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.trainer import failed_epochs
 from sqloss.training.image_trainer import rare_share

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from sqloss.datasets import load_dataset
 from sqloss.models import classifier as module
 from sqloss.models.classifier import Classifier, accuracy, train_classifier
-from sqloss.training.datasets import load_dataset
 
 
 @pytest.fixture

@@ -20,12 +20,13 @@ import ranks as processes
 
 import sqloss.training
 from sqloss import cli
+from sqloss.common import ranks
+from sqloss.common.errors import UserError
+from sqloss.common.flags import configure
 from sqloss.models import GAN, classifier
 from sqloss.models.augment import draw_augmentation
-from sqloss.training import checkpoint, figures, ranks
+from sqloss.training import checkpoint, figures
 from sqloss.training.batch_norm import over_ranks
-from sqloss.training.errors import UserError
-from sqloss.training.flags import configure
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import draw_noise
 from sqloss.training.gan.loop import Contender, own_part

@@ -6,11 +6,11 @@ import torch
 from PIL import Image, ImageDraw
 
 from sqloss import cli
+from sqloss.common.flags import configure
+from sqloss.datasets import load_dataset
 from sqloss.models import classifier
 from sqloss.models.pixels import pixels
 from sqloss.training.attributes import AttributeJudge
-from sqloss.training.datasets import load_dataset
-from sqloss.training.flags import configure
 from sqloss.training.progress import Silence
 from sqloss.training.run import Run
 from sqloss.training.trainer import TRAINERS

@@ -4,8 +4,8 @@ import sys
 import pytest
 import torch
 
+from sqloss.common.errors import UserError
 from sqloss.training import checkpoint
-from sqloss.training.errors import UserError
 
 
 def state(epoch: int, step: int = 0) -> dict:
@@ -109,7 +109,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from sqloss.training import checkpoint
-from sqloss.training.errors import UserError
+from sqloss.common.errors import UserError
 
 folder = Path(sys.argv[1])
 checkpoint.save(folder, {"epoch": 1, "step": 0})

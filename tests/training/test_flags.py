@@ -6,10 +6,10 @@ import json
 import pytest
 
 from sqloss import cli
+from sqloss.common.errors import UserError
+from sqloss.common.flags import as_flag, changed, configure, flag, flat, renamed, settings_of
 from sqloss.experiments.sweep import parse_grids
 from sqloss.training.config import from_stored, to_stored
-from sqloss.training.errors import UserError
-from sqloss.training.flags import as_flag, changed, configure, flag, flat, renamed, settings_of
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.run import Run
 from sqloss.training.samplers import SAMPLERS, Shuffle

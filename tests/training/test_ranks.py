@@ -17,10 +17,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import on_ranks
 
-from sqloss.training import checkpoint, ranks
-from sqloss.training.datasets.cache import MappedImages
-from sqloss.training.errors import UserError
-from sqloss.training.flags import configure
+from sqloss.common import ranks
+from sqloss.common.errors import UserError
+from sqloss.common.flags import configure
+from sqloss.datasets.cache import MappedImages
+from sqloss.training import checkpoint
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.vae.config import VAEConfig
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import sqloss
-from sqloss.training.errors import UserError
+from sqloss.common.errors import UserError
 from sqloss.training.risks import RISKS, CVaR, Mean
 
 

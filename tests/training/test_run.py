@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sqloss.training import files
+from sqloss.common import files
+from sqloss.common.errors import UserError
+from sqloss.common.files import create_atomically, write_atomically
+from sqloss.common.flags import changed, flat
 from sqloss.training.config import to_stored
-from sqloss.training.errors import UserError
-from sqloss.training.files import create_atomically, write_atomically
-from sqloss.training.flags import changed, flat
 from sqloss.training.run import Run
 from sqloss.training.vae.config import VAEConfig
 

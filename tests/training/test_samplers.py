@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from sqloss.common.errors import UserError
+from sqloss.common.flags import changed
 from sqloss.models.seeding import generator
 from sqloss.training import checkpoint, sampling_report
-from sqloss.training.errors import UserError
-from sqloss.training.flags import changed
 from sqloss.training.run import Run
 from sqloss.training.samplers import SAMPLERS, Balanced, Shuffle
 

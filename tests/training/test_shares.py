@@ -3,10 +3,10 @@ import dataclasses
 import pytest
 import torch
 
+from sqloss.common.errors import UserError
 from sqloss.models import classifier as classifiers
 from sqloss.models.pixels import pixels
 from sqloss.training import shares
-from sqloss.training.errors import UserError
 from sqloss.training.shares import batch_sizes, check_classifier_file, kept_classifier
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from sqloss import cli
-from sqloss.training.flags import flag
-from sqloss.training.registry import Registry
+from sqloss.common.flags import flag
+from sqloss.common.registry import Registry
 from sqloss.training.risks import RISKS, Risk
 from sqloss.training.samplers import SAMPLERS, Sampler
 from sqloss.training.trainer import TRAINERS

@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from sqloss.common import ranks
+from sqloss.common.files import write_json
+from sqloss.common.flags import flag
+from sqloss.common.tables import aligned
 from sqloss.models.pixels import pixels
-from sqloss.training import ranks
 from sqloss.training.config import ImageConfig
-from sqloss.training.files import write_json
-from sqloss.training.flags import flag
 from sqloss.training.image_trainer import ImageTrainer
 from sqloss.training.loop import Training
-from sqloss.training.tables import aligned
 from sqloss.training.trainer import TRAINERS, Metric
 
 

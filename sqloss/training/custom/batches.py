@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sqloss.common.errors import UserError
 from sqloss.models.seeding import initialisation, stream
-from sqloss.training.errors import UserError
 from sqloss.training.loop import Training
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sqloss.common.errors import UserError
 from sqloss.training.custom.batches import Loader, Rows, size_of
-from sqloss.training.errors import UserError
 
 LossesOf = Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]]
 

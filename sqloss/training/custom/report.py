@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 import sqloss
+from sqloss.common.errors import UserError, require
+from sqloss.common.files import write_report
+from sqloss.common.flags import flat
+from sqloss.common.tables import table
 from sqloss.training.config import RunConfig
-from sqloss.training.errors import UserError, require
 from sqloss.training.figures import draw_curves, edges, new_figure, save_picture, style
-from sqloss.training.files import write_report
-from sqloss.training.flags import flat
-from sqloss.training.tables import table
 from sqloss.training.trainer import Report
 
 if TYPE_CHECKING:

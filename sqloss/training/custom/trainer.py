@@ -8,10 +8,13 @@ from torch import Tensor, nn
 
 import sqloss
 from sqloss import distributed
+from sqloss.common import ranks
+from sqloss.common.errors import UserError
+from sqloss.common.flags import as_given, flag
 from sqloss.models.seeding import initialisation
 from sqloss.student_t import draw_seed
 from sqloss.tail import tail_loss
-from sqloss.training import ranks, sampling_report
+from sqloss.training import sampling_report
 from sqloss.training.batch_norm import over_ranks
 from sqloss.training.config import RunConfig
 from sqloss.training.custom import report
@@ -25,8 +28,6 @@ from sqloss.training.custom.own import (
     make_optimizer,
     make_scheduler,
 )
-from sqloss.training.errors import UserError
-from sqloss.training.flags import as_given, flag
 from sqloss.training.loop import Row, Training
 from sqloss.training.run import Run
 from sqloss.training.trainer import Report, Trainer

@@ -8,11 +8,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from sqloss.common.errors import UserError
+from sqloss.common.files import expanded
+from sqloss.common.flags import as_flag, expect_whole, flag
 from sqloss.models.gan_losses import GAN_LOSSES
 from sqloss.training.config import ImageConfig
-from sqloss.training.errors import UserError
-from sqloss.training.files import expanded
-from sqloss.training.flags import as_flag, expect_whole, flag
 from sqloss.training.risks import Mean, Risk
 
 TAIL_PLAYERS = {"d": ("d",), "g": ("g",), "both": ("d", "g")}  # the players that train on a tail

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
+from sqloss.datasets import Dataset
+from sqloss.datasets.features import AT_ONCE, IMAGE_FEATURES, image_features
 from sqloss.models.gan import Discriminator
 from sqloss.models.pixels import in_blocks, signed_pixels
-from sqloss.training.datasets import Dataset
-from sqloss.training.datasets.features import AT_ONCE, IMAGE_FEATURES, image_features
 
 FEATURES = (*IMAGE_FEATURES, "hidden")
 

@@ -8,6 +8,9 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import sqloss
+from sqloss.common import ranks
+from sqloss.common.errors import UserError
+from sqloss.datasets import Dataset
 from sqloss.models.augment import Augmentation, augment, draw_augmentation
 from sqloss.models.gan import GAN, LAST_SIDE, Generator
 from sqloss.models.gan_losses import (
@@ -17,10 +20,7 @@ from sqloss.models.gan_losses import (
 )
 from sqloss.models.pixels import signed_pixels
 from sqloss.models.seeding import initialisation
-from sqloss.training import ranks
 from sqloss.training.batch_norm import over_ranks
-from sqloss.training.datasets import Dataset
-from sqloss.training.errors import UserError
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.features import FEATURES, features_of
 from sqloss.training.gan.generation import Noise, draw_noise

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sqloss.common.errors import UserError, require
 from sqloss.models.classifier import PREDICTION_BATCH_SIZE, Classifier
 from sqloss.models.pixels import Images, in_blocks, pixels, some
 from sqloss.models.seeding import generator, initialisation
-from sqloss.training.errors import UserError, require
 from sqloss.training.loop import NonFiniteError
 
 LEAST_IMAGES = 2  # neither a covariance nor a neighbour is to be had of fewer

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sqloss.datasets import Dataset
 from sqloss.models.gan import GAN, Discriminator, Generator
 from sqloss.models.gan_losses import fake_losses, real_losses
 from sqloss.models.pixels import pixels, signed_pixels, to_signed
 from sqloss.models.seeding import generator as stream
-from sqloss.training.datasets import Dataset
 from sqloss.training.figures import (
     draw_curves,
     edges,

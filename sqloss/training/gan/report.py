@@ -6,14 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sqloss.common.errors import UserError
+from sqloss.common.flags import flat
+from sqloss.common.tables import CONFIDENCE, table
+from sqloss.datasets import Dataset
 from sqloss.models.classifier import Classifier, accuracy
 from sqloss.models.gan import Generator
 from sqloss.models.seeding import generator as stream
 from sqloss.training import sampling_report
 from sqloss.training.attributes import AttributeJudge, attribute_note, attribute_table
-from sqloss.training.datasets import Dataset
-from sqloss.training.errors import UserError
-from sqloss.training.flags import flat
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import generate_many
 from sqloss.training.gan.loop import D_METRICS, G_METRICS
@@ -22,7 +23,6 @@ from sqloss.training.gan.stability import failures
 from sqloss.training.loop import Row
 from sqloss.training.progress import counted
 from sqloss.training.shares import check_classifier_file, class_shares, share, share_table
-from sqloss.training.tables import CONFIDENCE, table
 
 Report = dict[str, Any]
 QUALITY = {

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 
 from torch import Generator, Tensor
 
+from sqloss.common.files import write_report
+from sqloss.datasets import Dataset
 from sqloss.training import sampling_report
-from sqloss.training.datasets import Dataset
-from sqloss.training.files import write_report
 from sqloss.training.gan import loop, plots, report
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import first_samples, generate_many

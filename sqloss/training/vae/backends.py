@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sqloss import distributed
+from sqloss.common import ranks
+from sqloss.common.errors import require
 from sqloss.models import VAE
 from sqloss.tail import tail_backward, tail_loss
-from sqloss.training import ranks
-from sqloss.training.errors import require
 from sqloss.training.vae.config import VAEConfig
 
 # FLOPs that cost as much as the fixed overhead of the second pass (a few ms), measured in

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sqloss.common.errors import require
+from sqloss.common.files import write_json
+from sqloss.common.flags import expect_whole, flag
+from sqloss.common.tables import CONFIDENCE, nats, table
 from sqloss.models import VAE
 from sqloss.models.latents import Prior
 from sqloss.models.seeding import generator
-from sqloss.training.errors import require
-from sqloss.training.files import write_json
-from sqloss.training.flags import expect_whole, flag
 from sqloss.training.progress import counted
 from sqloss.training.saved_run import SavedRun
-from sqloss.training.tables import CONFIDENCE, nats, table
 from sqloss.training.vae.evaluation import importance_weighted, learnt_df
 
 IMAGES_SEED = 0  # not the run's: runs with different seeds are measured on the same images

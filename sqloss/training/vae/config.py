@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from sqloss.common.errors import UserError
+from sqloss.common.flags import as_flag, expect_whole, flag
 from sqloss.models.vae import ARCHITECTURES, GREATEST_DF, LEAST_DF, PRIORS
 from sqloss.training.config import ImageConfig, parse_sizes
-from sqloss.training.errors import UserError
-from sqloss.training.flags import as_flag, expect_whole, flag
 from sqloss.training.risks import Mean
 from sqloss.training.vae.objective import TAIL_TERMS, Objective, objective_name, vae_objective
 

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 import sqloss
+from sqloss.common import ranks
+from sqloss.datasets import Dataset
 from sqloss.models import VAE
 from sqloss.models.latents import Prior
 from sqloss.models.pixels import Images, pixels
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
-from sqloss.training import ranks
-from sqloss.training.datasets import Dataset
 from sqloss.training.vae.config import VAEConfig
 
 BATCH_SIZE = 1000

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sqloss.common import ranks
+from sqloss.datasets import Dataset
+from sqloss.datasets.features import AT_ONCE, IMAGE_FEATURES, image_features
 from sqloss.models import VAE
 from sqloss.models.pixels import in_blocks, pixels
 from sqloss.models.seeding import initialisation
 from sqloss.student_t import draw_seed
-from sqloss.training import ranks
-from sqloss.training.datasets import Dataset
-from sqloss.training.datasets.features import AT_ONCE, IMAGE_FEATURES, image_features
 from sqloss.training.loop import Row, Training
 from sqloss.training.vae.backends import BACKENDS, Batch
 from sqloss.training.vae.config import VAEConfig

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 import sqloss
+from sqloss.datasets import Dataset
 from sqloss.models import VAE
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
-from sqloss.training.datasets import Dataset
 from sqloss.training.figures import (
     draw_curves,
     edges,

@@ -11,6 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sqloss.common.errors import UserError, require
+from sqloss.common.files import write_atomically
+from sqloss.common.flags import as_flag, expect, expect_whole, flag
+from sqloss.datasets import Dataset
 from sqloss.groups import communities
 from sqloss.models import VAE
 from sqloss.models.latents import StudentT
@@ -19,10 +23,6 @@ from sqloss.models.mixture_fit import aggregate_draws, check_posteriors, fit_mix
 from sqloss.models.pixels import in_blocks, pixels
 from sqloss.models.seeding import stream
 from sqloss.training.checkpoint import first_damaged
-from sqloss.training.datasets import Dataset
-from sqloss.training.errors import UserError, require
-from sqloss.training.files import write_atomically
-from sqloss.training.flags import as_flag, expect, expect_whole, flag
 from sqloss.training.saved_run import SavedRun
 from sqloss.training.vae.evaluation import BATCH_SIZE
 

@@ -7,18 +7,18 @@ from typing import Any
 
 from torch import Tensor
 
+from sqloss.common.flags import flat
+from sqloss.common.tables import CONFIDENCE, nats, table
+from sqloss.common.text import in_markdown
+from sqloss.datasets import Dataset
 from sqloss.models import VAE
 from sqloss.models.classifier import accuracy
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
 from sqloss.training import sampling_report
 from sqloss.training.attributes import AttributeJudge, attribute_note, attribute_table
-from sqloss.training.datasets import Dataset
-from sqloss.training.flags import flat
 from sqloss.training.progress import counted
 from sqloss.training.shares import batch_sizes, class_shares, classifier_of, share_table
-from sqloss.training.tables import CONFIDENCE, nats, table
-from sqloss.training.text import in_markdown
 from sqloss.training.vae.bounds import estimate
 from sqloss.training.vae.config import VAEConfig
 from sqloss.training.vae.evaluation import learnt_df, objective_values, summary

@@ -5,10 +5,10 @@ from typing import ClassVar
 
 from torch import Generator
 
+from sqloss.common.files import write_report
+from sqloss.datasets import Dataset
 from sqloss.student_t import draw_seed
 from sqloss.training import sampling_report
-from sqloss.training.datasets import Dataset
-from sqloss.training.files import write_report
 from sqloss.training.image_trainer import ACCURACY, RARE_SHARE, ImageTrainer
 from sqloss.training.run import Run
 from sqloss.training.shares import batch_sizes

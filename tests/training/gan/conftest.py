@@ -1,6 +1,6 @@
 import pytest
 
-from sqloss.training.flags import configure
+from sqloss.common.flags import configure
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.loop import begin
 

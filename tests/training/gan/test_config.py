@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from sqloss.common.errors import UserError
+from sqloss.common.flags import configure
 from sqloss.models.gan_losses import GAN_LOSSES
 from sqloss.training.config import from_stored, to_stored
-from sqloss.training.errors import UserError
-from sqloss.training.flags import configure
 from sqloss.training.gan.config import GANConfig
 
 

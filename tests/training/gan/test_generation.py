@@ -1,13 +1,13 @@
 import pytest
 import torch
 
+from sqloss.common.flags import configure
+from sqloss.datasets import Dataset, load_dataset
 from sqloss.models import classifier as classifiers
 from sqloss.models.classifier import Classifier, accuracy, train_classifier
 from sqloss.models.gan import GAN, Generator
 from sqloss.models.seeding import initialisation
 from sqloss.training import shares
-from sqloss.training.datasets import Dataset, load_dataset
-from sqloss.training.flags import configure
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import Noise, draw_noise, generate, generate_many
 from sqloss.training.gan.loop import GANTraining, begin

@@ -5,14 +5,14 @@ import pytest
 import torch
 
 import sqloss
+from sqloss.common.errors import UserError
+from sqloss.common.flags import changed
 from sqloss.losses import binary_cross_entropy_with_logits
 from sqloss.models import GAN
 from sqloss.models.augment import augment, draw_augmentation
 from sqloss.models.gan_losses import GAN_LOSSES
 from sqloss.models.seeding import generator, initialisation
 from sqloss.training import checkpoint
-from sqloss.training.errors import UserError
-from sqloss.training.flags import changed
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import Noise, draw_noise, generate
 from sqloss.training.gan.loop import COLUMNS, Contender

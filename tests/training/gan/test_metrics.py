@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from sqloss.common.errors import UserError
+from sqloss.datasets import load_dataset
 from sqloss.models import classifier as classifiers
 from sqloss.models.classifier import train_classifier
 from sqloss.models.pixels import pixels
-from sqloss.training.datasets import load_dataset
-from sqloss.training.errors import UserError
 from sqloss.training.gan import metrics
 from sqloss.training.gan.metrics import (
     class_coverage,

@@ -4,12 +4,12 @@ import pytest
 import torch
 from PIL import Image
 
+from sqloss.common.flags import changed
 from sqloss.models.gan_losses import fake_losses, real_losses
 from sqloss.models.pixels import pixels
 from sqloss.models.seeding import generator as stream
 from sqloss.training import figures
 from sqloss.training.figures import BINS
-from sqloss.training.flags import changed
 from sqloss.training.gan import plots
 from sqloss.training.gan.config import GANConfig
 from sqloss.training.gan.generation import draw_noise, generate

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
+from sqloss.common.errors import UserError
+from sqloss.common.files import write_report
+from sqloss.common.flags import changed
 from sqloss.models import classifier as classifiers
 from sqloss.models.classifier import Classifier, accuracy, train_classifier
 from sqloss.models.seeding import generator as stream
-from sqloss.training.errors import UserError
-from sqloss.training.files import write_report
-from sqloss.training.flags import changed
 from sqloss.training.gan import report as reports
 from sqloss.training.gan.generation import generate_many
 from sqloss.training.gan.metrics import floor, measure_images

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from sqloss.common.flags import changed, configure
 from sqloss.models import VAE
-from sqloss.training.flags import changed, configure
 from sqloss.training.run import Run
 from sqloss.training.vae.backends import Batch, Losses, Torch, tail_pays
 from sqloss.training.vae.config import VAEConfig

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from sqloss.training.errors import UserError
-from sqloss.training.flags import configure
+from sqloss.common.errors import UserError
+from sqloss.common.flags import configure
 from sqloss.training.vae.config import VAEConfig
 
 SIZES = "whole numbers from 1 to 2147483647, such as 400 or 512,256"

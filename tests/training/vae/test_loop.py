@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import sqloss
+from sqloss.common.errors import UserError
+from sqloss.common.flags import changed
 from sqloss.losses import binary_cross_entropy_with_logits
 from sqloss.models import VAE
 from sqloss.models.numpy_vae import train_step
 from sqloss.models.seeding import generator, initialisation
 from sqloss.student_t import draw_seed, normal_rsample_kl
 from sqloss.training import checkpoint
-from sqloss.training.errors import UserError
-from sqloss.training.flags import changed
 from sqloss.training.run import Run
 from sqloss.training.stop import StopSignal
 from sqloss.training.vae.config import VAEConfig

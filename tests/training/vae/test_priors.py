@@ -5,11 +5,11 @@ import re
 import pytest
 import torch
 
+from sqloss.common.errors import UserError
+from sqloss.common.flags import changed
+from sqloss.datasets.digits import Digits
 from sqloss.models.mixture_fit import fit_mixture
 from sqloss.student_t import draw_seed
-from sqloss.training.datasets.digits import Digits
-from sqloss.training.errors import UserError
-from sqloss.training.flags import changed
 from sqloss.training.saved_run import load_saved_run
 from sqloss.training.trainers import VAE
 from sqloss.training.vae import priors

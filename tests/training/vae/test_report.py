@@ -6,15 +6,15 @@ import pytest
 import torch
 
 import sqloss
+from sqloss.common.errors import UserError
+from sqloss.common.files import write_report
+from sqloss.common.flags import changed
+from sqloss.common.tables import aligned
+from sqloss.datasets import Dataset
 from sqloss.models import classifier as classifier_module
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
-from sqloss.training.datasets import Dataset
-from sqloss.training.errors import UserError
-from sqloss.training.files import write_report
-from sqloss.training.flags import changed
 from sqloss.training.shares import class_shares, share, share_table
-from sqloss.training.tables import aligned
 from sqloss.training.vae.evaluation import evaluate
 from sqloss.training.vae.report import (
     as_markdown,

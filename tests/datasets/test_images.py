@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sqloss.training.datasets import load_dataset
-from sqloss.training.errors import UserError
+from sqloss.common.errors import UserError
+from sqloss.datasets import load_dataset
 
 pytestmark = pytest.mark.usefixtures("torchvision")
 

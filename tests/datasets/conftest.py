@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sqloss.training.datasets import load_dataset
+from sqloss.datasets import load_dataset
 
 
 @pytest.fixture(scope="module")

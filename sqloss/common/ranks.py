@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sqloss.training.errors import UserError
-from sqloss.training.streams import tell
+from sqloss.common.errors import UserError
+from sqloss.common.streams import tell
 
 if TYPE_CHECKING:  # some builds of torch lack torch.distributed
     from torch.distributed.distributed_c10d import Store

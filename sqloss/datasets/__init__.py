@@ -7,9 +7,9 @@ import importlib
 import pkgutil
 from typing import Any
 
-from sqloss.training.datasets.dataset import Dataset
-from sqloss.training.datasets.source import DATASETS, Place, Source
-from sqloss.training.flags import settings_of
+from sqloss.common.flags import settings_of
+from sqloss.datasets.dataset import Dataset
+from sqloss.datasets.source import DATASETS, Place, Source
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from sqloss.training.errors import UserError, require
+from sqloss.common.errors import UserError, require
 
 DEFAULT_SIZE = 32  # of faces, and of folders whose images differ in size
 GREY_MODES = {"1", "L", "LA"}  # as Pillow calls them

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
-from sqloss.training.errors import UserError
+from sqloss.common.errors import UserError
 
 
 def show(text: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sqloss.training.errors import UserError
+from sqloss.common.errors import UserError
 
 # What attributes an image has and lacks: (("Eyeglasses", True), ("Male", False)), sorted.
 Combination = tuple[tuple[str, bool], ...]

@@ -3,8 +3,8 @@ import sys
 import pytest
 import torch
 
-from sqloss.training.datasets import load_dataset
-from sqloss.training.errors import UserError, require
+from sqloss.common.errors import UserError, require
+from sqloss.datasets import load_dataset
 
 
 def test_digits_are_uint8_over_the_whole_range(digits):

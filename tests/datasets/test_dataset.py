@@ -2,7 +2,7 @@ import dataclasses
 
 import torch
 
-from sqloss.training.datasets import load_dataset
+from sqloss.datasets import load_dataset
 
 
 def test_what_there_is_to_train_on_is_told_by_name(digits):

@@ -32,12 +32,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sqloss.common.errors import UserError, require, told
+from sqloss.datasets.images import Decoding, decode, unreadable
 from sqloss.models.pixels import Images
-from sqloss.training.datasets.images import Decoding, decode, unreadable
-from sqloss.training.errors import UserError, require, told
 
 if TYPE_CHECKING:
-    from sqloss.training.datasets.source import Place
+    from sqloss.datasets.source import Place
 
 FORMAT = 1  # of the file, and of what is done to an image
 BLOCK = 256  # images: 3 MiB of faces with 64 pixels a side, beside which a sync costs little

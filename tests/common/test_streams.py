@@ -7,9 +7,9 @@ from typing import TextIO
 
 import pytest
 
-from sqloss.training.errors import UserError
+from sqloss.common.errors import UserError
+from sqloss.common.streams import flush_stdout, show, tell
 from sqloss.training.progress import Progress
-from sqloss.training.streams import flush_stdout, show, tell
 
 
 @pytest.fixture

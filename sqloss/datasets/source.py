@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sqloss.training.datasets.dataset import Dataset
-from sqloss.training.errors import UserError, require, told
-from sqloss.training.files import expanded
-from sqloss.training.flags import flag
-from sqloss.training.registry import Registry
+from sqloss.common.errors import UserError, require, told
+from sqloss.common.files import expanded
+from sqloss.common.flags import flag
+from sqloss.common.registry import Registry
+from sqloss.datasets.dataset import Dataset
 
 TEST_SHARE = 0.2  # where a data set brings no split of its own
 SPLIT_SEED = 0  # not the run's: runs with different seeds are tested on the same images

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqloss.training.errors import UserError
+from sqloss.common.errors import UserError
 
 
 def expanded(path: str) -> Path:

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sqloss.training.datasets import DATASETS, Place, load_dataset
-from sqloss.training.datasets.folder import image_folder
-from sqloss.training.errors import UserError
-from sqloss.training.files import as_json
+from sqloss.common.errors import UserError
+from sqloss.common.files import as_json
+from sqloss.datasets import DATASETS, Place, load_dataset
+from sqloss.datasets.folder import image_folder
 
 pytestmark = pytest.mark.usefixtures("torchvision")
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from sqloss.common.errors import require
+from sqloss.datasets.dataset import Dataset
 from sqloss.models.pixels import in_blocks, pixels
-from sqloss.training.datasets.dataset import Dataset
-from sqloss.training.errors import require
 
 COMPONENTS = 50
 AT_ONCE = 1000  # images

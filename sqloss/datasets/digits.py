@@ -5,10 +5,10 @@ from typing import ClassVar
 
 import torch
 
-from sqloss.training.datasets.dataset import Dataset
-from sqloss.training.datasets.images import square
-from sqloss.training.datasets.source import DATASETS, Place, Source, stratified_split
-from sqloss.training.errors import require
+from sqloss.common.errors import require
+from sqloss.datasets.dataset import Dataset
+from sqloss.datasets.images import square
+from sqloss.datasets.source import DATASETS, Place, Source, stratified_split
 
 
 @DATASETS.register

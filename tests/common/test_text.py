@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from sqloss.training.text import in_markdown, printable
+from sqloss.common.text import in_markdown, printable
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from sqloss.common.errors import UserError
+from sqloss.datasets import Dataset
+from sqloss.datasets.imbalance import parse_imbalance, thinned
 from sqloss.models.seeding import generator
-from sqloss.training.datasets import Dataset
-from sqloss.training.datasets.imbalance import parse_imbalance, thinned
-from sqloss.training.errors import UserError
 
 
 @pytest.mark.parametrize(

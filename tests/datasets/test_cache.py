@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sqloss.training.datasets import cache, load_dataset
-from sqloss.training.datasets.cache import MappedImages
-from sqloss.training.errors import UserError
+from sqloss.common.errors import UserError
+from sqloss.datasets import cache, load_dataset
+from sqloss.datasets.cache import MappedImages
 
 pytestmark = pytest.mark.usefixtures("torchvision")
 SIZE = 12

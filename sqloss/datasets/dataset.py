@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sqloss.common.errors import UserError
+from sqloss.common.text import printable
+from sqloss.datasets.cache import MappedImages
+from sqloss.datasets.imbalance import in_text, members, thinned
 from sqloss.models.pixels import Images, in_blocks
 from sqloss.models.seeding import generator
-from sqloss.training.datasets.cache import MappedImages
-from sqloss.training.datasets.imbalance import in_text, members, thinned
-from sqloss.training.errors import UserError
-from sqloss.training.text import printable
 
 HASHED_AT_ONCE = 2**22  # values
 

@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from sqloss.common.errors import require
+from sqloss.common.flags import flag
+from sqloss.datasets.attributes import classes_of
+from sqloss.datasets.cache import load_images
+from sqloss.datasets.dataset import Dataset
+from sqloss.datasets.images import DEFAULT_SIZE, Decoding
+from sqloss.datasets.source import DATASETS, Place, Source, explained
 from sqloss.models.pixels import Images
-from sqloss.training.datasets.attributes import classes_of
-from sqloss.training.datasets.cache import load_images
-from sqloss.training.datasets.dataset import Dataset
-from sqloss.training.datasets.images import DEFAULT_SIZE, Decoding
-from sqloss.training.datasets.source import DATASETS, Place, Source, explained
-from sqloss.training.errors import require
-from sqloss.training.flags import flag
 
 LAYOUT = (
     "celeba/ with the folder img_align_celeba/ and the files list_attr_celeba.txt, "

@@ -12,9 +12,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_type_hints
 
-from sqloss.training.errors import UserError
-from sqloss.training.ranks import say
-from sqloss.training.registry import Registry
+from sqloss.common.errors import UserError
+from sqloss.common.ranks import say
+from sqloss.common.registry import Registry
 
 LARGEST = 2**31 - 1  # of the numbers that become sizes of tensors
 

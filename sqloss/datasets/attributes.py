@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sqloss.training.datasets.imbalance import listed
-from sqloss.training.errors import UserError
+from sqloss.common.errors import UserError
+from sqloss.datasets.imbalance import listed
 
 TABLE = "attributes.csv"
 MOST_AS_CLASSES = 6  # attributes: 64 classes

@@ -12,26 +12,26 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sqloss.models.seeding import generator
-from sqloss.training.datasets.attributes import TABLE, classes_of, read_attributes
-from sqloss.training.datasets.cache import load_images
-from sqloss.training.datasets.dataset import Dataset
-from sqloss.training.datasets.images import (
+from sqloss.common.errors import UserError, told
+from sqloss.common.flags import flag
+from sqloss.datasets.attributes import TABLE, classes_of, read_attributes
+from sqloss.datasets.cache import load_images
+from sqloss.datasets.dataset import Dataset
+from sqloss.datasets.images import (
     DEFAULT_SIZE,
     GREY_MODES,
     Decoding,
     image_suffixes,
     mode_and_size,
 )
-from sqloss.training.datasets.source import (
+from sqloss.datasets.source import (
     DATASETS,
     SPLIT_SEED,
     Place,
     Source,
     stratified_split,
 )
-from sqloss.training.errors import UserError, told
-from sqloss.training.flags import flag
+from sqloss.models.seeding import generator
 
 # Folders that systems make beside the images, and fill with copies of them or with nothing.
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}

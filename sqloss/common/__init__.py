@@ -1,0 +1,1 @@
+"""What commands, data sets and trainers share: settings, errors, files, processes, tables."""
