@@ -22,7 +22,6 @@ from sqloss.experiments.imputation import (
     vae_methods,
 )
 from sqloss.experiments.imputation_plots import draw_imputations
-from sqloss.experiments.measurement import Measurement
 from sqloss.experiments.sweep import Sweep, SweepConfig
 from sqloss.experiments.sweep import plan as plan_sweep
 from sqloss.experiments.sweep import prepare as prepare_sweep
@@ -48,7 +47,7 @@ from sqloss.training.vae.priors import PriorConfig, prior_of
 def sweep(trainer: str, output_dir: Path | None = None, **given: Any) -> int:
     """Train with several settings and seeds, a run for each, and compare what they come to."""
     sweep_config, given = taken(SweepConfig, given)
-    metric = metric_to_choose_by(Measurement(trainer), sweep_config.best_by)
+    metric = metric_to_choose_by(sweep_config.measurement(trainer), sweep_config.best_by)
     whole = plan_sweep(trainer, sweep_config, output_dir, given)
     refuse_other_tails(whole, metric)
     return carry_out(whole, metric, sweep_config.jobs)
@@ -69,7 +68,7 @@ def carry_out(whole: Sweep, metric: str, jobs: int) -> int:
             return INTERRUPTED
         write_report(whole, metric)
     show(summary(whole, metric))
-    say(f"with every metric: {whole.directory / 'sweep.md'}; every number: sweep.csv beside it")
+    say(f"with every metric: {whole.markdown}; every number: {whole.csv.name} beside it")
     return 0
 
 

@@ -49,6 +49,8 @@ class Measurement:
     """
 
     command: str
+    name: ClassVar[str] = "sweep"
+    """The stem of its tables' files in the directory of the sweep."""
     file: ClassVar[str] = "report.json"
     """In the directory of a run; written last, it tells that the run is done."""
     parts: ClassVar[tuple[str, ...]] = ("model",)

@@ -18,6 +18,7 @@ from sqloss.common.flags import (
     as_text,
     changed,
     configure,
+    expect,
     expect_whole,
     flag,
     flat,
@@ -29,6 +30,7 @@ from sqloss.common.flags import (
 from sqloss.experiments.directory import keep_settings
 from sqloss.experiments.measurement import Measurement
 from sqloss.experiments.processes import in_processes
+from sqloss.experiments.rare import RareClasses
 from sqloss.training.config import RunConfig
 from sqloss.training.loop import NonFiniteError
 from sqloss.training.progress import Silence
@@ -39,6 +41,8 @@ from sqloss.training.trainers import TRAINERS
 Flags = Mapping[str, Any]  # values of fields of a configuration
 Arms = Mapping[str, Flags]
 
+REPORT = "report"
+MEASUREMENTS: Mapping[str, type[Measurement]] = {REPORT: Measurement, RareClasses.name: RareClasses}
 FAILED = "failed.json"  # in the directory of a run that came to no end
 BASELINE = "baseline"  # the only arm where nothing is swept
 
@@ -60,9 +64,20 @@ class SweepConfig:
     seeds: int = flag(1, "seeds to train every arm with, from --seed on", metavar="N")
     jobs: int = flag(1, "processes that train at the same time", metavar="N")
     best_by: str = flag("", "the metric that the best row is chosen by", metavar="METRIC")
+    measure: str = flag(
+        REPORT,
+        "what is compared: the metrics of the report of each run, or what models make of rare "
+        "classes, from their own priors and from fitted ones; runs that are there already are "
+        "measured as they are",
+        choices=tuple(MEASUREMENTS),
+    )
 
     def __post_init__(self) -> None:
         expect_whole(self, 1, "seeds", "jobs")
+        expect(self, "measure", self.measure in MEASUREMENTS, f"one of {', '.join(MEASUREMENTS)}")
+
+    def measurement(self, command: str) -> Measurement:
+        return MEASUREMENTS[self.measure](command)
 
 
 # Arms.
@@ -178,6 +193,16 @@ class Sweep:
         return (task.directory / self.measurement.file).exists() or task.has_failed
 
     @property
+    def csv(self) -> Path:
+        """Every number."""
+        return self.directory / f"{self.measurement.name}.csv"
+
+    @property
+    def markdown(self) -> Path:
+        """Means and differences."""
+        return self.csv.with_suffix(".md")
+
+    @property
     def missing(self) -> list[Task]:
         return [task for task in self.tasks if not self.is_done(task)]
 
@@ -195,7 +220,7 @@ def plan(command: str, sweep_config: SweepConfig, output_dir: Path | None, given
                 f"got {as_text(given[name])}"
             )
     return plan_arms(
-        Measurement(command),
+        sweep_config.measurement(command),
         Preset(preset.base, arms),
         sweep_config.seeds,
         given,

@@ -84,7 +84,7 @@ def read_json(path: Path) -> Report:
 def write_csv(sweep: Sweep) -> None:
     m = sweep.measurement
     columns = ("arm", "seed", *m.parts, *sweep.fields, *m.metrics, "error")
-    write_atomically(sweep.directory / "sweep.csv", as_csv(columns, rows_of(sweep)))
+    write_atomically(sweep.csv, as_csv(columns, rows_of(sweep)))
 
 
 def outcome(sweep: Sweep, task: Task, metric: str) -> str:
@@ -122,15 +122,17 @@ def best_of(series: Series, better: str, seeds: int) -> Key | None:
 
 def write_report(sweep: Sweep, metric: str) -> None:
     draw_samples(sweep)
-    write_atomically(sweep.directory / "sweep.md", as_markdown(sweep, metric).encode())
+    write_atomically(sweep.markdown, as_markdown(sweep, metric).encode())
 
 
 def draw_samples(sweep: Sweep) -> None:
     """What every arm generates with the first seed, but for those that failed with it."""
     trainer, seed = sweep.measurement.trainer, sweep.tasks[0].config.seed
+    # A row of several is not of its model alone
+    has_samples = trainer.has_samples and len(sweep.measurement.parts) == 1
     panels = []
     for task in sweep.tasks:
-        if task.config.seed == seed and not task.has_failed and trainer.has_samples:
+        if task.config.seed == seed and not task.has_failed and has_samples:
             rows = rows_of_task(sweep, task)
             data = data_of(trainer, task.config)
             images = trainer.samples(task.config, data, task.directory)

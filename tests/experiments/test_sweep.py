@@ -551,7 +551,10 @@ def test_processes_come_to_the_same_and_one_classifier_judges(quick, tmp_path):
     ("arguments", "message"),
     [
         (["gan", "--preset", "fashion-vae"], "--preset: expected one of gan-schemes, gan-tails"),
-        (["vae", "--preset", "x"], "--preset: expected one of fashion-vae for sqloss vae, got x"),
+        (
+            ["vae", "--preset", "x"],
+            "--preset: expected one of rare, fashion-vae",
+        ),
         (["gan", "--best-by", "d_auc"], "--best-by: expected one of cfid, ckid, "),
         (["vae", "--best-by", "cfid"], "--best-by: expected one of test_negative_elbo, "),
         (

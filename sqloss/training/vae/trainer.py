@@ -1,6 +1,6 @@
 """``sqloss vae``."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar
 
 from torch import Generator
@@ -19,6 +19,7 @@ from sqloss.training.trainer import (
     Metric,
     Preset,
     Report,
+    Settings,
     product,
 )
 from sqloss.training.vae import loop, plots, report
@@ -35,6 +36,18 @@ from sqloss.training.vae.priors import (
 
 # Of all models together, for which the report fits a prior of communities: a few seconds' work
 MOST_IMAGES_OF_PRIORS = 10_000
+
+IN_COMMUNITIES: Settings = {"risk": "mean", "sampling": "communities"}
+RARE_ARMS: Mapping[str, Settings] = {
+    "mean": {"risk": "mean"},
+    "balanced": {"risk": "mean", "sampling": "balanced"},
+    "communities": {**IN_COMMUNITIES, "min_stability": 0.0},
+    "communities, power 1.5": {**IN_COMMUNITIES, "min_stability": 0.0, "sampling_power": 1.5},
+    "communities, stable": IN_COMMUNITIES,
+    "leverage": {"risk": "mean", "sampling": "leverage"},
+    "clusters": {"risk": "mean", "sampling": "clusters"},
+    "cvar": {"risk": "cvar", "alpha": 0.5, "no_baseline": True},
+}
 
 
 def test_loss(loss: str) -> Callable[[Report, Report], float | None]:
@@ -80,6 +93,10 @@ class VAETrainer(ImageTrainer[VAEConfig, loop.VAETraining]):
         "rare_share",
     )
     presets: ClassVar = {
+        "rare": Preset(
+            {"dataset": "mnist", "train_limit": 20_000, "epochs": 20},
+            RARE_ARMS,
+        ),
         "fashion-vae": Preset(
             {"dataset": "fashion", "alpha": 0.0, "imbalance": "none"},
             product({"lr": (2e-4, 5e-4, 1e-3), "batch_size": (64, 128, 256), "epochs": (10, 30)}),
