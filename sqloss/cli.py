@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -31,8 +32,17 @@ from sqloss.training.vae.config import VAEConfig
 from sqloss.training.vae.priors import PriorConfig
 
 USER_ERROR = 2
-DIRECTORY: dict[str, Any] = {"type": expanded, "metavar": "DIR"}  # to argparse
 SMALLER_IMPUTATION = "a smaller --test-images, --draws or --neighbour-images"
+
+
+def directory(name: str) -> Path:
+    """A directory as a user writes it; an empty name would be the working directory."""
+    if not name:
+        raise argparse.ArgumentTypeError("expected a directory, got an empty name")
+    return expanded(name)
+
+
+DIRECTORY: dict[str, Any] = {"type": directory, "metavar": "DIR"}  # to argparse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -181,7 +191,7 @@ def add_sweep_flags(sweep: argparse.ArgumentParser) -> None:
 def add_evaluate_flags(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument(
         "run_dir",
-        type=expanded,
+        type=directory,
         metavar="RUN_DIR",
         help="a run of sqloss vae; evaluation.json goes there",
     )
@@ -194,7 +204,7 @@ def add_sample_flags(sample: argparse.ArgumentParser) -> None:
     sample.set_defaults(smaller="a smaller --count")
     sample.add_argument(
         "run_dir",
-        type=expanded,
+        type=directory,
         metavar="RUN_DIR",
         help="a run of sqloss vae or gan; fitted priors and the judging classifier stay there",
     )
@@ -209,9 +219,8 @@ def add_sample_flags(sample: argparse.ArgumentParser) -> None:
     ):
         sample.add_argument(
             name,
-            type=expanded,
+            **DIRECTORY,
             default=argparse.SUPPRESS,
-            metavar="DIR",
             help=f"where to put {what}",
         )
     add_flags_of_machine(sample)
@@ -230,7 +239,7 @@ def add_impute_flags(impute: argparse.ArgumentParser) -> None:
         "run_dir",
         nargs="?",
         default=None,
-        type=expanded,
+        type=directory,
         metavar="RUN_DIR",
         help="a run of sqloss vae; impute.csv and imputation_*.png go there",
     )

@@ -410,6 +410,7 @@ def test_bad_values(capsys, tmp_path):
     run = ["--output-dir", tmp_path / "run"]
     assert "--alpha: expected a number in [0, 1), got 1.0" in told(capsys, "--alpha", 1, *run)
     assert "--epochs: expected a whole number from 1 to" in told(capsys, "--epochs", 0, *run)
+    assert "--data-dir: expected a directory" in told(capsys, "--data-dir", "", *run)
     assert "--imbalance: expected one of the c" in told(capsys, "--imbalance", "11:0", *run)
     assert "--device: expected auto or" in told(capsys, "--device", "abacus", *run)
     assert "--threads: expected at most" in told(capsys, "--threads", 999_999, *run)
@@ -484,6 +485,22 @@ def test_what_argparse_refuses(capsys, arguments, message):
         cli.main(["vae", *arguments])
     assert left.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["vae", "--output-dir"], ["gan", "--resume"], ["sweep", "vae", "--output-dir"]),
+        *(["sample", "run", "--output-dir"], ["sample", "run", "--folder"], ["sample"]),
+        *(["evaluate"], ["impute"], ["impute", "--compare", "--output-dir"]),
+    ],
+)
+def test_no_directory_has_an_empty_name(capsys, arguments):
+    with pytest.raises(SystemExit):
+        cli.main([*arguments, ""])
+    name = arguments[-1] if arguments[-1].startswith("--") else "RUN_DIR"
+    expected = f"argument {name}: expected a directory, got an empty name"
+    assert expected in capsys.readouterr().err
 
 
 def test_directories(capsys, tmp_path):

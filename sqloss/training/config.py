@@ -220,6 +220,7 @@ class ImageConfig(RunConfig, Place):
         expect_whole(self, 0, "image_size", "train_limit")
         in_range = 0 <= self.workers <= MOST_WORKERS
         self._expect("workers", in_range, f"a whole number from 0 to {MOST_WORKERS}")
+        self._expect("data_dir", self.data_dir != "", "a directory, . for the one you are in")
         parse_imbalance(self.imbalance)
 
     @property

@@ -92,8 +92,9 @@ def train(
             and not changed.
         data: a tensor or a tuple of tensors with a row per sample, a TensorDataset, any map-style
             Dataset, or an iterable of batches that has a length, such as a DataLoader. A batch is a
-            tensor, or a tuple, list or dict of tensors; ``losses`` leaves it as it is. Lists and
-            IterableDatasets, which may hold samples or batches, are given in a DataLoader.
+            tensor, or a tuple, list or dict of tensors, and of lists and arrays with an item per
+            sample; ``losses`` leaves it as it is. Lists and IterableDatasets, which may hold
+            samples or batches, are given in a DataLoader.
         losses_of: ``losses_of(model, batch)`` instead of the method.
         test: data of the same kinds, which are measured after every epoch; where they have classes
             (int64, the second part of a pair or ``labels`` of a dict), also by class in the report.
@@ -148,6 +149,8 @@ def train(
     """
     own_settings = {"risk": risk, "epochs": epochs, "batch_size": batch_size, "seed": seed}
     given = typed(own_settings | settings)
+    if output_dir == "":
+        raise UserError("output_dir: expected a directory, got an empty name")
     place = None if output_dir is None else expanded(str(output_dir))
     if resume and place is None:
         raise UserError("resume: expected an output_dir with it, got none")
@@ -168,7 +171,7 @@ def train(
         config, device = run.config, run.config.torch_device
         own = Own(
             model=model,
-            losses_of=losses_of or (lambda of, batch: of.losses(batch)),
+            losses_of=losses_of,
             optimizer=optimizer or partial(torch.optim.Adam, lr=1e-3),
             scheduler=scheduler,
             callbacks=callbacks if ranks.is_first() else (),

@@ -115,9 +115,28 @@ class Own(nn.Module):
         self.layers = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4, momentum=None))
         self.unused = nn.Linear(2, 1) if has_unused else None
 
-    def losses(self, x):
+    def losses(self, batch):
+        x, names = batch
+        assert list(names) == names_of(x)
         losses = {"loss": self.layers(x).square().sum(1)}
         return losses | ({"unused": self.unused(x)[:, 0]} if self.unused else {})
+
+
+class Named(torch.utils.data.Dataset):
+    """Samples that have a name each, of which default_collate makes tuples."""
+
+    def __init__(self, x):
+        self.samples = list(zip(x, names_of(x), strict=True))
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        return self.samples[i]
+
+
+def names_of(x):
+    return [str(number) for number in x[:, 0].tolist()]
 
 
 def train_own(directory, has_unused=False, **settings):
@@ -128,7 +147,7 @@ def train_own(directory, has_unused=False, **settings):
     settings |= {"optimizer": partial(torch.optim.SGD, lr=0.05), "no_baseline": True}
     settings |= {"epochs": 2, "batch_size": 20, "progress": False}
     for name in ("first", "second"):
-        run = sqloss.training.train(model, x, output_dir=directory / name, **settings)
+        run = sqloss.training.train(model, Named(x), output_dir=directory / name, **settings)
     return run.metrics, run.model.state_dict()
 
 

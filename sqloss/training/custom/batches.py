@@ -1,6 +1,7 @@
 """A user's data as batches: tensors, data sets and loaders, and what they are made of.
 
-A *batch* is a tensor, or a tuple, list or dict of such; every tensor has a row per sample.
+A *batch* is a tensor, or a tuple, list or dict of such; every tensor has a row per sample. Beside
+tensors it may have lists, tuples and arrays with an item per sample, such as the samples' names.
 """
 
 import hashlib
@@ -18,22 +19,76 @@ from sqloss.common.errors import UserError
 from sqloss.models.seeding import initialisation, stream
 from sqloss.training.loop import Training
 
+CUT = (
+    "data: expected batches that can be cut, of tensors, and of lists and arrays with an item per "
+    "sample"
+)
+
 
 def mapped(batch: Any, of_tensor: Callable[[Tensor], Tensor]) -> Any:
     """The batch with each of its tensors replaced."""
     if isinstance(batch, Tensor):
         return of_tensor(batch)
+    return with_parts(batch, lambda part: mapped(part, of_tensor))
+
+
+def with_parts(batch: Any, of_part: Callable[[Any], Any]) -> Any:
+    """A dict, tuple or list with each of its parts replaced; anything else as it is."""
     if isinstance(batch, Mapping):
-        return {name: mapped(part, of_tensor) for name, part in batch.items()}
+        return {name: of_part(part) for name, part in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(mapped(part, of_tensor) for part in batch))
+        return type(batch)(*map(of_part, batch))
     if isinstance(batch, tuple | list):
-        return type(batch)(mapped(part, of_tensor) for part in batch)
+        return type(batch)(map(of_part, batch))
     return batch
 
 
 def rows_of(batch: Any, rows: slice | Tensor) -> Any:
-    return mapped(batch, lambda tensor: tensor[rows])
+    """Some samples of a batch.
+
+    Tensors are cut by rows. A list or tuple without tensors in it is cut where it has an item per
+    sample; else it is gone into, as a dict is. A string or a number is of all samples.
+
+    Raises:
+        UserError: the batch has something that cannot be cut, or may be cut in two ways.
+    """
+    size = size_of(batch)
+    indices = range(size)[rows] if isinstance(rows, slice) else rows.tolist()
+
+    def cut(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return part[rows]
+        if part is None or isinstance(part, str | bytes | int | float | complex):
+            return part
+        is_list = isinstance(part, tuple | list) and not hasattr(part, "_fields")
+        if is_list and not tensors_of(part):
+            check_column(part, size)
+            if len(part) == size:
+                return type(part)(part[index] for index in indices)
+        if isinstance(part, Mapping | tuple | list):
+            return with_parts(part, cut)
+        shape = getattr(part, "shape", None)  # an array's, or a number's of NumPy
+        if shape == ():
+            return part
+        if isinstance(shape, tuple) and shape[0] == size:
+            return part[rows if isinstance(rows, slice) else rows.numpy(force=True)]
+        raise UserError(f"{CUT}, got {type(part).__name__}")
+
+    return cut(batch)
+
+
+def check_column(part: Sequence[Any], size: int) -> None:
+    """Raise for a list, without tensors, that has no item per sample or that may be cut two ways.
+
+    ``default_collate`` makes of samples with two names each a list of two lists.
+    """
+    nested = [len(item) for item in part if isinstance(item, tuple | list | Mapping)]
+    if len(part) == size and nested == [size] * size:
+        raise UserError(
+            f"{CUT}, got {size} lists of {size}: either may be the samples; give a dict"
+        )
+    if len(part) != size and len(nested) < len(part):
+        raise UserError(f"{CUT}, got a {type(part).__name__} of {len(part)} with {size} samples")
 
 
 def on_device(batch: Any, device: torch.device) -> Any:

@@ -1,7 +1,8 @@
 """What a user brings to ``train``: a model with its losses, an optimizer, callbacks."""
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sqloss.common.errors import UserError
+from sqloss.models.seeding import initialisation
+from sqloss.training.config import RunConfig
 from sqloss.training.custom.batches import Loader, Rows, size_of
 
 LossesOf = Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]]
@@ -33,7 +36,7 @@ class Own:
     """What a user brings beside the data."""
 
     model: nn.Module
-    losses_of: LossesOf
+    losses_of: LossesOf | None  # None: the model's own method
     optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
     scheduler: Callable[[torch.optim.Optimizer], Any] | None
     callbacks: Sequence[Callback]
@@ -43,10 +46,10 @@ class Own:
 class WithLosses(nn.Module):
     """A model whose forward pass is its losses, so that ranks may share its gradients."""
 
-    def __init__(self, model: nn.Module, losses_of: LossesOf) -> None:
+    def __init__(self, model: nn.Module, losses_of: LossesOf | None) -> None:
         super().__init__()
         self.model = model
-        self.losses_of = losses_of
+        self.losses_of = losses_of or own_losses(model)
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
         """By name, [B] each; ``loss`` is what the risk is of."""
@@ -67,6 +70,48 @@ class WithLosses(nn.Module):
         loss = terms["loss"] if "loss" in terms else torch.stack(list(terms.values())).sum(0)
         # DistributedDataParallel waits for all gradients that what it returns may have
         return {name: term.detach() for name, term in terms.items()} | {"loss": loss}
+
+
+def own_losses(model: nn.Module) -> LossesOf:
+    """The model's own method ``losses``, which ``torch.compile(model)`` is to compile too.
+
+    What that returns compiles the forward pass alone, and has the other methods from the model.
+    """
+    method: Any = model.losses
+    if compiler := getattr(model, "dynamo_ctx", None):  # with the options of torch.compile
+        method = compiler(method)
+    return lambda _, batch: method(batch)
+
+
+def check_last_batch(own: Own, data: Rows, config: RunConfig) -> None:
+    """Raise for a batch of one sample, where the model's batch norm cannot be trained on it.
+
+    That of maps larger than 1 x 1 can, so a copy tries the losses of a sample.
+    """
+    size = config.batch_size
+    has_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in own.model.modules())
+    if has_norm and 1 in (size, len(data) % size):
+        got = f"{size}, which leaves a batch of 1 of {len(data)} samples"
+        model = copied(own.model).to(data.device).train()
+        with (
+            torch.no_grad(),
+            initialisation(config.seed, "last batch", device=data.device),
+            lone_sample_told("batch_size: expected", got),
+        ):
+            WithLosses(model, own.losses_of)(next(data.in_order(1)))
+
+
+@contextlib.contextmanager
+def lone_sample_told(expected: str, got: str) -> Iterator[None]:
+    """Within it, torch's error of a batch norm that sees one value of a channel is told so."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"{expected} batches of at least 2 samples, as the model has batch norm, got {got}"
+        ) from error
 
 
 def make_optimizer(own: Own, model: nn.Module) -> torch.optim.Optimizer:

@@ -23,8 +23,10 @@ from sqloss.training.custom.own import (
     Callback,
     Own,
     WithLosses,
+    check_last_batch,
     copied,
     in_words,
+    lone_sample_told,
     make_optimizer,
     make_scheduler,
 )
@@ -105,14 +107,16 @@ class CustomTraining(Training):
                 f"data: expected batches with a sample for each of {ranks.count()} processes, got "
                 f"one of {size}"
             )
-        part = ranks.part(size)
-        mine = rows_of(batch, part)
+        mine = batch if ranks.count() == 1 else rows_of(batch, ranks.part(size))
         versions = [tensor._version for tensor in tensors_of(mine)]
         for name, optimizer in self.optimizers.items():
             self.models[name].train()
             optimizer.zero_grad()
             # The same noise for every model
-            with initialisation(seed, "step", ranks.number(), device=self.device):
+            with (
+                initialisation(seed, "step", ranks.number(), device=self.device),
+                lone_sample_told("data: expected", "one of 1; give DataLoader(drop_last=True)"),
+            ):
                 objective = self._objective(name, mine)
                 if objective.requires_grad:
                     objective.backward()
@@ -298,7 +302,10 @@ class CustomTrainer(Trainer[CustomConfig, CustomTraining]):
             )
 
     def begin(self, config: CustomConfig, data: Rows | Loader) -> CustomTraining:
-        return CustomTraining(self.own, config, data.device)
+        training = CustomTraining(self.own, config, data.device)
+        if isinstance(data, Rows):
+            check_last_batch(self.own, data, config)
+        return training
 
     def report(self, run: Run[CustomConfig]) -> Report:
         training: CustomTraining = run.training

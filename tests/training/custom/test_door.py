@@ -50,7 +50,8 @@ def points(count=50):
 def fit(directory, model=None, data=None, **settings):
     settings = {"epochs": 3, "batch_size": 16, "progress": False, **settings}
     data = points() if data is None else data
-    return train(model or Line(), data, output_dir=directory, **settings)
+    model = Line() if model is None else model
+    return train(model, data, **{"output_dir": directory, **settings})
 
 
 def same(first, second):
@@ -325,6 +326,56 @@ def test_backward_through_the_tail_alone(tmp_path):
         fit(tmp_path / "noisy", Noisy(), backward="tail")
 
 
+class Normed(nn.Sequential):
+    """With batch norm of maps of so many pixels."""
+
+    def __init__(self, pixels):
+        super().__init__(nn.Conv1d(1, 2, 1), nn.BatchNorm1d(2))
+        self.pixels = pixels
+
+    def losses(self, batch):
+        return self(batch[0][:, None, : self.pixels]).square().mean((1, 2))
+
+
+@pytest.mark.parametrize(
+    ("data", "batch_size", "message"),
+    [
+        (
+            points(50),
+            7,
+            "batch_size: expected .*2 samples.* got 7, which leaves a batch of 1 of 50",
+        ),
+        (points(3), 1, "batch_size: .* got 1, which leaves a batch of 1 of 3 samples"),
+        (DataLoader(TensorDataset(*points(5)), 2), 9, "data: .* got one of 1; .*drop_last=True"),
+    ],
+)
+def test_batch_norm_of_one_sample(tmp_path, data, batch_size, message):
+    """It is refused, where torch refuses it: a map of two pixels has statistics."""
+    one, two = Normed(1), Normed(2)
+    settings = {"data": data, "batch_size": batch_size, "epochs": 1}
+    before = torch.get_rng_state()
+    with pytest.raises(UserError, match=f"train: {message}"):
+        fit(tmp_path / "refused", one, **settings)
+    assert not (tmp_path / "refused" / "config.json").exists()
+    assert fit(tmp_path / "two", two, **settings).finished
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Compiled(Noisy):
+    """Its losses are what they are when they are compiled alone."""
+
+    def losses(self, batch):
+        return super().losses(batch) * (1.0 if torch.compiler.is_compiling() else torch.nan)
+
+
+def test_the_losses_of_a_compiled_model_are_compiled(tmp_path):
+    settings = {"model": torch.compile(Compiled(), backend="eager"), "test": points(20)}
+    whole = fit(tmp_path / "whole", **settings)
+    assert {name.partition(".")[0] for name in whole.model.state_dict()} == {"_orig_mod"}
+    assert not fit(tmp_path / "parts", callbacks=[Stopping(11)], **settings).finished
+    same(fit(tmp_path / "parts", resume=True, **settings), whole)
+
+
 class Recording(Callback):
     def __init__(self):
         self.steps, self.epochs, self.pictures = [], [], []
@@ -395,6 +446,7 @@ def test_callbacks(tmp_path):
         ({"epochs": 2.5}, "train: epochs: expected int, got 2.5"),
         ({"alpha": "0.9"}, "train: alpha: expected float, got '0.9'"),
         ({"epochs": 0}, "train: epochs: expected a whole number from 1"),
+        ({"output_dir": ""}, "train: output_dir: expected a directory, got an empty name"),
     ],
 )
 def test_errors(tmp_path, settings, message):
