@@ -38,6 +38,7 @@ VAE_VARIANTS = {
     "importance-weighted": {"iwae_samples": 3, "backward": "dense"},
     "conv, oversampled": {"architecture": "conv", "channels": "2,3", "sampling": "balanced"},
     "communities": {"sampling": "communities", "neighbours": 3, "min_stability": 0.0},
+    "communities as groups": {"risk": "group", "alpha": 0.5},
     "tail alone": {"backward": "tail"},
     "microbatches": {"microbatch_size": 3},
     "microbatches of a mean": {"alpha": 0.0, "tail_term": "reconstruction", "microbatch_size": 3},
@@ -47,6 +48,7 @@ GAN_VARIANTS = {
     "least squares, conditional": {"loss": "lsgan", "conditional": True, "tail_player": "d"},
     "hinge, codes, average": {"loss": "hinge", "info_codes": 2, "ema": 0.9},
     "saturating, augmented": {"loss": "saturating", "augment": True, "sampling": "balanced"},
+    "groups": {"risk": "group", "groups": "labels", "alpha": 0.5},
     "penalty": {"loss": "wgan-gp", "d_steps": 2, "info_codes": 1, "conditional": True},
 }
 # In float32 sums in another order differ by some 1e-7, of which Adam, that divides gradients by

@@ -32,8 +32,8 @@ def test_an_alpha_out_of_range(alpha):
 def test_every_risk_has_its_name_and_weighs_losses_as_its_gradient_does():
     losses = torch.rand(100, dtype=torch.float64)
     for name, kind in RISKS.items():
-        risk = kind()
-        assert risk.name == name
+        risk = kind().of_model()
+        assert risk.name == name and risk.words and risk.flags == kind().flags
         moved = losses.clone()
         moved[7] += 1e-6
         slope = (risk(moved) - risk(losses)) / 1e-6

@@ -69,6 +69,7 @@ class Trained:
     def __init__(self, epochs=4):
         self.epochs, self.epoch, self.step, self.seed = epochs, 0, 0, 0
         self.of_sampler = {}
+        self.risks = {}
         self.asked = []
 
     def features(self, name, data):

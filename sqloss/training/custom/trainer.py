@@ -10,7 +10,7 @@ import sqloss
 from sqloss import distributed
 from sqloss.common import ranks
 from sqloss.common.errors import UserError
-from sqloss.common.flags import as_given, flag
+from sqloss.common.flags import flag
 from sqloss.models.seeding import initialisation
 from sqloss.student_t import draw_seed
 from sqloss.tail import tail_loss
@@ -63,6 +63,8 @@ class CustomConfig(RunConfig):
 class CustomTraining(Training):
     """Copies of a user's model, one for every risk of the run."""
 
+    gives = ("rows", "labels")
+
     def __init__(self, own: Own, config: CustomConfig, device: torch.device) -> None:
         super().__init__(config)
         self.own, self.config, self.device = own, config, device
@@ -113,7 +115,8 @@ class CustomTraining(Training):
             optimizer.zero_grad()
             # The same noise for every model
             with initialisation(seed, "step", ranks.number(), device=self.device):
-                objective = self._objective(name, mine)
+                needed = self.needed(self.risks[name], part, labels_of(batch))
+                objective = self._objective(name, mine, needed)
                 if objective.requires_grad:
                     objective.backward()
             self._check_gradients(self.models[name])
@@ -129,8 +132,8 @@ class CustomTraining(Training):
             for callback in self.telling:
                 callback.on_step(name, {"train_objective": value.item()})
 
-    def _objective(self, name: str, batch: Any) -> Tensor:
-        risk, model = self.config.risks[name], self.with_losses[name]
+    def _objective(self, name: str, batch: Any, needed: dict[str, Tensor]) -> Tensor:
+        risk, model = self.risks[name], self.with_losses[name]
         if self.config.backward == "tail" and risk.tail_alpha is not None:
 
             def losses(rows: Tensor) -> Tensor:
@@ -140,7 +143,7 @@ class CustomTraining(Training):
             of_tail = tail_loss if ranks.count() == 1 else distributed.tail_loss
             rows = torch.arange(size_of(batch), device=self.device)
             return of_tail(losses, rows, alpha=risk.tail_alpha)
-        return risk.over_ranks(model(batch)["loss"], **self._needed(name, batch))
+        return risk.over_ranks(model(batch)["loss"], **needed)
 
     def _check_gradients(self, model: nn.Module) -> None:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -156,15 +159,6 @@ class CustomTraining(Training):
                 f"got none of {', '.join(unused)}; give find_unused_parameters=True, or freeze "
                 "these by requires_grad_(False)"
             )
-
-    def _needed(self, name: str, batch: Any) -> dict[str, Tensor]:
-        needed = {}
-        for want in self.config.risks[name].needs:
-            found = labels_of(batch) if want == "labels" else None
-            if found is None:
-                raise UserError(f"data: expected batches with {want} for {as_given('risk', name)}")
-            needed[want] = found
-        return needed
 
     def _schedule(self, after: str, name: str, objective: Tensor | float) -> None:
         if self.schedulers and self.config.scheduler_every == after:
@@ -296,6 +290,8 @@ class CustomTrainer(Trainer[CustomConfig, CustomTraining]):
             raise UserError(
                 f"sampling: expected data with rows for {config.sampling.name}, got batches"
             )
+        if isinstance(whole, Loader) and config.risk.keeps_state:
+            raise UserError(f"risk: expected data with rows for {config.risk.name}, got batches")
 
     def begin(self, config: CustomConfig, data: Rows | Loader) -> CustomTraining:
         return CustomTraining(self.own, config, data.device)

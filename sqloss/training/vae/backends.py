@@ -1,9 +1,10 @@
 """The steps of a training: by torch, or by NumPy with a backward pass written by hand."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from sqloss.common import ranks
 from sqloss.common.errors import require
 from sqloss.models import VAE
 from sqloss.tail import tail_backward, tail_loss
+from sqloss.training.risks import Risk
 from sqloss.training.vae.config import VAEConfig
 
 # FLOPs that cost as much as the fixed overhead of the second pass (a few ms), measured in
@@ -27,6 +29,7 @@ class Batch(NamedTuple):
     x: Tensor  # pixels, [B, *data_shape]
     rows: Tensor  # int64 [B], the numbers of these images in the whole batch
     size: int  # of that
+    needed: Mapping[str, Tensor] = MappingProxyType({})  # what the risk needs beside, [B] each
 
 
 class Backend(Protocol):
@@ -59,7 +62,7 @@ class Losses(nn.Module):
 class Torch:
     """Adam on what autograd makes of the model's losses, of all images or of those of the tail."""
 
-    def __init__(self, model: VAE, contender: str, config: VAEConfig) -> None:
+    def __init__(self, model: VAE, risk: Risk, config: VAEConfig) -> None:
         self.model = model
         self.losses = ranks.parallel(Losses(model, config.iwae_samples))
         self.no_sync = partial(ranks.no_sync, self.losses)
@@ -68,8 +71,8 @@ class Torch:
             self.tail_loss = distributed.tail_loss
             self.tail_backward = partial(distributed.tail_backward, no_sync=self.no_sync)
         self.microbatch_size = config.microbatch_size
-        self.objective = config.trained(contender)
-        self.tail_alpha = config.risks[contender].tail_alpha
+        self.objective = config.trained(risk)
+        self.tail_alpha = risk.tail_alpha
         self.adam = torch.optim.Adam(model.parameters(), config.learning_rate, fused=True)
         self.takes_tail = self._takes_tail(config)
 
@@ -107,7 +110,7 @@ class Torch:
             return self._backward_of_tail(batch, seed)
         if self.microbatch_size:
             return self._backward_of_microbatches(batch, seed)
-        loss = self.objective(self.losses(batch.x, seed, batch.rows))
+        loss = self.objective(self.losses(batch.x, seed, batch.rows), **batch.needed)
         loss.backward()
         return loss
 
@@ -156,7 +159,7 @@ class NumPy:
     rank, with all of the batch.
     """
 
-    def __init__(self, model: VAE, contender: str, config: VAEConfig) -> None:
+    def __init__(self, model: VAE, risk: Risk, config: VAEConfig) -> None:
         require("numpy")
         from sqloss.models import numpy_vae
 
@@ -165,7 +168,7 @@ class NumPy:
         self.settings: dict[str, Any] = {
             "lr": config.learning_rate,
             "df": config.df if config.prior == "t" else None,
-            "alpha": config.risks[contender].tail_alpha or 0.0,
+            "alpha": risk.tail_alpha or 0.0,
             "tail_term": config.tail_term,
             "beta": config.beta,
         }
@@ -191,4 +194,4 @@ def tail_pays(flops: int, alpha: float) -> bool:
     return (2 - 3 * (1 - alpha)) * flops > FLOPS_TO_FIND_TAIL
 
 
-BACKENDS: dict[str, Callable[[VAE, str, VAEConfig], Backend]] = {"torch": Torch, "numpy": NumPy}
+BACKENDS: dict[str, Callable[[VAE, Risk, VAEConfig], Backend]] = {"torch": Torch, "numpy": NumPy}

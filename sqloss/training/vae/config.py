@@ -8,7 +8,7 @@ from sqloss.common.errors import UserError
 from sqloss.common.flags import as_flag, expect_whole, flag
 from sqloss.models.vae import ARCHITECTURES, GREATEST_DF, LEAST_DF, PRIORS
 from sqloss.training.config import ImageConfig, parse_sizes
-from sqloss.training.risks import Mean
+from sqloss.training.risks import Mean, Risk
 from sqloss.training.vae.objective import TAIL_TERMS, Objective, objective_name, vae_objective
 
 DEFAULT_LR = {"torch": 1e-3, "numpy": 1e-2}  # of Adam, and of SGD; the keys are the backends
@@ -182,18 +182,24 @@ class VAEConfig(ImageConfig):
 
     @property
     def objectives(self) -> dict[str, Objective]:
-        """The objectives measured of every model; the tail's too if no model is trained on it."""
-        return {n: vae_objective(risk, *self._bound) for n, risk in self.measured_risks.items()}
+        """The objectives measured of every model; the tail's too if no model is trained on it.
+
+        Of test images their losses are known, and not what else a risk may need.
+        """
+        return {
+            name: vae_objective(risk, *self._bound)
+            for name, risk in self.measured_risks.items()
+            if not risk.needs
+        }
 
     @property
     def objective_names(self) -> dict[str, str]:
-        """The objectives in words."""
+        """The objectives in words, those of the models too that are not measured."""
         return {n: objective_name(risk, *self._bound) for n, risk in self.measured_risks.items()}
 
-    def trained(self, contender: str) -> Objective:
-        """The objective that a model minimises, of the losses of all ranks."""
-        risk = self.risks[contender].over_ranks
-        return replace(vae_objective(risk, *self._bound), mean=Mean().over_ranks)
+    def trained(self, risk: Risk) -> Objective:
+        """The objective that a model of this risk minimises, of the losses of all ranks."""
+        return replace(vae_objective(risk.over_ranks, *self._bound), mean=Mean().over_ranks)
 
     @property
     def _bound(self) -> tuple[str, float, int]:

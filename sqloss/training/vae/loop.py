@@ -30,6 +30,7 @@ class VAETraining(Training):
     """The training of copies of one initial model, one for every contender of the run."""
 
     feature_names = ("means", *IMAGE_FEATURES)
+    gives = ("rows", "labels")
 
     def __init__(self, model: VAE, config: VAEConfig) -> None:
         super().__init__(config)
@@ -37,7 +38,7 @@ class VAETraining(Training):
         device = next(model.parameters()).device
         self.models: dict[str, VAE] = {name: copy.deepcopy(model) for name in config.contenders}
         self.optimisers = {
-            name: BACKENDS[config.backend](copied, name, config)
+            name: BACKENDS[config.backend](copied, self.risks[name], config)
             for name, copied in self.models.items()
         }
         objectives = (f"test_objective_{name}" for name in config.objectives)
@@ -50,12 +51,14 @@ class VAETraining(Training):
         }
 
     def train_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        images, _ = batch
+        images, labels = batch
         part, seed = ranks.part(len(images)), draw_seed(generator=self.noise)
         rows = torch.arange(len(images), device=images.device)[part]
         of_rank = Batch(pixels(images[part]), rows, len(images))
         for name, optimiser in self.optimisers.items():
-            self.objective_sums[name] += optimiser.step(of_rank, seed) * len(images)
+            needed = self.needed(self.risks[name], part, labels)
+            value = optimiser.step(of_rank._replace(needed=needed), seed)
+            self.objective_sums[name] += value * len(images)
 
     def measure(self, data: Dataset) -> list[Row]:
         return [self._measure(name, data) for name in self.models]

@@ -10,7 +10,7 @@ from sqloss.training.risks import Risk
 TAIL_TERMS = ("elbo", "reconstruction")  # what the risk may be of
 
 OfLosses = Callable[[Mapping[str, Tensor]], Tensor]
-Reduction = Callable[[Tensor], Tensor]  # losses [B] to a scalar
+Reduction = Callable[..., Tensor]  # losses [B], and what else a risk needs of them, to a scalar
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Objective:
     added: Callable[[Mapping[str, Tensor], Reduction], Tensor] | None = None
     """To a scalar, from a model's losses and ``mean``."""
 
-    def __call__(self, losses: Mapping[str, Tensor]) -> Tensor:
-        value = self.risk(self.risked(losses))
+    def __call__(self, losses: Mapping[str, Tensor], **needed: Tensor) -> Tensor:
+        value = self.risk(self.risked(losses), **needed)
         return value if self.added is None else value + self.added(losses, self.mean)
 
 

@@ -17,7 +17,9 @@ from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
 from sqloss.training import sampling_report
 from sqloss.training.attributes import AttributeJudge, attribute_note, attribute_table
+from sqloss.training.config import STANDARD
 from sqloss.training.progress import counted
+from sqloss.training.risks import CVaR
 from sqloss.training.shares import batch_sizes, class_shares, classifier_of, share_table
 from sqloss.training.vae.bounds import estimate
 from sqloss.training.vae.config import VAEConfig
@@ -126,7 +128,6 @@ def as_markdown(report: Report) -> str:
     alpha = f"{report['alpha_of_cvar']:g}"
     risk = report["risk"]
     metric_note = "" if risk["tail_alpha"] else f" (the usual one, as {risk['flags']} has no tail)"
-    mean_objective, own_objective = report["objectives"].values()
     samples = config["iwae_samples"]
     bound_note = (
         f"\n- The IW-{samples} bound is the importance-weighted one on log p(x) of Burda et al. "
@@ -155,8 +156,7 @@ Every setting is in `config.json`.
 - Losses are in nats per image, on test images that keep every class. -ELBO = reconstruction + KL,
   with weight 1 whatever --beta is. CVaR is the mean of the worst {1 - report["alpha_of_cvar"]:.4g}
   share of the -ELBO, at alpha = {alpha}{metric_note}.
-- The curves show the objectives, on the test images, and every model by both of them: the
-  {mean_objective}, and the {own_objective}.{bound_note}
+{curves_note(report)}{bound_note}
 - Each image's -ELBO is of one draw from the posterior. The mean over the images is unbiased, but
   images with an unlucky draw come to lie in the tail: that biases the CVaR slightly
   upwards.{kl_note}{moments_note(report)}{prior_note(report)}
@@ -173,6 +173,20 @@ Every setting is in `config.json`.
 ![Generated images](vae_samples.png)
 ![Reconstructions](vae_reconstructions.png)
 """
+
+
+def curves_note(report: Report) -> str:
+    """What the curves show, which an objective that needs more than losses is not."""
+    mean, own = report["objectives"].values()
+    if own in dict(objectives_measured(report)):
+        return (
+            "- The curves show the objectives, on the test images, and every model by both of "
+            f"them: the\n  {mean}, and the {own}."
+        )
+    return (
+        f"- The curves show the {mean}, on the test images. The {own}\n"
+        "  is one of training images, whose groups are known."
+    )
 
 
 def how_trained(report: Report) -> str:
@@ -280,8 +294,17 @@ def overall_table(report: Report) -> Iterator[list[str]]:
 
 def objectives_of_their_own(report: Report) -> Iterator[tuple[str, str]]:
     """Label and metric of the objectives that are not the mean or the CVaR of the -ELBO anyway."""
+    for words, metric in objectives_measured(report):
+        is_usual = metric in (f"objective_{name}" for name in (STANDARD, CVaR.name))
+        if not is_usual or not words.endswith("of -ELBO"):
+            yield words, metric
+
+
+def objectives_measured(report: Report) -> Iterator[tuple[str, str]]:
+    """Words and metric of the objectives that the models are measured by."""
+    test = next(iter(report["models"].values()))["test"]
     for objective, words in report["objectives"].items():
-        if not words.endswith("of -ELBO"):
+        if f"objective_{objective}" in test:
             yield words, f"objective_{objective}"
 
 
