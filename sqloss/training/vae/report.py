@@ -38,11 +38,13 @@ def make_report(
     data: Dataset,
     config: VAEConfig,
     under_priors: Mapping[str, Losses] = MappingProxyType({}),
+    of_reference: Losses | None = None,
 ) -> Report:
     """The report on models with these test losses, trained on ``data``.
 
     ``whole`` is the data before the imbalance: from it the classifier learns every class.
-    ``under_priors`` are the test losses under a prior of communities, where there are such.
+    ``under_priors`` are the test losses under a prior of communities, where there are such, and
+    ``of_reference`` those of the run's reference.
     """
     device = data.train_images.device
     classifier = classifier_of(whole, device, config.seed)
@@ -58,7 +60,7 @@ def make_report(
         "models": {
             name: {
                 "test": overall(losses[name], config.metric_alpha)
-                | objective_values(losses[name], config),
+                | objective_values(losses[name], config, of_reference),
                 "test_by_class": by_class(losses[name], data, config.metric_alpha),
                 "generated": class_shares(classifier, generated(model, config)),
             }
@@ -193,7 +195,8 @@ def how_trained(report: Report) -> str:
     """What each model was trained on, in words that hold for every --tail-term and --beta."""
     config = report["config"]
     risk = report["risk"]["flags"]
-    flags = f"({risk}, --tail-term {config['tail_term']}, --beta {config['beta']:g})"
+    reference = f", --reference {config['reference']}" if config["reference"] else ""
+    flags = f"({risk}, --tail-term {config['tail_term']}, --beta {config['beta']:g}{reference})"
     minimised = ", ".join(
         f"`{m}` minimises the {report['objectives'][m]}" for m in report["models"]
     )
