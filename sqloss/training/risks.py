@@ -152,3 +152,71 @@ class Mean(Risk):
 
     def over_ranks(self, losses: Tensor, **needed: Tensor) -> Tensor:
         return CVaR(0.0).over_ranks(losses)
+
+
+@RISKS.register
+@dataclass(frozen=True)
+class TopK(Risk):
+    r"""The mean of the least losses, of a share of them that falls from epoch to epoch.
+
+    In epoch :math:`e`, from 0 up, it is of the share :math:`\max(\gamma^e, \nu)`, where
+    :math:`\gamma` is ``topk_decay`` and :math:`\nu` is ``topk_share``: at first of all losses. By
+    itself it is that of the final share. A generator's least losses are those of the images that
+    the discriminator takes for the most real. The others are thrown away, as their gradients lead
+    away from the data more often.
+
+    Source: S. Sinha et al., "Top-k training of GANs: improving GAN performance by throwing away bad
+    samples", NeurIPS 2020.
+    """
+
+    name: ClassVar[str] = "topk"
+
+    topk_share: float = flag(
+        0.5, "share of the batch, that of the least losses, that --risk topk comes to", since=3
+    )
+    topk_decay: float = flag(
+        0.99, "what the share of --risk topk is multiplied by after every epoch", since=3
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("topk_share", "topk_decay"):
+            expect(self, name, 0 < getattr(self, name) <= 1, "a number in (0, 1]")
+
+    @property
+    def words(self) -> str:
+        return f"mean of the least {self.topk_share:g}"
+
+    def of_model(self) -> "AnnealedTopK":
+        return AnnealedTopK(self)
+
+    def __call__(self, losses: Tensor, **needed: Tensor) -> Tensor:
+        return least_mean(losses, self.topk_share)
+
+
+class AnnealedTopK(Risk):
+    """That of the epoch under way."""
+
+    name = TopK.name
+
+    def __init__(self, risk: TopK) -> None:
+        self.risk = risk
+        self.share = 1.0
+
+    @property
+    def words(self) -> str:
+        return self.risk.words
+
+    @property
+    def flags(self) -> str:
+        return self.risk.flags
+
+    def start_epoch(self, order: Tensor, data: "TrainingData", training: "Training") -> None:
+        self.share = max(self.risk.topk_decay**training.epoch, self.risk.topk_share)
+
+    def __call__(self, losses: Tensor, **needed: Tensor) -> Tensor:
+        return least_mean(losses, self.share)
+
+
+def least_mean(losses: Tensor, share: float) -> Tensor:
+    """The mean of this share of the losses, of the least; a part of one counts in part."""
+    return -sqloss.cvar(-losses, tail_fraction=share)

@@ -42,6 +42,7 @@ VARIANTS = {loss: {"loss": loss} for loss in GAN_LOSSES} | {
         "sampling_from": 0.0,
     },
     "groups": {"risk": "group", "groups_from": 0.0, "alpha": 0.5},
+    "top-k": {"risk": "topk", "tail_player": "g", "topk_decay": 0.8},
     "alone": {"no_baseline": True},
     "standard only": {"alpha": 0.0},
     "tail of d": {"tail_player": "d"},
