@@ -191,7 +191,7 @@ def size_row(shape: tuple[int, int, int], config: VAEConfig, seconds: float) -> 
     }
     dense, tail = times_of(steps, config.batch_size, shape, seconds).values()
     cost = ratio({"seconds": tail}, {"seconds": dense})[1]
-    auto = "tail" if Torch(model(), "cvar", config).takes_tail else "dense"
+    auto = "tail" if Torch(model(), config.risk, config).takes_tail else "dense"
     return (
         f"| {' x '.join(map(str, shape))} | {config.architecture} | {config.batch_size:,} "
         f"| {config.risk.alpha} | {1e3 * median(dense):.2f} | {1e3 * median(tail):.2f} "

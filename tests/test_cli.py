@@ -195,7 +195,7 @@ def test_the_seed_is_that_of_the_initial_weights_too(monkeypatch):
 def test_the_classifier_learns_from_the_data_before_the_imbalance(tmp_path, monkeypatch):
     counts = []
 
-    def spy(_models, _losses, whole, data, _config, _under_priors):
+    def spy(_models, _losses, whole, data, *_):
         counts.append((whole.class_counts()[0], data.class_counts()[0]))
         raise KeyboardInterrupt
 
@@ -301,6 +301,11 @@ def test_version_and_config(capsys):
 
 
 RUN_FLAGS = {
+    "groups",
+    "groups-from",
+    "group-decay",
+    "topk-share",
+    "topk-decay",
     "risk",
     "dataset",
     "data-dir",
@@ -334,6 +339,7 @@ RUN_FLAGS = {
     "checkpoint-every",
 }
 VAE_FLAGS = {
+    "reference",
     "backward",
     "microbatch-size",
     "tail-term",

@@ -265,15 +265,28 @@ def gathered(values: Tensor) -> Tensor:
     """
     if count() == 1:
         return values
-    from torch.distributed.nn.functional import all_gather
-
     sizes = torch.zeros(count(), dtype=torch.int64)
     sizes[number()] = len(values)
     dist.all_reduce(sizes)
-    padded = nn.functional.pad(values, (0, int(sizes.max()) - len(values)))
-    of_ranks = all_gather(padded)
-    parts = [each[:size] for each, size in zip(of_ranks, sizes.tolist(), strict=True)]
-    return torch.cat(parts)
+    start, size = int(sizes[: number()].sum()), int(sizes.sum())
+    gathered_values: Tensor = _Gathered.apply(values, start, size)
+    return gathered_values
+
+
+class _Gathered(torch.autograd.Function):
+    """Each rank puts its values where they belong among zeros, and the sum has all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, start: int, size: int) -> Tensor:
+        ctx.rows = slice(start, start + len(values))
+        all_values = values.new_zeros(size)
+        all_values[ctx.rows] = values
+        dist.all_reduce(all_values)
+        return all_values
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+        return summed(slopes[0])[ctx.rows], None, None
 
 
 def summed(values: Tensor) -> Tensor:

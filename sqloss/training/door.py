@@ -113,11 +113,12 @@ def train(
         callbacks: see :class:`Callback`.
         collate_fn: from a list of a Dataset's samples to a batch.
         progress: whether to show it on stderr; this needs tqdm.
-        settings: ``alpha``, ``backward="tail"`` (through the samples of the tail alone, where the
-            model treats samples independently), ``no_baseline=True`` (no standard model; otherwise
-            both see the same batches and noise), ``scheduler_every``, ``sampling``, ``device``,
-            ``threads``, ``checkpoint_every``, ``find_unused_parameters=True`` (under torchrun, of a
-            model with parameters that a loss may leave out).
+        settings: ``alpha``, ``groups`` (of ``risk="group"``), ``backward="tail"`` (through the
+            samples of the tail alone, where the model treats samples independently),
+            ``no_baseline=True`` (no standard model; otherwise both see the same batches and noise),
+            ``scheduler_every``, ``sampling``, ``device``, ``threads``, ``checkpoint_every``,
+            ``find_unused_parameters=True`` (under torchrun, of a model with parameters that a loss
+            may leave out).
 
     Returns:
         TrainedRun: the models, the report, the directory and the metrics. The directory has

@@ -11,7 +11,7 @@ import torch
 
 from sqloss.common import ranks
 from sqloss.models.seeding import generator
-from sqloss.training.loop import Training, close_epoch
+from sqloss.training.loop import Training, batches, close_epoch, take_step
 from sqloss.training.progress import counted, duration
 from sqloss.training.run import Run
 
@@ -52,9 +52,8 @@ def estimate(run: "Run[Any]") -> str | None:
 
 
 def train(training: Training, data: Any, rows: list[torch.Tensor]) -> None:
-    for batch in data.batches(rows, training):
-        training.train_step(batch)
-        training.step += 1
+    for batch, numbers in batches(training, data, rows):
+        take_step(training, batch, numbers)
 
 
 def timed(work: Callable[[], None], device: torch.device) -> float:

@@ -19,7 +19,7 @@ from sqloss.common.errors import UserError, require
 from sqloss.common.files import expanded
 from sqloss.common.flags import LARGEST, as_flag, expect, expect_whole, flag
 from sqloss.groups.sampler import drawn
-from sqloss.training.samplers import SAMPLERS, Sampler
+from sqloss.training.samplers import SAMPLERS, Sampler, has_come
 
 if TYPE_CHECKING:
     from sqloss.training.loop import Training, TrainingData
@@ -73,11 +73,11 @@ class ByFeatures(Sampler):
     def order(self, data: "TrainingData", draws: torch.Generator, training: "Training") -> Tensor:
         kept = training.of_sampler
         assert kept is not None
-        if not kept and training.epoch < int(self.sampling_from * training.epochs):
+        if not kept and not has_come(self.sampling_from, training):
             return torch.randperm(len(data), generator=draws)
         due = self.sampling_refresh and kept and training.step == 0
         if not kept or (due and training.epoch - kept["epoch"] >= self.sampling_refresh):
-            found = ranks.of_first(lambda: self._found(data, training))
+            found = ranks.of_first(lambda: self.found_in(data, training))
             kept.clear()
             kept.update(found, epoch=training.epoch)
         return drawn(kept["p"], len(data), draws)
@@ -85,17 +85,18 @@ class ByFeatures(Sampler):
     def check(self, data: "TrainingData", training: "Training") -> None:
         names = training.feature_names
         if self.features.endswith(".npy"):
-            check_rows(from_file(self.features), data)
+            check_rows(features_in(self.features), data)
         elif not names or self.features not in ("auto", *names):
             there = ", ".join((*names, "FILE.npy"))
             raise UserError(
                 f"{as_flag('features')}: expected one of {there} here, got {self.features}"
             )
 
-    def _found(self, data: "TrainingData", training: "Training") -> dict[str, Tensor]:
+    def found_in(self, data: "TrainingData", training: "Training") -> dict[str, Tensor]:
+        """What ``found`` finds in the features that there are now."""
         name = training.feature_names[0] if self.features == "auto" else self.features
         is_file = name.endswith(".npy")
-        features = from_file(name) if is_file else training.features(name, data).detach().cpu()
+        features = features_in(name) if is_file else training.features(name, data).detach().cpu()
         check_rows(features, data)
         return self.found(features, name not in UNSCALED, training.seed)
 
@@ -110,12 +111,17 @@ def check_rows(features: Tensor, data: "TrainingData") -> None:
         raise UserError(f"{as_flag('features')}: expected finite numbers, got NaN or infinities")
 
 
-def from_file(path: str) -> Tensor:
+def features_in(path: str) -> Tensor:
+    return from_file(path, "features").float()
+
+
+def from_file(path: str, setting: str) -> Tensor:
+    """The numbers of a file that a setting names."""
     numpy = require("numpy")
     try:
-        return torch.from_numpy(numpy.load(path, allow_pickle=False)).float()
+        return torch.from_numpy(numpy.load(path, allow_pickle=False))
     except (OSError, ValueError, TypeError, EOFError) as error:
-        raise UserError(f"{as_flag('features')}: cannot read {path}: {error}") from error
+        raise UserError(f"{as_flag(setting)}: cannot read {path}: {error}") from error
 
 
 @dataclass(frozen=True)

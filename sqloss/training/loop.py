@@ -4,6 +4,7 @@ What training changes is one ``Training``, and a checkpoint is all of it: a run 
 anywhere and resumed is, on the CPU, bit for bit the run that was not.
 """
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 
 from sqloss.common import ranks
 from sqloss.common.errors import UserError
+from sqloss.common.flags import as_given
 from sqloss.models.seeding import generator
 from sqloss.training.config import RunConfig
 from sqloss.training.progress import Progress, counted
+from sqloss.training.risks import Risk
 from sqloss.training.stop import StopSignal
 
 Row = dict[str, Any]  # the metrics of one model after one epoch
@@ -61,6 +64,8 @@ class Training(ABC):
     round = 1  # steps after which every kind of step has been taken
     brought: Mapping[str, str] = {}  # by argument, what a resumed run is to be given again
     feature_names: tuple[str, ...] = ()  # those that ``features`` knows, the default first
+    gives: tuple[str, ...] = ()
+    """What ``needed`` has for risks: ``labels``, and ``rows``, the numbers of the samples."""
 
     def __init__(self, config: RunConfig) -> None:
         self.seed = config.seed
@@ -68,6 +73,8 @@ class Training(ABC):
         self.noise = generator(config.seed, "noise")
         self.epoch = 0  # whole epochs done
         self.step = 0  # steps done of the epoch under way
+        self.rows = torch.empty(0, dtype=torch.int64)  # the samples of the batch under way
+        self.risks = {name: risk.of_model() for name, risk in config.risks.items()}
         self.history: list[Row] = []
         # What the sampler keeps over epochs; None where it keeps nothing.
         self.of_sampler: dict[str, Any] | None = {} if config.sampling.keeps_state else None
@@ -107,12 +114,25 @@ class Training(ABC):
         """
         raise NotImplementedError
 
+    def needed(self, risk: Risk, part: slice, labels: Tensor | None) -> dict[str, Tensor]:
+        """What a risk needs of a part of the batch under way, which has these labels if any."""
+        known = {"rows": self.rows, "labels": labels}
+        needed = {}
+        for want in risk.needs:
+            found = known[want]
+            if found is None:
+                of_risk = as_given("risk", risk.name)
+                raise UserError(f"data: expected batches with {want} for {of_risk}")
+            needed[want] = found[part]
+        return needed
+
     def alarms(self) -> list[str]:
         """What is wrong since the epoch that has ended though all numbers are finite."""
         return []
 
     def state_dict(self) -> dict[str, Any]:
         of_sampler = {} if self.of_sampler is None else {"sampler": self.of_sampler}
+        of_risks = {n: risk.state_dict() for n, risk in self.risks.items() if risk.keeps_state}
         return {
             "epoch": self.epoch,
             "step": self.step,
@@ -120,6 +140,7 @@ class Training(ABC):
             "noise": self.noise.get_state(),
             "history": self.history,
             **of_sampler,
+            **({"risks": of_risks} if of_risks else {}),
         } | self.own_state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -134,6 +155,9 @@ class Training(ABC):
         self.history = state["history"]
         if self.of_sampler is not None:
             self.of_sampler = state["sampler"]
+        for name, risk in self.risks.items():
+            if risk.keeps_state:
+                risk.load_state_dict(state["risks"][name])
 
     def _check_state(self, models: Iterable[str], history: list[Row], epoch: int) -> None:
         if set(models) != self.models.keys():
@@ -188,16 +212,35 @@ def train_epoch(
 ) -> bool:
     """Run the epoch under way; False where a stop is requested before its end."""
     draws = generator(config.seed, "order", training.epoch)
-    rows = config.sampling.order(data, draws, training).split(config.batch_size)[training.step :]
-    for batch in data.batches(rows, training):
+    order = config.sampling.order(data, draws, training)
+    for risk in training.risks.values():
+        risk.start_epoch(order, data, training)
+    rows = order.split(config.batch_size)[training.step :]
+    for batch, numbers in batches(training, data, rows):
         if stop.agreed():
             return False
-        training.train_step(batch)
-        training.step += 1
+        take_step(training, batch, numbers)
         if training.step % CHECKED_EVERY == 0:
             check_finite(training)
         progress.step()
     return True
+
+
+def batches(
+    training: Training, data: TrainingData, rows: Sequence[Tensor]
+) -> Iterator[tuple[Any, Tensor]]:
+    """Each batch with the numbers of its samples.
+
+    These say nothing where the data have an order of their own, and so other batches.
+    """
+    none = torch.empty(0, dtype=torch.int64)
+    return itertools.zip_longest(data.batches(rows, training), rows, fillvalue=none)
+
+
+def take_step(training: Training, batch: Any, rows: Tensor) -> None:
+    training.rows = rows
+    training.train_step(batch)
+    training.step += 1
 
 
 def close_epoch(training: Training, data: TrainingData) -> None:

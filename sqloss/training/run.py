@@ -11,7 +11,7 @@ from sqloss.common.files import as_csv, write_atomically, write_json
 from sqloss.common.flags import as_flag, changed, flat
 from sqloss.training import checkpoint
 from sqloss.training.config import Config, RunConfig, to_stored
-from sqloss.training.loop import NonFiniteError, Row, Training, fit
+from sqloss.training.loop import NonFiniteError, Row, Training, TrainingData, fit
 from sqloss.training.progress import Progress
 from sqloss.training.run_directory import (
     CHECKPOINTS,
@@ -91,6 +91,7 @@ class Run(Generic[Config]):
         set_threads(config, self.data)
         training = trainer.begin(config, self.data)
         ranks.of_first(lambda: config.sampling.check(self.data, training))
+        ranks.of_first(lambda: check_risk(config, self.data, training))
         self.start(training, self.data)
 
     def start(self, training: Training, data: Any) -> "Run[Config]":
@@ -197,6 +198,16 @@ class Run(Generic[Config]):
             return None
         # Resumed from an older checkpoint, the epochs after it are there from before: hide those.
         return SummaryWriter(self.directory / "tensorboard", purge_step=self.epochs_before + 1)
+
+
+def check_risk(config: RunConfig, data: TrainingData, training: Training) -> None:
+    """Raise for a risk that needs of the samples what the training does not give it."""
+    if not set(config.risk.needs) <= {*training.gives}:
+        raise UserError(
+            f"{as_flag('risk')}: expected one that needs the losses alone with sqloss "
+            f"{config.command}, got {config.risk.name}"
+        )
+    config.risk.check(data, training)
 
 
 def check_ranks_agree(config: RunConfig, fingerprint: str) -> None:

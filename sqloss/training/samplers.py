@@ -39,6 +39,11 @@ class Sampler(ABC):
         """
 
 
+def has_come(share: float, training: "Training") -> bool:
+    """Whether the epoch about to begin lies beyond this share of the training."""
+    return training.epoch >= int(share * training.epochs)
+
+
 SAMPLERS: Registry[type[Sampler]] = Registry("sampler")
 
 

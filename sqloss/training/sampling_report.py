@@ -1,10 +1,12 @@
-"""What a sampler without labels has drawn: for the report, so that a user sees what was lifted."""
+"""What a sampler without labels has drawn and what a risk of groups weighs: so users see what was
+lifted."""
 
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sqloss import groups
+from sqloss.common.tables import table
 from sqloss.common.text import in_markdown
 
 if TYPE_CHECKING:
@@ -12,14 +14,21 @@ if TYPE_CHECKING:
 
 
 def section(training: "Training", data: "TrainingData", names: tuple[str, ...]) -> dict[str, Any]:
-    """What was drawn, as ``sampling``; nothing with a sampler that keeps none or has not begun.
+    """What was drawn, as ``sampling``, and the groups of each model's risk, as ``groups``.
 
-    ``names`` are those of the classes. A class pays whose share of the draws is below that of the
-    data.
+    Nothing where there is no such sampler or risk, or where it has not begun. ``names`` are those
+    of the classes.
     """
+    described = {name: risk.described() for name, risk in training.risks.items()}
+    weighed = {name: of_model for name, of_model in described.items() if of_model}
     kept = training.of_sampler
-    if not kept:
-        return {}
+    return ({"sampling": drawn_by(kept, data, names)} if kept else {}) | (
+        {"groups": weighed} if weighed else {}
+    )
+
+
+def drawn_by(kept: dict[str, Any], data: "TrainingData", names: tuple[str, ...]) -> dict[str, Any]:
+    """What a sampler has drawn. A class pays whose share of the draws is below the data's."""
     p = kept["p"]
     weight = p * len(p)  # 1: drawn as often as without
     described: dict[str, Any] = {
@@ -48,14 +57,37 @@ def section(training: "Training", data: "TrainingData", names: tuple[str, ...]) 
             )
             if after < before
         }
-    return {"sampling": described}
+    return described
 
 
 def note(report: dict[str, Any]) -> str:
-    """The section on the sampler, in Markdown; "" where there is none."""
-    found = report.get("sampling")
-    if not found:
-        return ""
+    """The sections on the sampler and on the groups, in Markdown; "" where there are none."""
+    sampling = drawn_note(report["sampling"]) if "sampling" in report else ""
+    weighed = report.get("groups", {}).items()
+    return sampling + "".join(weighed_note(model, found) for model, found in weighed)
+
+
+def weighed_note(model: str, found: dict[str, Any]) -> str:
+    total = sum(group["size"] for group in found["groups"])
+    rows = [
+        [
+            str(group["group"]),
+            str(group["size"]),
+            f"{group['size'] / total:.2%}",
+            "" if group["mean_loss"] is None else f"{group['mean_loss']:.4g}",
+            f"{group['weight']:.2%}",
+        ]
+        for group in found["groups"]
+    ]
+    return (
+        f"\n## Groups of `{model}`\n\nFrom epoch {found['since_epoch']} on it was trained on them "
+        "by these weights in the end, of the running means of their\ntraining losses.\n\n"
+        + table([["group", "samples", "share", "mean loss", "weight"], *rows])
+        + "\n"
+    )
+
+
+def drawn_note(found: dict[str, Any]) -> str:
     lines = [
         "\n## What was drawn\n",
         f"From epoch {found['since_epoch']} on. The draws are worth "

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sqloss.common import ranks
 from sqloss.common.errors import UserError
 from sqloss.common.flags import changed
 from sqloss.training.run_directory import read_config, restore
@@ -26,16 +27,23 @@ class SavedRun:
 
 
 def load_saved_run(
-    trainer: Trainer[Any, Any], directory: Path, changes: Mapping[str, Any]
+    trainer: Trainer[Any, Any],
+    directory: Path,
+    changes: Mapping[str, Any],
+    argument: str = ARGUMENT,
 ) -> SavedRun:
-    """The models of a run and their data; ``changes`` are of settings ``of_machine``."""
-    config = read_config(trainer.config, directory / "config.json", ARGUMENT)
+    """The models of a run and their data; ``changes`` are of settings ``of_machine``.
+
+    ``argument`` is the one that names the directory.
+    """
+    path = directory / "config.json"
+    config = ranks.of_first(lambda: read_config(trainer.config, path, argument))
     config = changed(config, **changes)
     whole = trainer.load(config)
     data = trainer.training_data(whole, config)
     training = trainer.begin(config, data)
-    if not restore(training, directory, data.fingerprint(), ARGUMENT):
+    if not restore(training, directory, data.fingerprint(), argument):
         raise UserError(
-            f"{ARGUMENT}: expected a run with a checkpoint, got {directory}, which has none yet"
+            f"{argument}: expected a run with a checkpoint, got {directory}, which has none yet"
         )
     return SavedRun(config, whole, data, training.models, training, training.done())

@@ -177,7 +177,7 @@ def gan_gradients(given, batch, sides):
         codes=config.info_codes,
         batch_norm=config.loss != "wgan-gp",
     )
-    contender = Contender(over_ranks(model.double()), "cvar", config)
+    contender = Contender(over_ranks(model.double()), config.risk.of_model(), config)
     draws = torch.Generator().manual_seed(1)
     real = torch.rand(batch, 1, *sides, generator=draws).double() * 2 - 1
     noise = draw_noise(batch, model.generator, draws, torch.arange(batch) % 3)
@@ -187,7 +187,8 @@ def gan_gradients(given, batch, sides):
     shift = own_part(draw_augmentation(batch, (1, *sides), draws))
     part, noise = ranks.part(batch), own_part(noise)
     mix = torch.rand(batch, generator=draws).double()[part]
-    contender.discriminator_step(real[part], noise, (shift, shift), mix, batch)
+    needed = {"rows": torch.arange(batch)[part]}
+    contender.discriminator_step(real[part], noise, (shift, shift), mix, batch, needed)
     contender.generator_step(real[part], noise, shift, batch)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return gradients, model.state_dict(), contender.totals

@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import on_ranks
 
+from sqloss import cli
 from sqloss.common import ranks
 from sqloss.common.errors import UserError
 from sqloss.common.flags import configure
@@ -38,6 +39,7 @@ VAE_VARIANTS = {
     "importance-weighted": {"iwae_samples": 3, "backward": "dense"},
     "conv, oversampled": {"architecture": "conv", "channels": "2,3", "sampling": "balanced"},
     "communities": {"sampling": "communities", "neighbours": 3, "min_stability": 0.0},
+    "communities as groups": {"risk": "group", "alpha": 0.5},
     "tail alone": {"backward": "tail"},
     "microbatches": {"microbatch_size": 3},
     "microbatches of a mean": {"alpha": 0.0, "tail_term": "reconstruction", "microbatch_size": 3},
@@ -47,6 +49,8 @@ GAN_VARIANTS = {
     "least squares, conditional": {"loss": "lsgan", "conditional": True, "tail_player": "d"},
     "hinge, codes, average": {"loss": "hinge", "info_codes": 2, "ema": 0.9},
     "saturating, augmented": {"loss": "saturating", "augment": True, "sampling": "balanced"},
+    "groups": {"risk": "group", "groups": "labels", "alpha": 0.5},
+    "top-k": {"risk": "topk", "tail_player": "g", "topk_decay": 0.5},
     "penalty": {"loss": "wgan-gp", "d_steps": 2, "info_codes": 1, "conditional": True},
 }
 # In float32 sums in another order differ by some 1e-7, of which Adam, that divides gradients by
@@ -137,6 +141,19 @@ def test_ranks_train_as_one_process_does(train, data, tmp_path, command, variant
     assert not Path("/nowhere").exists()
     names = [sorted(p.name for p in (tmp_path / d).iterdir()) for d in ("one", "several")]
     assert names[0] == names[1]
+
+
+def test_ranks_train_against_a_reference_as_one_process_does(train, data, tmp_path, quick_reports):
+    for needed in ("matplotlib", "scipy", "sklearn", "tqdm"):
+        pytest.importorskip(needed)
+    line = ["--train-limit", "60", "--hidden", "4", "--latent", "2", "--num-samples", "20"]
+    line += ["--epochs", "1", "--alpha", "0", "--output-dir", str(tmp_path / "reference")]
+    assert cli.main(["vae", *line]) == 0  # on the digits, of the same shape
+    given = VAE | {"reference": str(tmp_path / "reference")}
+    _, one, _ = on_ranks.train("vae", tmp_path / "one", given, data)
+    _, several, _ = train(2, "vae", tmp_path / "several", **given)
+    assert_close(several, one)
+    assert one["brought"] == several["brought"]
 
 
 def test_images_in_a_file_train_as_those_in_memory(torchrun, data, tmp_path, assert_same):

@@ -69,6 +69,7 @@ class Trained:
     def __init__(self, epochs=4):
         self.epochs, self.epoch, self.step, self.seed = epochs, 0, 0, 0
         self.of_sampler = {}
+        self.risks = {}
         self.asked = []
 
     def features(self, name, data):
@@ -211,7 +212,7 @@ def test_a_run_resumes_with_the_groups_that_it_had(
     trainer, tmp_path, assert_same_run, signalling, stopped_after
 ):
     trainer.config = changed(
-        trainer.config, sampling="communities", neighbours=3, sampling_refresh=1
+        trainer.config, sampling="communities", neighbours=3, sampling_refresh=1, alpha=0.5
     )
     trainer.train(trainer.run(tmp_path / "whole"))
     _, ended = trainer.train(trainer.run(tmp_path / "resumed"), signalling(stopped_after))

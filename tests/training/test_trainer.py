@@ -112,7 +112,10 @@ def test_a_risk_and_a_sampler_serve_every_trainer(
     assert "entropic risk 0.02 of" in (tmp_path / "run" / "report.md").read_text()
     assert cli.main([command, "--resume", str(tmp_path / "run"), "--epochs", "3"]) == 0
     assert cli.main([*line[:-1], str(tmp_path / "other"), "--alpha", "0.5"]) == 2
-    assert "--alpha: expected --risk cvar with it, got --risk entropic" in capsys.readouterr().err
+    assert (
+        "--alpha: expected --risk cvar or group with it, got --risk entropic"
+        in capsys.readouterr().err
+    )
 
 
 def test_names_are_free_once():

@@ -10,7 +10,7 @@ import sqloss
 from sqloss import distributed
 from sqloss.common import ranks
 from sqloss.common.errors import UserError
-from sqloss.common.flags import as_given, flag
+from sqloss.common.flags import flag
 from sqloss.models.seeding import initialisation
 from sqloss.student_t import draw_seed
 from sqloss.tail import tail_loss
@@ -65,6 +65,8 @@ class CustomConfig(RunConfig):
 class CustomTraining(Training):
     """Copies of a user's model, one for every risk of the run."""
 
+    gives = ("rows", "labels")
+
     def __init__(self, own: Own, config: CustomConfig, device: torch.device) -> None:
         super().__init__(config)
         self.own, self.config, self.device = own, config, device
@@ -107,7 +109,8 @@ class CustomTraining(Training):
                 f"data: expected batches with a sample for each of {ranks.count()} processes, got "
                 f"one of {size}"
             )
-        mine = batch if ranks.count() == 1 else rows_of(batch, ranks.part(size))
+        part = ranks.part(size)
+        mine = batch if ranks.count() == 1 else rows_of(batch, part)
         versions = [tensor._version for tensor in tensors_of(mine)]
         for name, optimizer in self.optimizers.items():
             self.models[name].train()
@@ -117,7 +120,8 @@ class CustomTraining(Training):
                 initialisation(seed, "step", ranks.number(), device=self.device),
                 lone_sample_told("data: expected", "one of 1; give DataLoader(drop_last=True)"),
             ):
-                objective = self._objective(name, mine)
+                needed = self.needed(self.risks[name], part, labels_of(batch))
+                objective = self._objective(name, mine, needed)
                 if objective.requires_grad:
                     objective.backward()
             self._check_gradients(self.models[name])
@@ -133,8 +137,8 @@ class CustomTraining(Training):
             for callback in self.telling:
                 callback.on_step(name, {"train_objective": value.item()})
 
-    def _objective(self, name: str, batch: Any) -> Tensor:
-        risk, model = self.config.risks[name], self.with_losses[name]
+    def _objective(self, name: str, batch: Any, needed: dict[str, Tensor]) -> Tensor:
+        risk, model = self.risks[name], self.with_losses[name]
         if self.config.backward == "tail" and risk.tail_alpha is not None:
 
             def losses(rows: Tensor) -> Tensor:
@@ -144,7 +148,7 @@ class CustomTraining(Training):
             of_tail = tail_loss if ranks.count() == 1 else distributed.tail_loss
             rows = torch.arange(size_of(batch), device=self.device)
             return of_tail(losses, rows, alpha=risk.tail_alpha)
-        return risk.over_ranks(model(batch)["loss"], **self._needed(name, batch))
+        return risk.over_ranks(model(batch)["loss"], **needed)
 
     def _check_gradients(self, model: nn.Module) -> None:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -160,15 +164,6 @@ class CustomTraining(Training):
                 f"got none of {', '.join(unused)}; give find_unused_parameters=True, or freeze "
                 "these by requires_grad_(False)"
             )
-
-    def _needed(self, name: str, batch: Any) -> dict[str, Tensor]:
-        needed = {}
-        for want in self.config.risks[name].needs:
-            found = labels_of(batch) if want == "labels" else None
-            if found is None:
-                raise UserError(f"data: expected batches with {want} for {as_given('risk', name)}")
-            needed[want] = found
-        return needed
 
     def _schedule(self, after: str, name: str, objective: Tensor | float) -> None:
         if self.schedulers and self.config.scheduler_every == after:
@@ -300,6 +295,8 @@ class CustomTrainer(Trainer[CustomConfig, CustomTraining]):
             raise UserError(
                 f"sampling: expected data with rows for {config.sampling.name}, got batches"
             )
+        if isinstance(whole, Loader) and config.risk.keeps_state:
+            raise UserError(f"risk: expected data with rows for {config.risk.name}, got batches")
 
     def begin(self, config: CustomConfig, data: Rows | Loader) -> CustomTraining:
         training = CustomTraining(self.own, config, data.device)

@@ -1,16 +1,13 @@
 """The configuration of ``sqloss gan``."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from torch import Tensor
-
 from sqloss.common.errors import UserError
 from sqloss.common.files import expanded
-from sqloss.common.flags import as_flag, expect_whole, flag
+from sqloss.common.flags import as_flag, as_given, expect_whole, flag
 from sqloss.models.gan_losses import GAN_LOSSES
 from sqloss.training.config import ImageConfig
 from sqloss.training.risks import Mean, Risk
@@ -93,26 +90,32 @@ class GANConfig(ImageConfig):
         ):
             if not is_used and getattr(self, name) != getattr(GANConfig, name):
                 raise UserError(f"{as_flag(name)}: expected {needed} with it, got none")
+        is_of_real = "d" in TAIL_PLAYERS[self.tail_player]
+        of_real = f"d or both with {as_given('risk', self.risk.name)}, which is of real images"
+        self._expect("tail_player", is_of_real or not self.risk.needs, of_real)
 
-    def players_risks(self, contender: str) -> dict[str, Callable[[Tensor], Tensor]]:
-        """The risk that each player of a model minimises, of the losses of all ranks."""
-        risk = self.risks[contender]
-        return {player: self._of(player, risk).over_ranks for player in ("d", "g")}
+    def risks_of_losses(self, risk: Risk) -> dict[str, Risk]:
+        """What a model of this risk minimises: of the discriminator's losses of real and of
+        generated images, and of the generator's losses."""
+        players = {"real": "d", "fake": "d", "g": "g"}
+        return {losses: self._of(losses, player, risk) for losses, player in players.items()}
 
-    def _of(self, player: str, risk: Risk) -> Risk:
-        return risk if player in TAIL_PLAYERS[self.tail_player] else Mean()
+    def _of(self, losses: str, player: str, risk: Risk) -> Risk:
+        """What is needed of samples is known of the real images alone."""
+        is_tail = player in TAIL_PLAYERS[self.tail_player] and (losses == "real" or not risk.needs)
+        return risk if is_tail else Mean()
 
     @property
     def risk_names(self) -> dict[str, str]:
         """The contenders' risks in words."""
-        return {
-            name: " and the ".join(
-                f"{self._of(player, risk).words} of the {words}'s"
-                for player, words in (("d", "discriminator"), ("g", "generator"))
-            )
-            + " losses"
-            for name, risk in self.measured_risks.items()
-        }
+        return {name: self._in_words(risk) for name, risk in self.measured_risks.items()}
+
+    def _in_words(self, risk: Risk) -> str:
+        real, fake, of_g = (each.words for each in self.risks_of_losses(risk).values())
+        of_d = f"{real} of the discriminator's"
+        if fake != real:
+            of_d += f" losses on real images, the {fake} of those on generated ones"
+        return f"{of_d} and the {of_g} of the generator's losses"
 
     @property
     def classifier_file(self) -> Path | None:

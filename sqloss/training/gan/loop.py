@@ -1,6 +1,8 @@
 """The training of GANs: two players in turns, each on the risk of losses that are per sample."""
 
 import copy
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -27,7 +29,7 @@ from sqloss.training.gan.generation import Noise, draw_noise
 from sqloss.training.gan.judging import Judgement, Judging, judge
 from sqloss.training.gan.stability import alarms
 from sqloss.training.loop import Row, Training
-from sqloss.training.risks import Mean
+from sqloss.training.risks import Mean, Risk
 
 # Means over the steps of an epoch, each weighted by its images; of both models alike, whatever they
 # are trained on.
@@ -43,10 +45,10 @@ class Contender:
     A step is given this rank's part of a batch. Risks, batch norm and metrics are of the whole one.
     """
 
-    def __init__(self, model: GAN, name: str, config: GANConfig) -> None:
+    def __init__(self, model: GAN, risk: Risk, config: GANConfig) -> None:
         self.model = model
         self.config = config
-        self.risks, self.mean = config.players_risks(name), Mean().over_ranks
+        self.risks, self.mean = config.risks_of_losses(risk), Mean().over_ranks
         self.judging = ranks.parallel(Judging(model.discriminator, config.loss))
         self.generating = ranks.parallel(model.generator)
         self.players = {"d": model.discriminator, "g": model.generator}
@@ -77,8 +79,12 @@ class Contender:
         shifts: tuple[Augmentation, Augmentation],
         mix: Tensor,
         images: int,
+        needed: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
-        """Move the discriminator by this rank's part of a batch of so many images."""
+        """Move the discriminator by this rank's part of a batch of so many images.
+
+        ``needed`` is what its risk needs of the real ones.
+        """
         config = self.config
         with torch.no_grad():
             fake = self.model.generator(*noise)
@@ -87,7 +93,9 @@ class Contender:
         judged: Judgement = self.judging(real, fake, noise, mix)
         of_real = real_losses(config.loss, judged.real_logits)
         of_fake = fake_losses(config.loss, judged.fake_logits)
-        loss = self.risks["d"](of_real) + self.risks["d"](of_fake)
+        risk_of_real, risk_of_fake = self.risks["real"], self.risks["fake"]
+        loss = risk_of_real.over_ranks(of_real, **{n: needed[n] for n in risk_of_real.needs})
+        loss = loss + risk_of_fake.over_ranks(of_fake)
         if judged.penalties is not None:
             loss = loss + config.gp_weight * self.mean(judged.penalties)
         self._step("d", loss + self._of_codes(judged.code_losses))
@@ -103,7 +111,7 @@ class Contender:
         seen = augment(fake, shift) if self.config.augment else fake
         logits, of_codes = judge(self.model.discriminator, seen, noise)
         losses = generator_losses(self.config.loss, logits)
-        self._step("g", self.risks["g"](losses) + self._of_codes(of_codes))
+        self._step("g", self.risks["g"].over_ranks(losses) + self._of_codes(of_codes))
         if self.average is not None:
             self.average.update_parameters(self.model.generator)
         losses = ranks.whole(losses.detach(), images)
@@ -178,6 +186,7 @@ class GANTraining(Training):
     """
 
     feature_names = FEATURES
+    gives = ("rows", "labels")  # of the real images
 
     def __init__(self, model: GAN, config: GANConfig, batches: int) -> None:
         super().__init__(config)
@@ -187,7 +196,9 @@ class GANTraining(Training):
         self.models: dict[str, GAN] = {
             name: over_ranks(copy.deepcopy(model)) for name in config.contenders
         }
-        self.contenders = {name: Contender(m, name, config) for name, m in self.models.items()}
+        self.contenders = {
+            name: Contender(model, self.risks[name], config) for name, model in self.models.items()
+        }
         self.columns = COLUMNS
 
     @property
@@ -203,8 +214,9 @@ class GANTraining(Training):
         noise = self._draw_noise(labels)
         shifts = self._draw_shift(images), self._draw_shift(images)
         mix = torch.rand(size, generator=self.noise)[part].to(real.device)
-        for contender in self.contenders.values():
-            contender.discriminator_step(real, noise, shifts, mix, size)
+        for name, contender in self.contenders.items():
+            needed = self.needed(self.risks[name], part, labels)
+            contender.discriminator_step(real, noise, shifts, mix, size, needed)
         batches = self.epoch * self.batches + self.step + 1
         if batches % self.config.d_steps == 0:
             for _ in range(self.config.g_steps):

@@ -1,9 +1,10 @@
 """The steps of a training: by torch, or by NumPy with a backward pass written by hand."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,7 +15,9 @@ from sqloss.common import ranks
 from sqloss.common.errors import require
 from sqloss.models import VAE
 from sqloss.tail import tail_backward, tail_loss
+from sqloss.training.risks import Risk
 from sqloss.training.vae.config import VAEConfig
+from sqloss.training.vae.objective import regrets
 
 # FLOPs that cost as much as the fixed overhead of the second pass (a few ms), measured in
 # benchmarks/results/tail.md. Independent of the thread count, so that all ranks decide alike.
@@ -27,6 +30,7 @@ class Batch(NamedTuple):
     x: Tensor  # pixels, [B, *data_shape]
     rows: Tensor  # int64 [B], the numbers of these images in the whole batch
     size: int  # of that
+    needed: Mapping[str, Tensor] = MappingProxyType({})  # what the risk needs beside, [B] each
 
 
 class Backend(Protocol):
@@ -59,17 +63,20 @@ class Losses(nn.Module):
 class Torch:
     """Adam on what autograd makes of the model's losses, of all images or of those of the tail."""
 
-    def __init__(self, model: VAE, contender: str, config: VAEConfig) -> None:
+    def __init__(
+        self, model: VAE, risk: Risk, config: VAEConfig, reference: VAE | None = None
+    ) -> None:
         self.model = model
         self.losses = ranks.parallel(Losses(model, config.iwae_samples))
+        self.of_reference = reference and Losses(reference, config.iwae_samples)
         self.no_sync = partial(ranks.no_sync, self.losses)
         self.tail_loss, self.tail_backward = tail_loss, tail_backward
         if ranks.count() > 1:
             self.tail_loss = distributed.tail_loss
             self.tail_backward = partial(distributed.tail_backward, no_sync=self.no_sync)
         self.microbatch_size = config.microbatch_size
-        self.objective = config.trained(contender)
-        self.tail_alpha = config.risks[contender].tail_alpha
+        self.objective = config.trained(risk)
+        self.tail_alpha = risk.tail_alpha
         self.adam = torch.optim.Adam(model.parameters(), config.learning_rate, fused=True)
         self.takes_tail = self._takes_tail(config)
 
@@ -107,13 +114,22 @@ class Torch:
             return self._backward_of_tail(batch, seed)
         if self.microbatch_size:
             return self._backward_of_microbatches(batch, seed)
-        loss = self.objective(self.losses(batch.x, seed, batch.rows))
+        loss = self.objective(self._losses(batch.x, seed, batch.rows), **batch.needed)
         loss.backward()
         return loss
 
+    def _losses(self, x: Tensor, seed: Tensor, rows: Tensor) -> Mapping[str, Tensor]:
+        """Those of the model; with a reference, less those of that one at the same draws."""
+        losses: dict[str, Tensor] = self.losses(x, seed, rows)
+        if self.of_reference is None:
+            return losses
+        with torch.no_grad():
+            others = self.of_reference(x, seed, rows)
+        return regrets(losses, others)
+
     def _backward_of_tail(self, batch: Batch, seed: Tensor) -> Tensor:
         def losses(x: Tensor, rows: Tensor) -> Tensor:
-            return self.objective.risked(self.losses(x, seed, rows))
+            return self.objective.risked(self._losses(x, seed, rows))
 
         # Unchecked: the noise is that of the row and there is no batch norm, so the passes differ
         # in rounding alone, which is large only where a model has lost its footing.
@@ -156,7 +172,9 @@ class NumPy:
     rank, with all of the batch.
     """
 
-    def __init__(self, model: VAE, contender: str, config: VAEConfig) -> None:
+    def __init__(
+        self, model: VAE, risk: Risk, config: VAEConfig, reference: VAE | None = None
+    ) -> None:
         require("numpy")
         from sqloss.models import numpy_vae
 
@@ -165,7 +183,7 @@ class NumPy:
         self.settings: dict[str, Any] = {
             "lr": config.learning_rate,
             "df": config.df if config.prior == "t" else None,
-            "alpha": config.risks[contender].tail_alpha or 0.0,
+            "alpha": risk.tail_alpha or 0.0,
             "tail_term": config.tail_term,
             "beta": config.beta,
         }
@@ -191,4 +209,5 @@ def tail_pays(flops: int, alpha: float) -> bool:
     return (2 - 3 * (1 - alpha)) * flops > FLOPS_TO_FIND_TAIL
 
 
-BACKENDS: dict[str, Callable[[VAE, str, VAEConfig], Backend]] = {"torch": Torch, "numpy": NumPy}
+Begin = Callable[[VAE, Risk, VAEConfig, VAE | None], Backend]
+BACKENDS: dict[str, Begin] = {"torch": Torch, "numpy": NumPy}

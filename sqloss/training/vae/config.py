@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 from sqloss.common.errors import UserError
+from sqloss.common.files import expanded
 from sqloss.common.flags import as_flag, expect_whole, flag
 from sqloss.models.vae import ARCHITECTURES, GREATEST_DF, LEAST_DF, PRIORS
 from sqloss.training.config import ImageConfig, parse_sizes
-from sqloss.training.risks import Mean
+from sqloss.training.risks import Mean, Risk
 from sqloss.training.vae.objective import TAIL_TERMS, Objective, objective_name, vae_objective
 
 DEFAULT_LR = {"torch": 1e-3, "numpy": 1e-2}  # of Adam, and of SGD; the keys are the backends
@@ -21,6 +23,7 @@ class VAEConfig(ImageConfig):
     """The hyper-parameters of a run, valid by construction."""
 
     command: ClassVar[str] = "vae"
+    paths: ClassVar[tuple[str, ...]] = (*ImageConfig.paths, "reference")
     # These change rounding alone, as a device does.
     more_may_change: ClassVar[tuple[str, ...]] = ("backward", "microbatch_size")
 
@@ -29,6 +32,13 @@ class VAEConfig(ImageConfig):
         "take the tail of the whole negative ELBO, or of its reconstruction term only",
         choices=TAIL_TERMS,
         formerly="tail",
+    )
+    reference: str = flag(
+        "",
+        "a run of sqloss vae on images of the same shape: the risk is of what each image loses "
+        "against that run's standard model, or its only one, at the same draw",
+        since=3,
+        metavar="RUN_DIR",
     )
     backend: str = flag(
         "torch",
@@ -104,6 +114,7 @@ class VAEConfig(ImageConfig):
         self._check_iwae()
         self._check_backend()
         self._check_backward()
+        self._check_reference()
         parse_sizes("hidden", self.hidden)
         parse_sizes("channels", self.channels)
         self._check_effects()
@@ -159,6 +170,16 @@ class VAEConfig(ImageConfig):
             ):
                 self._expect("microbatch_size", not applies, f"0 with {why}")
 
+    def _check_reference(self) -> None:
+        if self.reference:
+            for applies, why in (
+                (self.risk.is_mean, f"{self.risk.flags}, as a constant moves no mean"),
+                (self.uses_numpy, "--backend numpy"),
+            ):
+                self._expect("reference", not applies, f"none with {why}")
+            # A run is resumed from any working directory
+            object.__setattr__(self, "reference", str(expanded(self.reference).absolute()))
+
     def _check_iwae(self) -> None:
         if self.iwae_samples:
             terms = "with --iwae-samples, whose bound is not a sum of reconstruction and KL"
@@ -182,18 +203,28 @@ class VAEConfig(ImageConfig):
 
     @property
     def objectives(self) -> dict[str, Objective]:
-        """The objectives measured of every model; the tail's too if no model is trained on it."""
-        return {n: vae_objective(risk, *self._bound) for n, risk in self.measured_risks.items()}
+        """The objectives measured of every model; the tail's too if no model is trained on it.
+
+        Of test images their losses are known, and not what else a risk may need.
+        """
+        return {
+            name: vae_objective(risk, *self._bound)
+            for name, risk in self.measured_risks.items()
+            if not risk.needs
+        }
 
     @property
     def objective_names(self) -> dict[str, str]:
-        """The objectives in words."""
-        return {n: objective_name(risk, *self._bound) for n, risk in self.measured_risks.items()}
+        """The objectives in words, those of the models too that are not measured."""
+        against = Path(self.reference).name
+        return {
+            name: objective_name(risk, *self._bound, against)
+            for name, risk in self.measured_risks.items()
+        }
 
-    def trained(self, contender: str) -> Objective:
-        """The objective that a model minimises, of the losses of all ranks."""
-        risk = self.risks[contender].over_ranks
-        return replace(vae_objective(risk, *self._bound), mean=Mean().over_ranks)
+    def trained(self, risk: Risk) -> Objective:
+        """The objective that a model of this risk minimises, of the losses of all ranks."""
+        return replace(vae_objective(risk.over_ranks, *self._bound), mean=Mean().over_ranks)
 
     @property
     def _bound(self) -> tuple[str, float, int]:

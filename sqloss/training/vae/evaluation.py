@@ -15,6 +15,7 @@ from sqloss.models.pixels import Images, pixels
 from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
 from sqloss.training.vae.config import VAEConfig
+from sqloss.training.vae.objective import regrets
 
 BATCH_SIZE = 1000
 # Importance weights are drawn in blocks of so many, each with a seed of its own, so that a draw
@@ -119,9 +120,18 @@ def learnt_df(model: VAE) -> dict[str, float]:
     return {} if model.free_df is None else {"df": torch.as_tensor(model.df).item()}
 
 
-def objective_values(losses: Mapping[str, Tensor], config: VAEConfig) -> dict[str, float]:
-    """The value of every objective of a run, whichever of them the model was trained on."""
-    return {
-        f"objective_{name}": objective(losses).item()
-        for name, objective in config.objectives.items()
-    }
+def objective_values(
+    losses: Mapping[str, Tensor],
+    config: VAEConfig,
+    of_reference: Mapping[str, Tensor] | None = None,
+) -> dict[str, float]:
+    """The value of every objective of a run, whichever of them the model was trained on.
+
+    ``of_reference`` are the losses of its reference, where it has one.
+    """
+    values = {}
+    for name, objective in config.objectives.items():
+        is_mean = config.measured_risks[name].is_mean
+        taken = losses if is_mean or of_reference is None else regrets(losses, of_reference)
+        values[f"objective_{name}"] = objective(taken).item()
+    return values

@@ -1,6 +1,7 @@
 """The training of VAEs: every contender on its own objective."""
 
 import copy
+import hashlib
 from typing import Any
 
 import torch
@@ -30,15 +31,21 @@ class VAETraining(Training):
     """The training of copies of one initial model, one for every contender of the run."""
 
     feature_names = ("means", *IMAGE_FEATURES)
+    gives = ("rows", "labels")
 
-    def __init__(self, model: VAE, config: VAEConfig) -> None:
+    def __init__(self, model: VAE, config: VAEConfig, reference: VAE | None = None) -> None:
         super().__init__(config)
         self.config = config
+        self.reference = reference
+        self._losses_of_reference: dict[str, Tensor] | None = None  # on the test images
+        self.brought = {"reference": in_words(reference)} if reference else {}
         device = next(model.parameters()).device
         self.models: dict[str, VAE] = {name: copy.deepcopy(model) for name in config.contenders}
         self.optimisers = {
-            name: BACKENDS[config.backend](copied, name, config)
-            for name, copied in self.models.items()
+            name: BACKENDS[config.backend](
+                copied, risk, config, None if risk.is_mean else reference
+            )
+            for (name, copied), risk in zip(self.models.items(), self.risks.values(), strict=True)
         }
         objectives = (f"test_objective_{name}" for name in config.objectives)
         self.columns = (
@@ -50,12 +57,14 @@ class VAETraining(Training):
         }
 
     def train_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        images, _ = batch
+        images, labels = batch
         part, seed = ranks.part(len(images)), draw_seed(generator=self.noise)
         rows = torch.arange(len(images), device=images.device)[part]
         of_rank = Batch(pixels(images[part]), rows, len(images))
         for name, optimiser in self.optimisers.items():
-            self.objective_sums[name] += optimiser.step(of_rank, seed) * len(images)
+            needed = self.needed(self.risks[name], part, labels)
+            value = optimiser.step(of_rank._replace(needed=needed), seed)
+            self.objective_sums[name] += value * len(images)
 
     def measure(self, data: Dataset) -> list[Row]:
         return [self._measure(name, data) for name in self.models]
@@ -65,12 +74,22 @@ class VAETraining(Training):
         objective = self.objective_sums[name].item() / len(data.train_images)
         self.objective_sums[name].zero_()
         losses = evaluate(model, data, config.seed, config.iwae_samples)
-        test = objective_values(losses, config) | summary(losses, config.metric_alpha)
+        objectives = objective_values(losses, config, self.losses_of_reference(data))
+        test = objectives | summary(losses, config.metric_alpha)
         return (
             {"epoch": self.epoch, "model": name, "train_objective": objective}
             | {f"test_{metric}": value for metric, value in test.items()}
             | learnt_df(model)
         )
+
+    def losses_of_reference(self, data: Dataset) -> dict[str, Tensor] | None:
+        """Those on the test images, at the draws at which the models are measured, if there is a
+        reference."""
+        if self.reference is not None and self._losses_of_reference is None:
+            config = self.config
+            of_test = evaluate(self.reference, data, config.seed, config.iwae_samples)
+            self._losses_of_reference = of_test
+        return self._losses_of_reference
 
     @torch.no_grad()
     def features(self, name: str, data: Dataset) -> Tensor:
@@ -101,6 +120,7 @@ class VAETraining(Training):
         return {
             "optimisers": {name: each.state_dict() for name, each in self.optimisers.items()},
             "objective_sums": self.objective_sums,
+            **({"brought": self.brought} if self.brought else {}),
         }
 
     def load_own_state(self, state: dict[str, Any]) -> None:
@@ -124,6 +144,15 @@ def build_model(config: VAEConfig, data_shape: tuple[int, ...]) -> VAE:
         )
 
 
-def begin(config: VAEConfig, data: Dataset) -> VAETraining:
-    """A training at its beginning, on the device of the data."""
-    return VAETraining(build_model(config, data.shape).to(data.train_images.device), config)
+def begin(config: VAEConfig, data: Dataset, reference: VAE | None = None) -> VAETraining:
+    """A training at its beginning, on the device of the data, as its reference is."""
+    model = build_model(config, data.shape).to(data.train_images.device)
+    return VAETraining(model, config, reference)
+
+
+def in_words(model: VAE) -> str:
+    """A model, so that another is not taken for it."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return f"a model with the hash {digest.hexdigest()}"

@@ -10,7 +10,7 @@ from sqloss.training.risks import Risk
 TAIL_TERMS = ("elbo", "reconstruction")  # what the risk may be of
 
 OfLosses = Callable[[Mapping[str, Tensor]], Tensor]
-Reduction = Callable[[Tensor], Tensor]  # losses [B] to a scalar
+Reduction = Callable[..., Tensor]  # losses [B], and what else a risk needs of them, to a scalar
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Objective:
     added: Callable[[Mapping[str, Tensor], Reduction], Tensor] | None = None
     """To a scalar, from a model's losses and ``mean``."""
 
-    def __call__(self, losses: Mapping[str, Tensor]) -> Tensor:
-        value = self.risk(self.risked(losses))
+    def __call__(self, losses: Mapping[str, Tensor], **needed: Tensor) -> Tensor:
+        value = self.risk(self.risked(losses), **needed)
         return value if self.added is None else value + self.added(losses, self.mean)
 
 
@@ -46,12 +46,28 @@ def vae_objective(risk: Reduction, tail_term: str, beta: float, iwae_samples: in
     }[tail_term]
 
 
-def objective_name(risk: Risk, tail_term: str, beta: float, iwae_samples: int) -> str:
-    """The objective that ``vae_objective`` makes, in words."""
-    if iwae_samples:
-        return f"{risk.words} of -IW-{iwae_samples} bound"
+def regrets(losses: Mapping[str, Tensor], of_reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What each image loses against a reference model, term by term.
+
+    A term of which an objective takes the mean loses a constant: its gradient stays.
+    """
+    return {name: values - of_reference[name] for name, values in losses.items()}
+
+
+def objective_name(
+    risk: Risk, tail_term: str, beta: float, iwae_samples: int, reference: str = ""
+) -> str:
+    """The objective that ``vae_objective`` makes, in words.
+
+    ``reference`` is the run whose model's losses are taken off those that a risk, other than the
+    mean, is of.
+    """
     kl = "KL" if beta == 1 else f"{beta:g} KL"
     loss = "-ELBO" if beta == 1 else f"(reconstruction + {kl})"
-    if not risk.is_mean and tail_term == "reconstruction":
-        return f"{risk.words} of reconstruction + mean of {kl}"
-    return f"{risk.words} of {loss}"
+    loss = f"-IW-{iwae_samples} bound" if iwae_samples else loss
+    if risk.is_mean:
+        return f"{risk.words} of {loss}"
+    is_split = tail_term == "reconstruction"
+    of_risk = "reconstruction" if is_split else loss
+    against = f"regret against {reference}, by {of_risk}" if reference else of_risk
+    return f"{risk.words} of {against}{f' + mean of {kl}' if is_split else ''}"

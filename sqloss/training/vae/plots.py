@@ -42,8 +42,9 @@ def draw_pictures(
     config: VAEConfig,
 ) -> None:
     """Write every picture of a run into its directory."""
+    measured = {name: config.objective_names[name] for name in config.objectives}
     figures = {
-        "vae_loss_curves.png": loss_curves(history, config.objective_names),
+        "vae_loss_curves.png": loss_curves(history, measured),
         "vae_loss_distribution.png": loss_distribution(losses, config.metric_alpha),
         "vae_samples.png": samples(models, config.seed),
         "vae_reconstructions.png": reconstructions(models, losses, data),
@@ -54,9 +55,9 @@ def draw_pictures(
 
 def loss_curves(history: Sequence[Row], objective_names: Mapping[str, str]) -> "Figure":
     """One panel per objective, in which every model is measured by it."""
-    figure = new_figure(9, 3.6)
-    panels = zip(figure.subplots(1, 2), objective_names.items(), strict=True)
-    for axes, (objective, words) in panels:
+    figure = new_figure(4.5 * len(objective_names), 3.6)
+    panels = figure.subplots(1, len(objective_names), squeeze=False)[0]
+    for axes, (objective, words) in zip(panels, objective_names.items(), strict=True):
         metric = f"test_objective_{objective}"
         draw_curves(axes, history, metric)
         axes.set_ylabel("nats per test image")

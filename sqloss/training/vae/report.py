@@ -17,7 +17,9 @@ from sqloss.models.seeding import generator
 from sqloss.student_t import draw_seed
 from sqloss.training import sampling_report
 from sqloss.training.attributes import AttributeJudge, attribute_note, attribute_table
+from sqloss.training.config import STANDARD
 from sqloss.training.progress import counted
+from sqloss.training.risks import CVaR
 from sqloss.training.shares import batch_sizes, class_shares, classifier_of, share_table
 from sqloss.training.vae.bounds import estimate
 from sqloss.training.vae.config import VAEConfig
@@ -36,11 +38,13 @@ def make_report(
     data: Dataset,
     config: VAEConfig,
     under_priors: Mapping[str, Losses] = MappingProxyType({}),
+    of_reference: Losses | None = None,
 ) -> Report:
     """The report on models with these test losses, trained on ``data``.
 
     ``whole`` is the data before the imbalance: from it the classifier learns every class.
-    ``under_priors`` are the test losses under a prior of communities, where there are such.
+    ``under_priors`` are the test losses under a prior of communities, where there are such, and
+    ``of_reference`` those of the run's reference.
     """
     device = data.train_images.device
     classifier = classifier_of(whole, device, config.seed)
@@ -56,7 +60,7 @@ def make_report(
         "models": {
             name: {
                 "test": overall(losses[name], config.metric_alpha)
-                | objective_values(losses[name], config),
+                | objective_values(losses[name], config, of_reference),
                 "test_by_class": by_class(losses[name], data, config.metric_alpha),
                 "generated": class_shares(classifier, generated(model, config)),
             }
@@ -126,7 +130,6 @@ def as_markdown(report: Report) -> str:
     alpha = f"{report['alpha_of_cvar']:g}"
     risk = report["risk"]
     metric_note = "" if risk["tail_alpha"] else f" (the usual one, as {risk['flags']} has no tail)"
-    mean_objective, own_objective = report["objectives"].values()
     samples = config["iwae_samples"]
     bound_note = (
         f"\n- The IW-{samples} bound is the importance-weighted one on log p(x) of Burda et al. "
@@ -155,8 +158,7 @@ Every setting is in `config.json`.
 - Losses are in nats per image, on test images that keep every class. -ELBO = reconstruction + KL,
   with weight 1 whatever --beta is. CVaR is the mean of the worst {1 - report["alpha_of_cvar"]:.4g}
   share of the -ELBO, at alpha = {alpha}{metric_note}.
-- The curves show the objectives, on the test images, and every model by both of them: the
-  {mean_objective}, and the {own_objective}.{bound_note}
+{curves_note(report)}{bound_note}
 - Each image's -ELBO is of one draw from the posterior. The mean over the images is unbiased, but
   images with an unlucky draw come to lie in the tail: that biases the CVaR slightly
   upwards.{kl_note}{moments_note(report)}{prior_note(report)}
@@ -175,11 +177,26 @@ Every setting is in `config.json`.
 """
 
 
+def curves_note(report: Report) -> str:
+    """What the curves show, which an objective that needs more than losses is not."""
+    mean, own = report["objectives"].values()
+    if own in dict(objectives_measured(report)):
+        return (
+            "- The curves show the objectives, on the test images, and every model by both of "
+            f"them: the\n  {mean}, and the {own}."
+        )
+    return (
+        f"- The curves show the {mean}, on the test images. The {own}\n"
+        "  is one of training images, whose groups are known."
+    )
+
+
 def how_trained(report: Report) -> str:
     """What each model was trained on, in words that hold for every --tail-term and --beta."""
     config = report["config"]
     risk = report["risk"]["flags"]
-    flags = f"({risk}, --tail-term {config['tail_term']}, --beta {config['beta']:g})"
+    reference = f", --reference {config['reference']}" if config["reference"] else ""
+    flags = f"({risk}, --tail-term {config['tail_term']}, --beta {config['beta']:g}{reference})"
     minimised = ", ".join(
         f"`{m}` minimises the {report['objectives'][m]}" for m in report["models"]
     )
@@ -280,8 +297,17 @@ def overall_table(report: Report) -> Iterator[list[str]]:
 
 def objectives_of_their_own(report: Report) -> Iterator[tuple[str, str]]:
     """Label and metric of the objectives that are not the mean or the CVaR of the -ELBO anyway."""
+    for words, metric in objectives_measured(report):
+        is_usual = metric in (f"objective_{name}" for name in (STANDARD, CVaR.name))
+        if not is_usual or not words.endswith("of -ELBO"):
+            yield words, metric
+
+
+def objectives_measured(report: Report) -> Iterator[tuple[str, str]]:
+    """Words and metric of the objectives that the models are measured by."""
+    test = next(iter(report["models"].values()))["test"]
     for objective, words in report["objectives"].items():
-        if not words.endswith("of -ELBO"):
+        if f"objective_{objective}" in test:
             yield words, f"objective_{objective}"
 
 

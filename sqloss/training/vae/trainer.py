@@ -5,12 +5,17 @@ from typing import ClassVar
 
 from torch import Generator
 
-from sqloss.common.files import write_report
+from sqloss.common.errors import UserError
+from sqloss.common.files import expanded, write_report
+from sqloss.common.flags import as_flag
 from sqloss.datasets import Dataset
+from sqloss.models import VAE as VAEModel
 from sqloss.student_t import draw_seed
 from sqloss.training import sampling_report
+from sqloss.training.config import STANDARD
 from sqloss.training.image_trainer import ACCURACY, RARE_SHARE, ImageTrainer
 from sqloss.training.run import Run
+from sqloss.training.saved_run import load_saved_run
 from sqloss.training.shares import batch_sizes
 from sqloss.training.trainer import (
     TRAINERS,
@@ -104,7 +109,21 @@ class VAETrainer(ImageTrainer[VAEConfig, loop.VAETraining]):
     }
 
     def begin(self, config: VAEConfig, data: Dataset) -> loop.VAETraining:
-        return loop.begin(config, data)
+        return loop.begin(config, data, self._reference(config, data))
+
+    def _reference(self, config: VAEConfig, data: Dataset) -> VAEModel | None:
+        """The model that a run's regrets are against: the standard one of another run, or its only
+        one."""
+        if not config.reference:
+            return None
+        argument, directory = as_flag("reference"), expanded(config.reference)
+        run = load_saved_run(self, directory, {"device": "cpu"}, argument)
+        if run.data.shape != data.shape:
+            wanted, got = (" x ".join(map(str, each.shape)) for each in (data, run.data))
+            raise UserError(f"{argument}: expected a run on images of {wanted}, got {got}")
+        only: VAEModel = next(iter(run.models.values()))
+        reference: VAEModel = run.models.get(STANDARD, only)
+        return reference.to(data.train_images.device).requires_grad_(False)
 
     def report(self, run: Run[VAEConfig]) -> Report:
         training, data, config, directory = run.training, run.data, run.config, run.directory
@@ -118,7 +137,8 @@ class VAETrainer(ImageTrainer[VAEConfig, loop.VAETraining]):
             name: evaluate(models[name], data, config.seed, prior=prior.mixture)
             for name, prior in priors.items()
         }
-        made = report.make_report(models, losses, run.whole, data, config, under_priors)
+        against = training.losses_of_reference(data)
+        made = report.make_report(models, losses, run.whole, data, config, under_priors, against)
         for name, prior in priors.items():
             made["models"][name]["communities_prior"]["communities"] = len(prior.mixture)
         made |= sampling_report.section(training, data, data.class_names)

@@ -186,6 +186,26 @@ def test_it_samples_by_what_a_model_of_ones_own_or_a_file_says(tmp_path):
     assert "classes_that_pay" not in found
 
 
+def test_it_trains_on_groups_by_labels_a_file_or_what_a_model_sees(tmp_path):
+    x, _ = points()
+    data = x, torch.arange(50) % 3
+
+    def losses_of(model, batch):
+        return (model(batch[0])[:, 0] - batch[1]).square()
+
+    settings = {"data": data, "losses_of": losses_of, "test": data, "risk": "group", "alpha": 0.5}
+    by_labels = fit(tmp_path / "labels", groups="labels", **settings)
+    numpy.save(tmp_path / "groups.npy", data[1].numpy())
+    same(by_labels, fit(tmp_path / "file", groups=str(tmp_path / "groups.npy"), **settings))
+    found = by_labels.report["groups"]["group"]["groups"]
+    assert [(group["group"], group["size"]) for group in found] == [(0, 17), (1, 17), (2, 16)]
+    assert found[2]["weight"] == pytest.approx(2 / 3)  # the largest targets, of losses far from 0
+    losses = {name: model["test"]["loss"] for name, model in by_labels.report["models"].items()}
+    assert losses["group"] > losses["standard"]
+    seen = fit(tmp_path / "seen", Seeing(), risk="group", groups_from=0.0)
+    assert sum(group["size"] for group in seen.report["groups"]["group"]["groups"]) == 50
+
+
 class Stopping(Callback):
     def __init__(self, after):
         self.after = after
@@ -411,6 +431,8 @@ def test_callbacks(tmp_path):
         ({"sampling": "balanced"}, "train: sampling: expected data with labels"),
         ({"sampling": "density"}, "train: features: expected one of FILE.npy here, got auto"),
         ({"data": Batches(), "sampling": "balanced"}, "train: sampling: expected data with rows"),
+        ({"data": Batches(), "risk": "group"}, "train: risk: expected data with rows for group"),
+        ({"risk": "group"}, "train: groups: expected labels or FILE.npy, as the model has no feat"),
         ({"risk": "worst"}, "train: risk: expected one of cvar, mean"),
         ({"alpha": 1.0}, r"train: alpha: expected a number in \[0, 1\)"),
         ({"learning_rate": 1.0}, "train: settings: expected some of a"),

@@ -81,12 +81,13 @@ def test_the_risks_are_those_of_the_words(tail_player, tails, words):
     config = configure(GANConfig, alpha=0.75, tail_player=tail_player)
     losses = torch.arange(8.0)
     mean, tail = losses.mean().item(), 6.5  # the worst two of eight
-    risks = {player: risk(losses).item() for player, risk in config.players_risks("cvar").items()}
-    assert risks == {player: tail if player in tails else mean for player in ("d", "g")}
+    risks = {of: risk(losses).item() for of, risk in config.risks_of_losses(config.risk).items()}
+    of_d, of_g = (tail if player in tails else mean for player in ("d", "g"))
+    assert risks == {"real": of_d, "fake": of_d, "g": of_g}
     assert config.risk_names["cvar"] == words
 
-    of_mean = [risk(losses).item() for risk in config.players_risks("standard").values()]
-    assert of_mean == [mean, mean]
+    of_mean = config.risks_of_losses(config.risks["standard"]).values()
+    assert [risk(losses).item() for risk in of_mean] == [mean] * 3
     expected = "mean of the discriminator's and the mean of the generator's losses"
     assert config.risk_names["standard"] == expected
 

@@ -59,7 +59,7 @@ def test_gradients_are_those_of_all_images():
     for changes in ({"backward": "dense"}, {}, *({"microbatch_size": n} for n in (1, 7, 99))):
         torch.manual_seed(0)
         model = VAE((1, 4, 3), (8,), 3).double()
-        optimiser = Torch(model, "cvar", changed(config, **changes))
+        optimiser = Torch(model, config.risk, changed(config, **changes))
         value = optimiser.step(Batch(x, torch.arange(50), 50), seed)
         grads.append([value, *(parameter.grad for parameter in model.parameters())])
     assert all(grad.abs().max() > 0 for grad in grads[0])
@@ -109,11 +109,11 @@ def test_a_mean_has_microbatches_whatever_its_tail_would_be(trainer, tmp_path):
 def test_auto_takes_the_tail_where_it_pays(changes, takes):
     config = configure(VAEConfig, **changes)
     model = VAE((1, 28, 28), architecture=config.architecture)
-    assert Torch(model, "cvar", config).takes_tail == takes
-    assert not Torch(model, "standard", config).takes_tail
+    assert Torch(model, config.risk, config).takes_tail == takes
+    assert not Torch(model, config.risks["standard"], config).takes_tail
 
 
 def test_auto_takes_all_of_small_images():
-    assert not Torch(VAE((1, 8, 8)), "cvar", VAEConfig()).takes_tail
+    assert not Torch(VAE((1, 8, 8)), VAEConfig().risk, VAEConfig()).takes_tail
     assert not tail_pays(10**15, alpha=0.33)  # 1 + 3 (1 - alpha) is more than 3
     assert tail_pays(10**15, alpha=0.34)
