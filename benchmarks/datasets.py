@@ -73,7 +73,7 @@ def measure(root: str, image_size: int, workers: int) -> dict[str, Any]:
         return load_dataset("folder", image_size=image_size, workers=workers, **place)
 
     torch.set_num_threads(1)
-    load_dataset("folder", data_dir=root, image_size=image_size, limit=1)  # what is imported
+    load_dataset("folder", data_dir=root, image_size=image_size, train_limit=1)  # what is imported
     before = anonymous()
     start = time.perf_counter()
     data = load()

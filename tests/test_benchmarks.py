@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -387,3 +388,15 @@ def test_every_step_has_the_gradient_of_its_loss(tail):
         return [parameter.grad for parameter in model.parameters()]
 
     torch.testing.assert_close(gradient(tail.tail_alone), gradient(tail.all_images))
+
+
+def test_reading_images(benchmark, tmp_path):
+    pytest.importorskip("torchvision", exc_type=(ImportError, RuntimeError))
+    datasets = benchmark("datasets")
+    threads = torch.get_num_threads()
+    datasets.draw_faces(tmp_path, 20)
+    rows = [datasets.measure(str(tmp_path), 8, workers) for workers in (0, 1)]
+    torch.set_num_threads(threads)
+    assert [row["epoch"] > 0 for row in rows] == [True, True]
+    *_, in_memory, _mapped = datasets.table(rows, 20, 8)
+    assert re.fullmatch(r"\| 0 \(in memory\) \|( [\d.,]+( s| MiB)? \|){4}", in_memory)

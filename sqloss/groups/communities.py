@@ -5,7 +5,7 @@ import random
 import torch
 from torch import Tensor
 
-from sqloss._extras import require
+from sqloss.common.errors import require
 from sqloss.groups.features import (
     canonical,
     check_features,

@@ -4,7 +4,7 @@ import warnings
 
 from torch import Tensor, from_numpy
 
-from sqloss._extras import require
+from sqloss.common.errors import require
 from sqloss.groups.communities import by_size
 from sqloss.groups.features import canonical, check_features, check_whole, restored, scaled
 

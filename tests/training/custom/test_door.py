@@ -1,10 +1,14 @@
+import contextlib
+import io
 import json
 import os
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 from unittest import mock
@@ -15,9 +19,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+import sqloss.training
+from sqloss.common import ranks
 from sqloss.training import Callback, UserError, train
 
 pytest.importorskip("matplotlib")
+pytestmark = pytest.mark.usefixtures("quick_reports")
 EXAMPLES = Path(__file__).parents[3] / "examples"
 PAGE = EXAMPLES.parent / "docs" / "your_own_model.md"
 
@@ -495,29 +502,47 @@ def test_the_page_of_docs(tmp_path, monkeypatch, capsys):
     assert callbacks[2].run.track.call_args.kwargs["context"] == {"model": "cvar"}
 
 
-@pytest.mark.parametrize("name", ["classifier", "flow"])
-def test_examples(tmp_path, monkeypatch, capsys, name):
+def run_example(name, directory):
+    """What the script tells."""
     script = EXAMPLES / f"{name}.py"
     assert len(script.read_text().splitlines()) <= 45
-    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path)])
-    runpy.run_path(str(script), run_name="__main__")
-    told = capsys.readouterr().out
-    assert "| test: loss_cvar " in told
-    assert ("| class | test |" in told) == (name == "classifier")
+    with (
+        mock.patch.object(sys, "argv", [str(script), str(directory)]),
+        contextlib.redirect_stdout(io.StringIO()) as told,
+    ):
+        runpy.run_path(str(script), run_name="__main__")
+    assert "| test: loss_cvar " in told.getvalue()
+    return told.getvalue()
 
 
-def test_ranks_come_to_what_one_process_comes_to(tmp_path):
+def test_the_example_of_a_flow(tmp_path, monkeypatch):
+    monkeypatch.setattr(sqloss.training, "train", partial(train, epochs=2))
+    assert "| class | test |" not in run_example("flow", tmp_path)
+
+
+def test_the_example_of_a_classifier_alone_and_on_ranks(tmp_path):
+    assert "| class | test |" in run_example("classifier", tmp_path / "one")
     if not torch.distributed.is_available():
         pytest.skip("torch.distributed is not available")
-    script = EXAMPLES / "classifier.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(script), str(tmp_path / "ranks")]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
-    subprocess.run([sys.executable, script, tmp_path / "one"], check=True, capture_output=True)
-    one, ranks = (
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    script = [sys.executable, str(EXAMPLES / "classifier.py"), str(tmp_path / "ranks")]
+    processes = [
+        subprocess.Popen(
+            script,
+            env=os.environ
+            | dict.fromkeys(ranks.GIVEN, str(rank))
+            | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", **address},
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(300) for process in processes] == [0, 0]
+    one, several = (
         (tmp_path / run / "metrics.csv").read_text().splitlines()[-1].split(",")
         for run in ("one", "ranks")
     )
-    assert ranks[1] == "cvar"
-    for a, b in zip(one[2:], ranks[2:], strict=True):
+    assert several[1] == "cvar"
+    for a, b in zip(one[2:], several[2:], strict=True):
         assert float(a) == pytest.approx(float(b), rel=1e-3)
