@@ -39,7 +39,7 @@ METRIC_ALPHA = 0.8  # of the tail reported where training has none
 THREADS_PER_CPU = 16  # more than anyone has a use for, and few enough to be made
 SINGLE_THREADED_PIXELS = 16 * 16  # the digits, at 8 x 8, are no slower with one thread
 MOST_WORKERS = 256  # threads
-FORMAT = 2  # of config.json; runs of before there was a format have none
+FORMAT = 3  # of config.json; runs of before there was a format have none
 STANDARD = "standard"  # the model that is trained on the mean
 
 
