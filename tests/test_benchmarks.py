@@ -387,3 +387,17 @@ def test_every_step_has_the_gradient_of_its_loss(tail):
         return [parameter.grad for parameter in model.parameters()]
 
     torch.testing.assert_close(gradient(tail.tail_alone), gradient(tail.all_images))
+
+
+def test_the_time_of_groups(benchmark, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    try:
+        output = tmp_path / "it.md"
+        benchmark("groups").main(["--images", "60", "90", "--output", str(output)])
+    finally:
+        torch.set_num_threads(threads)
+    text = output.read_text()
+    assert capsys.readouterr().out == text + "\n"
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| 6")]
+    assert rows[-1][1] == "networkx" and all(float(cell) >= 0 for cell in rows[-1][2:6])
+    assert text.splitlines()[-1].startswith("| 90 | networkx | ")
