@@ -400,3 +400,20 @@ def test_reading_images(benchmark, tmp_path):
     assert [row["epoch"] > 0 for row in rows] == [True, True]
     *_, in_memory, _mapped = datasets.table(rows, 20, 8)
     assert re.fullmatch(r"\| 0 \(in memory\) \|( [\d.,]+( s| MiB)? \|){4}", in_memory)
+
+
+def test_the_time_of_groups(benchmark, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    try:
+        output = tmp_path / "it.md"
+        benchmark("groups").main(["--images", "60", "90", "--output", str(output)])
+    finally:
+        torch.set_num_threads(threads)
+    text = output.read_text()
+    assert capsys.readouterr().out == text + "\n"
+    rows = [
+        line[2:].split(" | ") for line in text.splitlines() if line.startswith(("| 60", "| 90"))
+    ]
+    first, second = ([row[1] for row in rows if row[0] == images] for images in ("60", "90"))
+    assert first == second and first[-1] == "networkx"
+    assert all(float(cell) >= 0 for row in rows for cell in row[2:6])

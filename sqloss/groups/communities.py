@@ -1,6 +1,7 @@
 """Communities of the graph of nearest neighbours, and how sure they are."""
 
 import random
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from sqloss.groups.features import (
     restored,
     scaled,
 )
+from sqloss.groups.merging import check_overlap, merge_groups
 from sqloss.groups.neighbours import neighbour_graph, search
 
 TRIALS = 4  # other partitions that a community is looked for in
@@ -25,6 +27,7 @@ def communities(
     *,
     neighbours: int = 10,
     resolution: float = 1.0,
+    merge_overlap: float = 1.0,
     seed: int = 0,
     standardise: bool = True,
 ) -> Tensor:
@@ -46,6 +49,8 @@ def communities(
             means of an encoder.
         neighbours: how many each sample is joined to, from 1 up; fewer where there are fewer.
         resolution: :math:`\gamma` > 0; larger: more and smaller groups.
+        merge_overlap: in (0, 1]; groups that overlap so much are joined, as
+            :func:`merge_groups` tells, unless one is small; 1: none.
         seed: of the order in which samples are visited.
         standardise: whether each feature is brought to variance 1; without it they keep their
             proportions, as those that have one unit should, such as pixels.
@@ -73,41 +78,71 @@ def communities(
         >>> from sqloss.groups import communities
         >>> draws = torch.Generator().manual_seed(0)
         >>> many, few = torch.randn(90, 2, generator=draws), torch.randn(9, 2, generator=draws)
-        >>> groups = communities(torch.cat([many, few + 20]), resolution=0.2)
+        >>> groups = communities(torch.cat([many, few + 20]), neighbours=5, resolution=0.2)
         >>> sorted(set(groups[90:].tolist()) & set(groups[:90].tolist()))
         []
     """
-    check_arguments("communities", features, neighbours, resolution, seed)
+    given = Given(neighbours, resolution, merge_overlap, seed, standardise)
+    return communities_and_parts("communities", features, given)[0]
+
+
+class Given(NamedTuple):
+    """How communities are found: the arguments of ``communities``."""
+
+    neighbours: int = 10
+    resolution: float = 1.0
+    merge_overlap: float = 1.0
+    seed: int = 0
+    standardise: bool = True
+
+    def check(self, function: str, features: Tensor) -> None:
+        check_features(function, features)
+        check_whole(function, "neighbours", self.neighbours, 1)
+        above = self.resolution > 0
+        check_number(function, "resolution", self.resolution, above, "a number above 0")
+        check_overlap(function, self.merge_overlap)
+        check_whole(function, "seed", self.seed, 0)
+
+
+def communities_and_parts(function: str, features: Tensor, given: Given) -> tuple[Tensor, Tensor]:
+    """The communities, int64 [N], and how many groups were joined to each, int64 [groups]."""
+    given.check(function, features)
     rows, order = canonical(features)
-    return by_size(restored(partition(rows, neighbours, resolution, seed, standardise), order))
+    found, merged = partition(rows, given)
+    groups = by_size(restored(merged, order))
+    count = int(groups.max()) + 1
+    pairs = torch.unique(groups[order] + count * found)
+    return groups, torch.bincount(pairs % count)
 
 
-def check_arguments(
-    function: str, features: Tensor, neighbours: int, resolution: float, seed: int
-) -> None:
-    check_features(function, features)
-    check_whole(function, "neighbours", neighbours, 1)
-    check_number(function, "resolution", resolution, resolution > 0, "a number above 0")
-    check_whole(function, "seed", seed, 0)
+def partition(rows: Tensor, given: Given) -> tuple[Tensor, Tensor]:
+    """Groups of rows in canonical order, float64 [N, D]: as they are found, and then joined.
 
-
-def partition(
-    rows: Tensor, neighbours: int, resolution: float, seed: int, standardise: bool
-) -> Tensor:
-    """Groups in any numbering, int64 [N], of rows in canonical order, float64 [N, D]."""
+    Both int64 [N], the former numbered by size, the latter in any numbering.
+    """
     if len(rows) == 1:
-        return torch.zeros(1, dtype=torch.int64)
-    nearest, _ = search(scaled(rows, standardise), min(neighbours, len(rows) - 1))
+        return (torch.zeros(1, dtype=torch.int64),) * 2
+    nearest, _ = search(scaled(rows, given.standardise), min(given.neighbours, len(rows) - 1))
     edges, weights = neighbour_graph(nearest)
-    return louvain(edges, weights, len(rows), resolution, seed)
+    found = by_size(louvain(edges, weights, len(rows), given.resolution, given.seed))
+    merged = merge_groups(found, edges, weights, given.merge_overlap, resolution=given.resolution)
+    return found, merged
+
+
+def library() -> str:
+    """Which one finds the communities here: groups of another are other groups."""
+    try:
+        import sknetwork.clustering  # noqa: F401
+    except ImportError:
+        return "networkx"
+    return "scikit-network"
 
 
 def louvain(edges: Tensor, weights: Tensor, count: int, resolution: float, seed: int) -> Tensor:
     """The groups of so many nodes by Louvain's method, int64 [N]."""
-    try:
-        import sknetwork.clustering as fast
-    except ImportError:
+    if library() == "networkx":
         return louvain_of_networkx(edges, weights, count, resolution, seed)
+    fast = require("sknetwork.clustering")
     ends = torch.cat([edges, edges.flip(1)]).T.numpy()
     matrix = require("scipy.sparse").csr_matrix(
         (weights.repeat(2).numpy(), (ends[0], ends[1])), (count, count)
@@ -154,6 +189,7 @@ def stability(
     *,
     neighbours: int = 10,
     resolution: float = 1.0,
+    merge_overlap: float = 1.0,
     seed: int = 0,
     standardise: bool = True,
     trials: int = TRIALS,
@@ -172,7 +208,7 @@ def stability(
     Args:
         features: as of :func:`communities`, [N, D].
         groups: the number of each sample's group, int64 [N], as ``communities`` gives them.
-        neighbours, resolution, seed, standardise: with which ``groups`` were found.
+        neighbours, resolution, merge_overlap, seed, standardise: with which ``groups`` were found.
         trials: how many, from 1 up; each costs what :func:`communities` does, or a little less.
 
     Returns:
@@ -187,7 +223,8 @@ def stability(
     Source: C. Hennig, "Cluster-wise assessment of cluster stability", Computational Statistics &
     Data Analysis 52(1), 2007.
     """
-    check_arguments("stability", features, neighbours, resolution, seed)
+    given = Given(neighbours, resolution, merge_overlap, seed, standardise)
+    given.check("stability", features)
     check_whole("stability", "trials", trials, 1)
     check_groups("stability", groups, len(features))
     rows, order = canonical(features)
@@ -197,13 +234,10 @@ def stability(
         draws = torch.Generator().manual_seed(seed + trial + 1)
         kept = torch.randperm(len(rows), generator=draws)[: max(1, round(KEPT * len(rows)))].sort()
         share = 0.5 + trial / max(trials - 1, 1)
-        found = partition(
-            rows[kept.values],
-            max(1, round(share * neighbours)),
-            resolution,
-            seed + trial + 1,
-            standardise,
+        of_trial = given._replace(
+            neighbours=max(1, round(share * neighbours)), seed=seed + trial + 1
         )
+        _, found = partition(rows[kept.values], of_trial)
         scores += best_overlaps(groups[kept.values], found, len(scores))
     return scores / trials
 

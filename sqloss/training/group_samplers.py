@@ -8,7 +8,7 @@ What was computed is part of the checkpoint: the model has changed since.
 import argparse
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from sqloss import groups
 from sqloss.common import ranks
 from sqloss.common.errors import UserError, require
 from sqloss.common.files import expanded
-from sqloss.common.flags import LARGEST, as_flag, expect, expect_whole, flag
-from sqloss.groups.sampler import drawn
+from sqloss.common.flags import LARGEST, as_flag, as_given, expect, expect_whole, flag
+from sqloss.groups.communities import Given
+from sqloss.groups.sampler import Lifting, drawn
 from sqloss.training.samplers import SAMPLERS, Sampler, has_come
 
 if TYPE_CHECKING:
@@ -50,8 +51,17 @@ class ByFeatures(Sampler):
     sampling_lift: bool = flag(
         True, "never draw a common group or sample less for it", since=1, action=ON_OFF
     )
+    min_draw: float = flag(
+        0.0,
+        "share, in [0, 1], of its draws without them that the samplers without labels leave every "
+        "sample: 0.8 draws none less than 0.8 times as often",
+        since=3,
+    )
     sampling_from: float = flag(
-        0.5, "share of the training after which a sampler without labels begins", since=1
+        0.5,
+        "share of the epochs after which a sampler without labels begins; one that has begun goes "
+        "on where more epochs are asked for on resuming",
+        since=1,
     )
     sampling_refresh: int = flag(
         0, "epochs after which its groups are made anew; 0: never", since=1, metavar="N"
@@ -59,6 +69,7 @@ class ByFeatures(Sampler):
 
     def __post_init__(self) -> None:
         expect(self, "sampling_power", 0 <= self.sampling_power <= 100, "a number in [0, 100]")
+        expect(self, "min_draw", 0 <= self.min_draw <= 1, "a number in [0, 1]")
         expect(self, "sampling_from", 0 <= self.sampling_from < 1, "a number in [0, 1)")
         refresh = self.sampling_refresh
         expect(self, "sampling_refresh", 0 <= refresh <= LARGEST, f"0 to {LARGEST} epochs")
@@ -132,19 +143,34 @@ class Grouped(ByFeatures):
         1, "samples a group must have to be lifted: outliers are few", since=1, metavar="N"
     )
 
+    target_min_share: float = flag(
+        0.0,
+        "instead of --sampling-power: the least power at which every group that may be lifted is "
+        "this share of the draws, such as 0.05, or as near to it as can be; 0: none",
+        since=3,
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         expect_whole(self, 1, "min_community")
+        share = self.target_min_share
+        expect(self, "target_min_share", 0 <= share < 1, "a number in [0, 1)")
+        if share and self.sampling_power != ByFeatures.sampling_power:
+            raise UserError(
+                f"{as_flag('target_min_share')}: expected no "
+                f"{as_given('sampling_power', self.sampling_power)} with it, which chooses the "
+                f"power, got {share}"
+            )
 
-    def of_groups(self, found: Tensor, lifted: Tensor | None = None) -> dict[str, Tensor]:
-        p = groups.probabilities(
-            found,
-            self.sampling_power,
-            lift=self.sampling_lift,
-            min_size=self.min_community,
-            lifted=lifted,
+    def lifting(self, min_stability: float = 0.0) -> Lifting:
+        return Lifting(
+            None if self.target_min_share else self.sampling_power,
+            self.sampling_lift,
+            self.min_community,
+            self.min_draw,
+            self.target_min_share,
+            min_stability,
         )
-        return {"p": p, "groups": found}
 
 
 @SAMPLERS.register
@@ -159,6 +185,12 @@ class Communities(Grouped):
         10, "nearest neighbours that a sample is joined to", since=1, metavar="N"
     )
     resolution: float = flag(1.0, "larger: more and smaller communities", since=1)
+    merge_overlap: float = flag(
+        1.0,
+        "share, in (0, 1], of --resolution: communities that one so coarse would join are joined, "
+        "as the halves of a class, unless one has less than a third of the mean size; 1: none",
+        since=3,
+    )
     min_stability: float = flag(
         0.5,
         "share, in [0, 1], of a community that must come back when they are found anew, under "
@@ -171,21 +203,12 @@ class Communities(Grouped):
         super().__post_init__()
         expect_whole(self, 1, "neighbours")
         expect(self, "resolution", 0 < self.resolution <= 1e6, "a number in (0, 1e6]")
+        expect(self, "merge_overlap", 0 < self.merge_overlap <= 1, "a number in (0, 1]")
         expect(self, "min_stability", 0 <= self.min_stability <= 1, "a number in [0, 1]")
 
     def found(self, features: Tensor, standardise: bool, seed: int) -> dict[str, Tensor]:
-        options: dict[str, Any] = {
-            "neighbours": self.neighbours,
-            "resolution": self.resolution,
-            "seed": seed,
-            "standardise": standardise,
-        }
-        numbers = groups.communities(features, **options)
-        lifted, stable = None, {}
-        if self.min_stability > 0:
-            scores = groups.stability(features, numbers, **options)
-            lifted, stable = scores >= self.min_stability, {"stability": scores}
-        return self.of_groups(numbers, lifted) | stable
+        given = Given(self.neighbours, self.resolution, self.merge_overlap, seed, standardise)
+        return self.lifting(self.min_stability).of_communities(self.name, features, given)
 
 
 @SAMPLERS.register
@@ -203,7 +226,7 @@ class Clusters(Grouped):
         expect(self, "clusters", 1 <= self.clusters <= LARGEST, f"from 1 to {LARGEST}")
 
     def found(self, features: Tensor, standardise: bool, seed: int) -> dict[str, Tensor]:
-        return self.of_groups(
+        return self.lifting().of_groups(
             groups.clusters(features, count=self.clusters, seed=seed, standardise=standardise)
         )
 
@@ -218,7 +241,9 @@ class Scored(ByFeatures):
 
     def found(self, features: Tensor, standardise: bool, seed: int) -> dict[str, Tensor]:
         scores = self.scores(features, standardise)
-        p = groups.score_probabilities(scores, self.sampling_power, lift=self.sampling_lift)
+        p = groups.score_probabilities(
+            scores, self.sampling_power, lift=self.sampling_lift, min_draw=self.min_draw
+        )
         return {"p": p, "scores": scores}
 
 

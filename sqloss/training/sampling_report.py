@@ -37,7 +37,12 @@ def drawn_by(kept: dict[str, Any], data: "TrainingData", names: tuple[str, ...])
         "share_lifted_over_3": float((weight > 3).double().mean()),
         "drawn_of_lifted_over_3": float(p[weight > 3].sum()),
         "largest_weight": float(weight.max()),
+        "smallest_weight": float(weight.min()),
     }
+    if "power" in kept:
+        described["power"] = float(kept["power"])
+    if "reached" in kept:  # nothing, where no group may be lifted
+        described["reached"] = float(kept["reached"]) if kept["reached"].isfinite() else None
     if "groups" in kept:
         sizes = torch.bincount(kept["groups"])
         drawn_shares = torch.zeros(len(sizes), dtype=p.dtype).index_add(0, kept["groups"], p)
@@ -47,6 +52,8 @@ def drawn_by(kept: dict[str, Any], data: "TrainingData", names: tuple[str, ...])
         ]
         for group, score in zip(described["groups"], kept.get("stability", ()), strict=False):
             group["stability"] = float(score)
+        for group, parts in zip(described["groups"], kept.get("parts", ()), strict=False):
+            group["parts"] = int(parts)
     if data.labels is not None:
         counts = torch.bincount(data.labels, minlength=len(names)).double() / len(p)
         drawn_classes = torch.zeros(len(names), dtype=p.dtype).index_add(0, data.labels, p)
@@ -90,7 +97,7 @@ def weighed_note(model: str, found: dict[str, Any]) -> str:
 def drawn_note(found: dict[str, Any]) -> str:
     lines = [
         "\n## What was drawn\n",
-        f"From epoch {found['since_epoch']} on. The draws are worth "
+        f"From epoch {found['since_epoch']} on{power_in_words(found)}. The draws are worth "
         f"{found['effective_sample_size']:.0%} of the samples (effective sample size). "
         f"{found['share_lifted_over_3']:.2%} of\nthe samples are drawn more than three times their "
         f"share: they are {found['drawn_of_lifted_over_3']:.1%} of the draws, outliers\namong them "
@@ -104,9 +111,34 @@ def drawn_note(found: dict[str, Any]) -> str:
             f"{format(group['stability'], '.2f') if 'stability' in group else ''} |"
             for number, group in enumerate(found["groups"])
         ]
+        merged = [
+            f"{number} ({group['parts']})"
+            for number, group in enumerate(found["groups"])
+            if group.get("parts", 1) > 1
+        ]
+        if merged:
+            lines.append(
+                f"\nGroups joined of several communities, and of how many: {', '.join(merged)}."
+            )
+    if "smallest_weight" in found:
+        lines.append(
+            f"\nNo sample is drawn less than {found['smallest_weight']:.2f} times its usual share."
+        )
     if paying := found.get("classes_that_pay"):
         words = (
             f"{in_markdown(n)} {s['in_data']:.1%} -> {s['drawn']:.1%}" for n, s in paying.items()
         )
         lines.append(f"\nClasses that are drawn less for it: {', '.join(words)}.")
     return "\n".join(lines) + "\n"
+
+
+def power_in_words(found: dict[str, Any]) -> str:
+    """The power, and what share a target reached by it."""
+    if "reached" not in found:
+        return f", with power {found['power']:g}" if "power" in found else ""
+    if found["reached"] is None:
+        return ", with power 0, as no group may be lifted"
+    return (
+        f", with power {found['power']:.3g}, at which every group that may be lifted is "
+        f"{found['reached']:.2%}\nof the draws or more"
+    )

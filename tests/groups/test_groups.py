@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqloss import groups
-from sqloss.groups.communities import best_overlaps, by_size
+from sqloss.groups.communities import Given, best_overlaps, by_size, communities_and_parts
+from sqloss.groups.communities import library as library_used
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -20,6 +21,7 @@ def library(request, monkeypatch):
     pytest.importorskip(request.param)
     if request.param == "networkx":
         monkeypatch.setitem(sys.modules, "sknetwork.clustering", None)
+    return {"networkx": "networkx", "sknetwork": "scikit-network"}[request.param]
 
 
 def points(count, size, seed=0, dtype=torch.float64):
@@ -123,6 +125,7 @@ def test_communities_are_repeatable_by_the_seed(library):
 
 PARTITIONS = {
     "communities": lambda x: groups.communities(x, neighbours=4),
+    "merged": lambda x: groups.communities(x, neighbours=4, merge_overlap=0.3),
     "clusters": lambda x: groups.clusters(x, count=5),
     "leverage": groups.leverage,
     "density": lambda x: groups.density(x, neighbours=4),
@@ -170,7 +173,7 @@ def test_one_community_where_all_are_neighbours():
     assert groups.communities(points(8, 2), neighbours=99).tolist() == [0] * 8
 
 
-@pytest.mark.parametrize("name", ["nearest_neighbours", *PARTITIONS])
+@pytest.mark.parametrize("name", ["nearest_neighbours", *(PARTITIONS.keys() - {"merged"})])
 def test_features_are_refused_by_name(name):
     call = getattr(groups, name)
     for bad in (math.nan, math.inf):
@@ -194,6 +197,7 @@ def test_features_are_refused_by_name(name):
         ("communities", {"neighbours": 2.0}, "a whole number from 1 up, got 2.0"),
         ("communities", {"resolution": 0.0}, "a number above 0, got 0.0"),
         ("communities", {"resolution": math.nan}, "a number above 0, got nan"),
+        ("communities", {"merge_overlap": 0.0}, r"a number in \(0, 1\], got 0.0"),
         ("communities", {"seed": -1}, "a whole number from 0 up, got -1"),
         ("clusters", {"count": True}, "a whole number from 1 up, got True"),
         ("leverage", {"ridge": math.inf}, "a number above 0, got inf"),
@@ -250,3 +254,114 @@ def test_a_heap_comes_back_and_a_part_of_one_does_not():
 def test_groups_of_other_samples_are_refused():
     with pytest.raises(ValueError, match="stability: groups: expected one for each of 3 samples"):
         groups.stability(torch.zeros(3, 1), torch.tensor([0, 1]))
+
+
+# --- joining the parts of one
+
+
+def path_of(*sizes, between):
+    """Groups of so many nodes, each a ring of weight 1, joined by edges of these weights."""
+    starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
+    ends, weights = [], []
+    for first, size in zip(starts, sizes, strict=False):
+        ends += [(first + i, first + (i + 1) % size) for i in range(size)]
+        weights += [1.0] * size
+    for (one, other), weight in between.items():
+        ends.append((starts[one], starts[other]))
+        weights.append(weight)
+    edges = torch.tensor(ends).sort(1).values
+    numbers = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return numbers, edges, torch.tensor(weights, dtype=torch.float64)
+
+
+def overlap(numbers, edges, weights, a, b, resolution=1.0):
+    """By the definition, one edge at a time."""
+    degrees, between = [0.0, 0.0], 0.0
+    for (i, j), w in zip(numbers[edges].tolist(), weights.tolist(), strict=True):
+        between += w * ({i, j} == {a, b})
+        for k, group in enumerate((a, b)):
+            degrees[k] += w * ((i == group) + (j == group))
+    return 2 * weights.sum().item() * between / (resolution * degrees[0] * degrees[1])
+
+
+def test_groups_are_joined_from_the_overlap_asked_for_on():
+    graph = path_of(9, 9, 9, between={(0, 1): 3.0, (1, 2): 1.0})
+    most = overlap(*graph, 0, 1)
+    least = overlap(*graph, 1, 2)
+    assert 0 < least < most < 1
+    assert groups.merge_groups(*graph, 1.0).tolist() == graph[0].tolist()
+    assert groups.merge_groups(*graph, most * 1.001).tolist() == graph[0].tolist()
+    assert groups.merge_groups(*graph, most * 0.999).tolist() == [0] * 18 + [2] * 9
+    finer = groups.merge_groups(*graph, most * 0.999, resolution=2.0)
+    assert finer.tolist() == graph[0].tolist()
+    # The overlap of two that were joined with the third is that of one group
+    joined = (graph[0].where(graph[0] == 2, 0), *graph[1:])
+    at = overlap(*joined, 0, 2)
+    assert least / 2 < at < least
+    assert groups.merge_groups(*graph, at * 1.001).tolist() == [0] * 18 + [2] * 9
+    assert groups.merge_groups(*graph, at * 0.999).tolist() == [0] * 27
+
+
+@pytest.mark.parametrize("count", [3, 8])
+def test_a_small_group_is_never_joined_to_a_large_one(count):
+    sizes = [30] * count + [8]
+    graph = path_of(*sizes, between={(0, count): 30.0, (0, 1): 5.0})
+    found = groups.merge_groups(*graph, 0.01)
+    assert (found[-8:] == count).all() and (found[:-8] != count).all()
+    assert (found[:60] == 0).all()
+    large = path_of(*[30] * count, 20, between={(0, count): 30.0})
+    assert (groups.merge_groups(*large, 0.01)[-20:] == 0).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 999), at=st.floats(0.05, 0.99), count=st.integers(2, 12))
+def test_after_joining_no_two_that_may_be_joined_overlap_so_much(seed, at, count):
+    draws = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(count, (40,), generator=draws)
+    edges = torch.combinations(torch.arange(40))[torch.randperm(780, generator=draws)[:150]]
+    weights = torch.rand(150, dtype=torch.float64, generator=draws)
+    found = groups.merge_groups(numbers, edges, weights, at)
+    sizes = torch.bincount(numbers)
+    may = sizes >= 40 / (sizes > 0).sum() / 3
+    for number in found.unique().tolist():
+        parts = numbers[found == number].unique()
+        assert number == parts.min() and (len(parts) == 1 or may[parts].all())
+        for part in parts:  # whole groups are joined
+            assert (found[numbers == part] == number).all()
+        for other in found.unique().tolist():
+            if number < other and may[number] and may[other]:
+                assert overlap(found, edges, weights, number, other) < at + 1e-9
+    assert torch.equal(found, groups.merge_groups(numbers, edges, weights, at))
+
+
+def test_the_halves_of_a_heap_are_joined_and_a_rare_heap_is_not(library):
+    x, labels = heaps(400, 400, 30)
+    x[labels == 0] *= torch.tensor([20.0, 1, 1])  # long: communities are parts of it
+    own = {"neighbours": 10, "standardise": False}
+    fine, coarse = groups.communities(x, **own), groups.communities(x, merge_overlap=0.05, **own)
+    assert len(fine[labels == 0].unique()) > 2 and coarse.max() < fine.max()
+    found, parts = communities_and_parts("f", x, Given(**own, merge_overlap=0.05))
+    assert torch.equal(found, coarse) and parts.sum() == fine.max() + 1
+    for number in coarse.unique():
+        assert len(labels[coarse == number].unique()) == 1
+        assert len(fine[coarse == number].unique()) == parts[number]
+    scores = groups.stability(x, coarse, merge_overlap=0.05, **own)
+    assert scores.mean() > groups.stability(x, fine, **own).mean()
+
+
+def test_the_library_that_finds_them(library):
+    assert library_used() == library
+
+
+@pytest.mark.parametrize("name", PARTITIONS)
+def test_any_number_of_threads_gives_the_same_bits(name):
+    x = points(2100, 5)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(PARTITIONS[name](x))
+        assert torch.equal(*found)
+    finally:
+        torch.set_num_threads(before)

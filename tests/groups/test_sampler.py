@@ -67,3 +67,34 @@ def test_a_state_goes_on_where_it_was():
 def test_a_rank_out_of_range():
     with pytest.raises(ValueError, match=r"CommunitySampler: rank: expected .* below 2, got 2"):
         sampler(num_replicas=2, rank=2)
+
+
+def test_what_is_lifted_is_told_and_is_part_of_the_state():
+    options = {"min_stability": 0.4, "merge_overlap": 0.5, "target_min_share": 0.1, "min_draw": 0.8}
+    own = sampler(**options)
+    share = own.probabilities[own.groups == own.groups[99]].sum().item()
+    assert own.stability.shape == (int(own.groups.max()) + 1,)
+    stable = own.stability >= 0.4
+    assert stable[own.groups[99]] and not stable.all()
+    assert share >= 0.1 - 1e-9 and 0 < own.power < 1
+    unstable = own.probabilities[~stable[own.groups]]
+    assert (unstable <= own.probabilities.min() * (1 + 1e-12)).all()
+    assert own.probabilities.min() * 100 >= 0.8 * (1 - 1e-12)
+    other = CommunitySampler(torch.zeros(100, 1))
+    assert other.stability is None and other.power == 1
+    other.load_state_dict(own.state_dict())
+    assert torch.equal(other.stability, own.stability) and other.power == own.power
+    assert list(other) == list(sampler(**options))
+
+
+def test_a_power_and_a_target_are_refused():
+    with pytest.raises(ValueError, match="CommunitySampler: target_min_share: expected no power"):
+        sampler(power=1.0, target_min_share=0.1)
+    with pytest.raises(ValueError, match=r"target_min_share: expected a number in \[0, 1\), got 1"):
+        sampler(target_min_share=1.0)
+    with pytest.raises(ValueError, match="CommunitySampler: min_stability: expected a number in"):
+        sampler(min_stability=1.1)
+    with pytest.raises(ValueError, match="CommunitySampler: min_draw: expected a number in"):
+        sampler(min_draw=-1.0)
+    with pytest.raises(ValueError, match="CommunitySampler: merge_overlap: expected a number in"):
+        sampler(merge_overlap=0.0)

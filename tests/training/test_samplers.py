@@ -143,6 +143,44 @@ def test_what_is_not_stable_is_not_lifted():
         assert (weights[unstable] <= weights.min() + 1e-12).all()
 
 
+def test_a_share_to_reach_and_a_share_to_keep():
+    data, training = Rare(), Trained()
+    options = {**FOUND, "sampling_from": 0.0, "merge_overlap": 0.05, "min_draw": 0.9}
+    epoch_of(SAMPLERS["communities"](**options, target_min_share=0.12), data, training, 0)
+    kept = training.of_sampler
+    drawn = torch.bincount(kept["groups"], kept["p"])
+    assert drawn.min() == pytest.approx(0.12) and kept["reached"] == pytest.approx(0.12)
+    assert kept["p"].min() * 179 >= 0.9 * (1 - 1e-12) and 0 < kept["power"] < 1
+    plain = Trained()
+    epoch_of(SAMPLERS["communities"](**FOUND, sampling_from=0.0), data, plain, 0)
+    parts = torch.bincount(plain.of_sampler["groups"])
+    assert kept["parts"].sum() == len(parts) > len(kept["parts"])
+    text = sampling_report.note(sampling_report.section(training, data, ("a", "b", "rare")))
+    assert "From epoch 1 on, with power 0." in text
+    assert "every group that may be lifted is 12.00%\nof the draws or more." in text
+    assert "Groups joined of several communities, and of how many: 0 (" in text
+    assert "No sample is drawn less than 0.9" in text
+    for name in ("leverage", "density"):
+        kept = Trained()
+        bound = SAMPLERS[name](sampling_from=0.0, sampling_power=3.0, min_draw=0.9)
+        epoch_of(bound, data, kept, 0)
+        assert kept.of_sampler["p"].min() * 179 == pytest.approx(0.9)
+
+
+def test_a_share_that_nothing_may_be_lifted_to():
+    data, training = Rare(), Trained()
+    settings = {**FOUND, "sampling_from": 0.0, "min_community": 1000, "target_min_share": 0.1}
+    epoch_of(SAMPLERS["communities"](**settings), data, training, 0)
+    report = sampling_report.section(training, data, ("a", "b", "rare"))
+    assert report["sampling"]["reached"] is None
+    assert "on, with power 0, as no group may be lifted." in sampling_report.note(report)
+
+
+def test_a_share_to_reach_chooses_the_power():
+    with pytest.raises(UserError, match=r"--target-min-share: .* no --sampling-power 1\.5 with"):
+        SAMPLERS["clusters"](sampling_power=1.5, target_min_share=0.05)
+
+
 def test_features_of_a_file(tmp_path):
     numpy = pytest.importorskip("numpy")
     data, training = Rare(), Trained()
@@ -185,6 +223,9 @@ def test_features_that_a_trainer_has_not():
         ("communities", {"neighbours": 0}),
         ("communities", {"resolution": 0.0}),
         ("communities", {"min_stability": 1.5}),
+        ("communities", {"merge_overlap": 0.0}),
+        ("clusters", {"target_min_share": 1.0}),
+        ("density", {"min_draw": 1.1}),
     ],
 )
 def test_settings_out_of_range(name, setting):
@@ -222,3 +263,20 @@ def test_a_run_resumes_with_the_groups_that_it_had(
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
     state = checkpoint.load(tmp_path / "resumed" / "checkpoints")
     assert state["sampler"]["epoch"] == 3 and state["sampler"]["p"].shape == (50,)
+
+
+@pytest.mark.parametrize(("stopped_after", "begins"), [(2, 2), (5, 1), (None, 1)])
+def test_it_begins_by_the_epochs_that_are_known_when_it_would(
+    trainer, tmp_path, signalling, stopped_after, begins
+):
+    """Two epochs resumed to four: one that has begun goes on, one that has not begins later."""
+    trainer.config = changed(trainer.config, epochs=2, sampling="communities", neighbours=3)
+    stop = signalling(stopped_after) if stopped_after else None
+    trainer.train(trainer.run(tmp_path), stop)
+    before = checkpoint.load(tmp_path / "checkpoints")["sampler"]
+    assert bool(before) == (begins == 1)
+    again = Run.resumed(type(trainer.config), tmp_path, {"epochs": 4})
+    assert trainer.train(again)[1]
+    after = checkpoint.load(tmp_path / "checkpoints")["sampler"]
+    assert after["epoch"] == begins
+    assert not before or torch.equal(before["p"], after["p"])

@@ -14,8 +14,10 @@ from torch import Tensor
 from sqloss.common.errors import UserError, require
 from sqloss.common.files import write_atomically
 from sqloss.common.flags import as_flag, expect, expect_whole, flag
+from sqloss.common.ranks import say
 from sqloss.datasets import Dataset
 from sqloss.groups import communities
+from sqloss.groups.communities import library
 from sqloss.models import VAE
 from sqloss.models.latents import StudentT
 from sqloss.models.mixture import Mixture
@@ -95,14 +97,19 @@ class TrainedModel:
 
     def fitted_from(self, config: PriorConfig) -> dict[str, Any]:
         """All that a fitted prior depends on; its power is of no part in the fit."""
-        return {
-            "model": self.name,
-            "weights": fingerprint(self.model),
-            "data": self.data.fingerprint(),
-            "seed": self.seed,
-            "trained_for": self.trained_for,
-            "prior": config.prior,
-        } | {name: getattr(config, name) for name in SETTINGS[config.prior]}
+        found_by = {"library": library()} if config.prior == COMMUNITIES else {}
+        return (
+            found_by
+            | {
+                "model": self.name,
+                "weights": fingerprint(self.model),
+                "data": self.data.fingerprint(),
+                "seed": self.seed,
+                "trained_for": self.trained_for,
+                "prior": config.prior,
+            }
+            | {name: getattr(config, name) for name in SETTINGS[config.prior]}
+        )
 
 
 class FittedPrior(NamedTuple):
@@ -127,7 +134,8 @@ def prior_of(
 def fitted_prior(trained: TrainedModel, config: PriorConfig) -> FittedPrior:
     """The prior that the run's directory holds; fitted and written where it holds none like it.
 
-    Where that was fitted to an earlier checkpoint it is replaced.
+    Where that was fitted to an earlier checkpoint it is replaced, and where another library found
+    its communities: those are others.
     """
     path = path_of(trained, config)
     fitted_from = trained.fitted_from(config)
@@ -135,6 +143,11 @@ def fitted_prior(trained: TrainedModel, config: PriorConfig) -> FittedPrior:
         stored_from, stored = read_prior(path)
         if stored_from == fitted_from:
             return stored
+        if stored_from == fitted_from | {"library": stored_from.get("library")}:
+            say(
+                f"sqloss: fitting {path} again: its communities were found by "
+                f"{stored_from['library']}, here it is {fitted_from['library']}"
+            )
     fitted = fit(trained, config)
     content = io.BytesIO()
     state = {

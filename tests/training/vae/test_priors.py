@@ -90,6 +90,26 @@ def test_a_prior_of_other_weights_or_data_is_fitted_anew(trained):
     assert [p.name for p in path.parent.iterdir()] == [path.name], "nothing else is left"
 
 
+def test_a_prior_whose_communities_another_library_found_is_fitted_anew(
+    trained, monkeypatch, capsys
+):
+    for library, told in (
+        ("one", ""),
+        ("another", "found by one, here it is another"),
+        ("another", ""),
+    ):
+        monkeypatch.setattr(priors, "library", lambda library=library: library)
+        fitted_prior(trained, COMMUNITIES)
+        assert told in capsys.readouterr().err if told else not capsys.readouterr().err
+        [path] = (trained.directory / "priors").iterdir()
+        assert fitted_from(path)["library"] == library
+    state = torch.load(path, weights_only=True)
+    del state["fitted_from"]["library"]  # as those of before there was it
+    torch.save(state, path)
+    fitted_prior(trained, COMMUNITIES)
+    assert fitted_from(path)["library"] == "another"
+
+
 def test_other_settings_are_another_file(trained):
     fitted_prior(trained, COMMUNITIES)
     fitted_prior(trained, PriorConfig("communities", neighbours=5, resolution=0.5))
