@@ -66,6 +66,7 @@ def carry_out(whole: Sweep, metric: str, jobs: int) -> int:
         except KeyboardInterrupt:
             say("\nstopped; what is done is kept: the same command does the rest")
             return INTERRUPTED
+        write_csv(whole)  # also where nothing was to do, and the file has gone
         write_report(whole, metric)
     show(summary(whole, metric))
     say(f"with every metric: {whole.markdown}; every number: {whole.csv.name} beside it")
