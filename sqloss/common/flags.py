@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_type_hints
 
 from sqloss.common.errors import UserError
+from sqloss.common.files import expanded
 from sqloss.common.ranks import say
 from sqloss.common.registry import Registry
 
@@ -239,6 +240,11 @@ def expect(config: object, name: str, valid: bool, expected: str) -> None:
     """Refuse the value that a configuration has in one of its fields."""
     if not valid:
         raise UserError(f"{as_flag(name)}: expected {expected}, got {getattr(config, name)}")
+
+
+def make_absolute(config: object, name: str) -> None:
+    """Make a path in a field of a new configuration absolute: a run may be resumed elsewhere."""
+    object.__setattr__(config, name, str(expanded(getattr(config, name)).absolute()))
 
 
 def expect_whole(config: object, least: int, *names: str) -> None:

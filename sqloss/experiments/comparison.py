@@ -5,7 +5,7 @@ pixels. The baselines are an arm that trains nothing.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 from sqloss.common.errors import UserError
 from sqloss.common.files import write_json
 from sqloss.common.flags import as_flag, expect_whole, flag
-from sqloss.datasets import Dataset
 from sqloss.experiments.imputation import (
     NO_MODEL,
     ONE_SHOT,
@@ -25,13 +24,10 @@ from sqloss.experiments.imputation import (
     measure,
     vae_methods,
 )
-from sqloss.experiments.measurement import Control, Key, Measurement, Series, first_arm
+from sqloss.experiments.measurement import Control, Judged, Key, Series, first_arm, metrics_of_rows
 from sqloss.experiments.sweep import Arms, Flags, Sweep, plan_arms
-from sqloss.models.classifier import Classifier
 from sqloss.training.run import Run
-from sqloss.training.shares import kept_classifier
-from sqloss.training.threads import set_threads
-from sqloss.training.trainer import Metric, Preset, Report
+from sqloss.training.trainer import Metric, Preset
 from sqloss.training.vae.config import VAEConfig
 from sqloss.training.vae.evaluation import evaluate, summary
 
@@ -40,7 +36,6 @@ PLAIN: dict[str, Any] = {"alpha": 0.0, "imbalance": "none", "threads": 1}
 # What the arms set themselves, and what is of the report alone.
 NOT_COMPARED = ("prior", "df", "learn_df", "num_samples")
 ELBO = "test_negative_elbo"
-CLASSIFIER_SEED = 0  # not --seed, which may be another when a comparison is taken up again
 
 
 @dataclass(frozen=True)
@@ -114,12 +109,8 @@ def one_shot(key: Key, series: Series) -> Key | None:
     return key._replace(rest=(ONE_SHOT, *key.rest[1:]))
 
 
-def of_row(name: str) -> Callable[[Report, Report], float | None]:
-    return lambda _, row: row[name]
-
-
 @dataclass(frozen=True)
-class Imputation(Measurement):
+class Imputation(Judged):
     """How well a run's VAEs, or the baselines, impute test images, by method and mask."""
 
     impute_config: ImputeConfig
@@ -129,18 +120,15 @@ class Imputation(Measurement):
     across: ClassVar[str] = "mask"
     untrained: ClassVar[tuple[str, ...]] = (NO_MODEL,)
     controls: ClassVar[Mapping[str, Control]] = {"": first_arm, ONE_SHOT: one_shot}
-    metrics: ClassVar[Mapping[str, Metric]] = {
-        name: Metric(label, digits, better, of_row(name))
-        for name, label, digits, better in (
-            (ELBO, "-ELBO", 2, "lower"),
-            ("missing", "missing", 4, ""),
-            ("rmse", "RMSE", 4, "lower"),
-            ("mae", "MAE", 4, "lower"),
-            ("ssim", "SSIM", 4, "higher"),
-            ("accuracy", "Accuracy", 4, "higher"),
-            ("accuracy_of_originals", "Accuracy of originals", 4, ""),
-        )
-    }
+    metrics: ClassVar[Mapping[str, Metric]] = metrics_of_rows(
+        (ELBO, "-ELBO", 2, "lower"),
+        ("missing", "missing", 4, ""),
+        ("rmse", "RMSE", 4, "lower"),
+        ("mae", "MAE", 4, "lower"),
+        ("ssim", "SSIM", 4, "higher"),
+        ("accuracy", "Accuracy", 4, "higher"),
+        ("accuracy_of_originals", "Accuracy of originals", 4, ""),
+    )
     main_metrics: ClassVar[tuple[str, ...]] = ("rmse", "mae", "ssim", "accuracy", ELBO)
     how_to_read: ClassVar[str] = (
         "RMSE and\nMAE are over the missing pixels, SSIM is of whole images, and accuracy is the "
@@ -154,15 +142,6 @@ class Imputation(Measurement):
 
     def parts_of(self, metric: str) -> tuple[str, ...]:
         return ("model",) if metric == ELBO else self.parts
-
-    def prepare(self, directory: Path, config: VAEConfig, whole: Dataset, seed: int) -> None:
-        set_threads(config, whole)
-        self.classifier(directory, config, whole)
-
-    def classifier(self, directory: Path, config: VAEConfig, whole: Dataset) -> Classifier:
-        """The one that judges all runs of a sweep."""
-        path = directory / "classifier.pt"
-        return kept_classifier(path, whole, config.torch_device, CLASSIFIER_SEED)
 
     def measure(self, run: Run[VAEConfig], is_trained: bool) -> None:
         config, seed, models = run.config, run.config.seed, run.training.models
@@ -180,6 +159,3 @@ class Imputation(Measurement):
         rows, _ = measure(methods, data.test_images, data.test_labels, masks, classifier)
         told = [{**row, ELBO: elbos.get(row["model"])} for row in rows]
         write_json(run.directory / self.file, {"rows": told})
-
-    def measured(self, report: Report, config: VAEConfig) -> Mapping[tuple[str, ...], Any]:
-        return {(row["model"], row["method"], row["mask"]): row for row in report["rows"]}

@@ -9,11 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from sqloss.datasets import Dataset
+from sqloss.models.classifier import Classifier
+from sqloss.training.config import ImageConfig
 from sqloss.training.run import Run
+from sqloss.training.shares import kept_classifier
+from sqloss.training.threads import set_threads
 from sqloss.training.trainer import Metric, Report, Trainer
 from sqloss.training.trainers import TRAINERS
 
 Row = dict[str, Any]
+CLASSIFIER_SEED = 0  # not --seed, which may be another when a sweep is taken up again
 
 
 class Key(NamedTuple):
@@ -111,6 +117,33 @@ class Measurement:
             | {name: m.value(report, found) for name, m in self.metrics.items()}
             for parts, found in self.measured(report, config).items()
         ]
+
+
+@dataclass(frozen=True)
+class Judged(Measurement):
+    """One of rows that it writes itself, in which one classifier judges all runs of a sweep."""
+
+    def prepare(self, directory: Path, config: ImageConfig, whole: Dataset, seed: int) -> None:
+        set_threads(config, whole)
+        self.classifier(directory, config, whole)
+
+    def classifier(self, directory: Path, config: ImageConfig, whole: Dataset) -> Classifier:
+        path = config.classifier_file or directory / "classifier.pt"
+        return kept_classifier(path, whole, config.torch_device, CLASSIFIER_SEED)
+
+    def measured(self, report: Report, config: Any) -> Mapping[tuple[str, ...], Any]:
+        return {tuple(row[part] for part in self.parts): row for row in report["rows"]}
+
+
+def metrics_of_rows(*columns: tuple[str, str, int, str]) -> dict[str, Metric]:
+    """Metrics of ``Judged``: the name in a row, the label, the digits, and which is better."""
+
+    def of_row(name: str) -> Callable[[Report, Report], float | None]:
+        return lambda _, row: row.get(name)
+
+    return {
+        name: Metric(label, digits, better, of_row(name)) for name, label, digits, better in columns
+    }
 
 
 def series_of(rows: Sequence[Row], metric: str, parts: Sequence[str] = ("model",)) -> Series:

@@ -5,9 +5,8 @@ training images as well. Whatever is compared, it is compared with the first arm
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -17,17 +16,15 @@ from sqloss.common.errors import UserError
 from sqloss.common.files import write_json
 from sqloss.datasets import Dataset
 from sqloss.datasets.imbalance import thinned
-from sqloss.experiments.measurement import Control, Key, Measurement, Series
+from sqloss.experiments.measurement import Control, Judged, Key, Series, metrics_of_rows
 from sqloss.generation.measures import Samples
 from sqloss.models.classifier import Classifier
 from sqloss.models.mixture import Mixture
 from sqloss.models.pixels import Images, pixels
 from sqloss.models.seeding import generator
-from sqloss.training.config import ImageConfig
 from sqloss.training.run import Run
-from sqloss.training.shares import kept_classifier
-from sqloss.training.threads import set_threads
 from sqloss.training.trainer import Latents, Metric, Report
+from sqloss.training.vae.bounds import evaluated_rows
 from sqloss.training.vae.evaluation import evaluate, importance_weighted
 from sqloss.training.vae.priors import (
     COMMUNITIES,
@@ -43,34 +40,26 @@ PRIORS = (
     *(PriorConfig(COMMUNITIES, power=power) for power in (0.0, 1.0, 1.5)),
     *(PriorConfig(MIXTURE, power=power) for power in (0.0, 1.5)),
 )
-JUDGES_SEED = 0  # not the run's: all runs of a sweep are judged alike
 BOUND_IMAGES, BOUND_DRAWS = 500, 50  # of the importance-weighted bound: a second for each prior
 MOST_COMPARED = 300  # images whose nearest training images are looked for
 
 
-def of_row(name: str) -> Callable[[Report, Report], float | None]:
-    return lambda _, row: row.get(name)
-
-
-METRICS = {
-    name: Metric(label, digits, better, of_row(name))
-    for name, label, digits, better in (
-        ("rare_share", "rare share", 4, "higher"),
-        ("rare_clear", "among clear", 4, "higher"),
-        ("rare_confidence", "confidence", 3, "higher"),
-        ("clear", "clear", 4, "higher"),
-        ("least_share", "least common", 4, "higher"),
-        ("from_training", "from training's", 4, "lower"),
-        ("from_uniform", "from uniform", 4, "lower"),
-        ("negative_elbo", "-ELBO", 2, "lower"),
-        ("rare_negative_elbo", "-ELBO of rare", 2, "lower"),
-        ("worst_class_negative_elbo", "-ELBO of worst class", 2, "lower"),
-        ("negative_iw_bound", f"-IW-{BOUND_DRAWS}", 2, "lower"),
-        ("rare_nearest", "nearest, rare", 3, ""),
-        ("common_nearest", "nearest, common", 3, ""),
-        ("weight_of_rare", "weight of rare", 4, ""),
-    )
-}
+METRICS = metrics_of_rows(
+    ("rare_share", "rare share", 4, "higher"),
+    ("rare_clear", "among clear", 4, "higher"),
+    ("rare_confidence", "confidence", 3, "higher"),
+    ("clear", "clear", 4, "higher"),
+    ("least_share", "least common", 4, "higher"),
+    ("from_training", "from training's", 4, "lower"),
+    ("from_uniform", "from uniform", 4, "lower"),
+    ("negative_elbo", "-ELBO", 2, "lower"),
+    ("rare_negative_elbo", "-ELBO of rare", 2, "lower"),
+    ("worst_class_negative_elbo", "-ELBO of worst class", 2, "lower"),
+    ("negative_iw_bound", f"-IW-{BOUND_DRAWS}", 2, "lower"),
+    ("rare_nearest", "nearest, rare", 3, ""),
+    ("common_nearest", "nearest, common", 3, ""),
+    ("weight_of_rare", "weight of rare", 4, ""),
+)
 
 HOW_TO_READ = """\
 The classes that --imbalance thins are rare. Shares are of all generated images, by the likeliest
@@ -91,7 +80,7 @@ def first_row(key: Key, series: Series) -> Key | None:
 
 
 @dataclass(frozen=True)
-class RareClasses(Measurement):
+class RareClasses(Judged):
     """What the models of a run make of rare classes, by the prior that they generate from."""
 
     name: ClassVar[str] = "rare"
@@ -109,21 +98,10 @@ class RareClasses(Measurement):
                 f"--measure: expected report for sqloss {self.command}, got {self.name}"
             )
 
-    def prepare(self, directory: Path, config: ImageConfig, whole: Dataset, seed: int) -> None:
-        set_threads(config, whole)
-        self.classifier(directory, config, whole)
-
-    def classifier(self, directory: Path, config: ImageConfig, whole: Dataset) -> Classifier:
-        path = config.classifier_file or directory / "classifier.pt"
-        return kept_classifier(path, whole, config.torch_device, JUDGES_SEED)
-
     def measure(self, run: Run[Any], is_trained: bool) -> None:
         classifier = self.classifier(run.directory.parents[1], run.config, run.whole)
         rows = [row for name in run.training.models for row in rows_of_model(run, name, classifier)]
         write_json(run.directory / self.file, {"rows": rows})
-
-    def measured(self, report: Report, config: Any) -> Mapping[tuple[str, ...], Any]:
-        return {(row["model"], row["prior"]): row for row in report["rows"]}
 
 
 def rows_of_model(run: Run[Any], name: str, classifier: Classifier) -> Iterator[Report]:
@@ -134,20 +112,16 @@ def rows_of_model(run: Run[Any], name: str, classifier: Classifier) -> Iterator[
     known = {name: Known.of(run.data, classes) for name, classes in parts.items()}
     for config in PRIORS:
         if config.prior in run.trainer.priors:
-            fitted = fitted_to(run, name, config) if config.is_fitted else None
-            mixture = fitted.mixture.with_power(config.power) if fitted else None
+            fitted, mixture = None, None
+            if config.is_fitted:
+                fitted = fitted_prior(TrainedModel.of(run, name), config)
+                mixture = fitted.mixture.with_power(config.power)
             yield {
                 **{"model": name, "prior": config.in_words},
                 "weight_of_rare": weight_of_rare(run, fitted, config.power),
                 **(of_losses(run, name, mixture) if COMMUNITIES in run.trainer.priors else {}),
                 **of_samples(run, name, mixture, classifier, known),
             }
-
-
-def fitted_to(run: Run[Any], name: str, config: PriorConfig) -> FittedPrior:
-    model, done = run.training.models[name], run.training.done()
-    trained = TrainedModel(run.directory, name, model, run.data, run.config.seed, done)
-    return fitted_prior(trained, config)
 
 
 def rare_classes(run: Run[Any]) -> Tensor:
@@ -175,8 +149,7 @@ def of_losses(run: Run[Any], name: str, mixture: Mixture | None) -> Report:
     losses = evaluate(model, data, seed, prior=mixture)["negative_elbo"]
     labels = data.test_labels.cpu()
     rare = torch.isin(labels, rare_classes(run))
-    chosen = torch.randperm(len(labels), generator=generator(JUDGES_SEED, "evaluated images"))
-    rows = chosen[:BOUND_IMAGES].sort().values.to(data.test_images.device)
+    rows = evaluated_rows(data, BOUND_IMAGES)
     bounds = importance_weighted(model, data.test_images, rows, seed, BOUND_DRAWS, prior=mixture)
     return {
         "negative_elbo": losses.mean().item(),

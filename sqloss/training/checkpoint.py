@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, the newest two kept, read without running code."""
 
+import hashlib
 import io
 import re
 import zipfile
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sqloss.common.errors import UserError
 from sqloss.common.files import write_atomically
@@ -129,3 +131,12 @@ def is_state(state: Any) -> bool:
 
 def no_checkpoint(path: Path) -> UnreadableError:
     return UnreadableError(f"cannot read the checkpoint {path}: not a checkpoint, or damaged")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Equal for equal parameters only."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()

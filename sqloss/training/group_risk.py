@@ -10,10 +10,9 @@ from torch import Tensor
 import sqloss
 from sqloss.common import ranks
 from sqloss.common.errors import UserError
-from sqloss.common.files import expanded
-from sqloss.common.flags import as_flag, expect, flag
+from sqloss.common.flags import as_flag, expect, flag, make_absolute
 from sqloss.training.group_samplers import Communities, from_file
-from sqloss.training.risks import RISKS, Risk
+from sqloss.training.risks import RISKS, OfModel, Risk
 from sqloss.training.samplers import has_come
 
 if TYPE_CHECKING:
@@ -70,8 +69,8 @@ class Group(Risk):
                 f"{as_flag('groups')} {self.groups}"
             )
         expect(self, "group_decay", 0 <= self.group_decay < 1, "a number in [0, 1)")
-        if is_file:  # a run is resumed from any working directory
-            object.__setattr__(self, "groups", str(expanded(self.groups).absolute()))
+        if is_file:
+            make_absolute(self, "groups")
 
     @property
     def words(self) -> str:
@@ -111,7 +110,7 @@ class Group(Risk):
         raise TypeError("the groups of a batch are known to RunningGroup, of_model()")
 
 
-class RunningGroup(Risk):
+class RunningGroup(OfModel[Group]):
     r"""What a model is trained on by ``--risk group``: running means of its groups' losses.
 
     For each batch, of :math:`B` losses :math:`l_i` of samples of the groups :math:`g_i`:
@@ -148,23 +147,15 @@ class RunningGroup(Risk):
 
     name = Group.name
     needs = Group.needs
-    keeps_state = True
+    keeps_state = Group.keeps_state
 
     def __init__(self, risk: Group) -> None:
-        self.risk = risk
+        super().__init__(risk)
         self.groups: Tensor | None = None  # int64 [N], from 0 up without gaps
         self.shares = torch.empty(0)  # of the epoch, float64 [G]
         # The losses of each group and how many they are, both with a decay, [2, G].
         self.sums = torch.empty(2, 0, dtype=torch.float64)
         self.found: dict[str, Any] = {}  # what does not change any more
-
-    @property
-    def words(self) -> str:
-        return self.risk.words
-
-    @property
-    def flags(self) -> str:
-        return self.risk.flags
 
     def start_epoch(self, order: Tensor, data: "TrainingData", training: "Training") -> None:
         if self.groups is None:

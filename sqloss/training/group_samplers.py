@@ -16,8 +16,15 @@ from torch import Tensor
 from sqloss import groups
 from sqloss.common import ranks
 from sqloss.common.errors import UserError, require
-from sqloss.common.files import expanded
-from sqloss.common.flags import LARGEST, as_flag, as_given, expect, expect_whole, flag
+from sqloss.common.flags import (
+    LARGEST,
+    as_flag,
+    as_given,
+    expect,
+    expect_whole,
+    flag,
+    make_absolute,
+)
 from sqloss.groups.communities import Given
 from sqloss.groups.sampler import Lifting, drawn
 from sqloss.training.samplers import SAMPLERS, Sampler, has_come
@@ -73,8 +80,8 @@ class ByFeatures(Sampler):
         expect(self, "sampling_from", 0 <= self.sampling_from < 1, "a number in [0, 1)")
         refresh = self.sampling_refresh
         expect(self, "sampling_refresh", 0 <= refresh <= LARGEST, f"0 to {LARGEST} epochs")
-        if self.features.endswith(".npy"):  # a run is resumed from any working directory
-            object.__setattr__(self, "features", str(expanded(self.features).absolute()))
+        if self.features.endswith(".npy"):
+            make_absolute(self, "features")
 
     @abstractmethod
     def found(self, features: Tensor, standardise: bool, seed: int) -> dict[str, Tensor]:

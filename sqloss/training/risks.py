@@ -6,7 +6,7 @@ risk never knows the model. A new risk is a class here, with its flags as fields
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -91,6 +91,24 @@ class Risk(ABC):
         """The weight of each loss, [N]: the gradient of the risk."""
         at = losses.detach().requires_grad_()
         return torch.autograd.grad(self(at, **needed), at)[0]
+
+
+Kind = TypeVar("Kind", bound=Risk)
+
+
+class OfModel(Risk, Generic[Kind]):
+    """What one model is trained on by a risk that changes while it trains."""
+
+    def __init__(self, risk: Kind) -> None:
+        self.risk = risk
+
+    @property
+    def words(self) -> str:
+        return self.risk.words
+
+    @property
+    def flags(self) -> str:
+        return self.risk.flags
 
 
 RISKS: Registry[type[Risk]] = Registry("risk")
@@ -193,22 +211,11 @@ class TopK(Risk):
         return least_mean(losses, self.topk_share)
 
 
-class AnnealedTopK(Risk):
+class AnnealedTopK(OfModel[TopK]):
     """That of the epoch under way."""
 
     name = TopK.name
-
-    def __init__(self, risk: TopK) -> None:
-        self.risk = risk
-        self.share = 1.0
-
-    @property
-    def words(self) -> str:
-        return self.risk.words
-
-    @property
-    def flags(self) -> str:
-        return self.risk.flags
+    share = 1.0
 
     def start_epoch(self, order: Tensor, data: "TrainingData", training: "Training") -> None:
         self.share = max(self.risk.topk_decay**training.epoch, self.risk.topk_share)

@@ -13,6 +13,7 @@ from sqloss.common.errors import require
 from sqloss.common.files import write_json
 from sqloss.common.flags import expect_whole, flag
 from sqloss.common.tables import CONFIDENCE, nats, table
+from sqloss.datasets import Dataset
 from sqloss.models import VAE
 from sqloss.models.latents import Prior
 from sqloss.models.seeding import generator
@@ -48,8 +49,7 @@ def measure_bounds(
     Where there are ``priors``, one of each model and all by one name, also under these.
     """
     test_images = trained.data.test_images
-    chosen = torch.randperm(len(test_images), generator=generator(IMAGES_SEED, "evaluated images"))
-    rows = chosen[: config.images or None].sort().values.to(test_images.device)
+    rows = evaluated_rows(trained.data, config.images)
     models: dict[str, dict[str, Any]] = {}
     total = len(rows) * (len(trained.models) + len(priors))
     with require("tqdm").tqdm(
@@ -78,6 +78,13 @@ def measure_bounds(
         **({"prior": prior_name} if priors else {}),
         "models": models,
     }
+
+
+def evaluated_rows(data: Dataset, count: int) -> Tensor:
+    """The numbers of so many random test images, the same for every run; 0: of all."""
+    images = data.test_images
+    chosen = torch.randperm(len(images), generator=generator(IMAGES_SEED, "evaluated images"))
+    return chosen[: count or None].sort().values.to(images.device)
 
 
 def estimate(values: Tensor) -> dict[str, float | None]:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from sqloss.common.errors import UserError
-from sqloss.common.files import expanded
-from sqloss.common.flags import as_flag, expect_whole, flag
+from sqloss.common.flags import as_flag, expect_whole, flag, make_absolute
 from sqloss.models.vae import ARCHITECTURES, GREATEST_DF, LEAST_DF, PRIORS
 from sqloss.training.config import ImageConfig, parse_sizes
 from sqloss.training.risks import Mean, Risk
@@ -177,8 +176,7 @@ class VAEConfig(ImageConfig):
                 (self.uses_numpy, "--backend numpy"),
             ):
                 self._expect("reference", not applies, f"none with {why}")
-            # A run is resumed from any working directory
-            object.__setattr__(self, "reference", str(expanded(self.reference).absolute()))
+            make_absolute(self, "reference")
 
     def _check_iwae(self) -> None:
         if self.iwae_samples:

@@ -1,7 +1,6 @@
 """The training of VAEs: every contender on its own objective."""
 
 import copy
-import hashlib
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from sqloss.models import VAE
 from sqloss.models.pixels import in_blocks, pixels
 from sqloss.models.seeding import initialisation
 from sqloss.student_t import draw_seed
+from sqloss.training.checkpoint import fingerprint
 from sqloss.training.loop import Row, Training
 from sqloss.training.vae.backends import BACKENDS, Batch
 from sqloss.training.vae.config import VAEConfig
@@ -38,7 +38,9 @@ class VAETraining(Training):
         self.config = config
         self.reference = reference
         self._losses_of_reference: dict[str, Tensor] | None = None  # on the test images
-        self.brought = {"reference": in_words(reference)} if reference else {}
+        self.brought = (
+            {"reference": f"a model with the hash {fingerprint(reference)}"} if reference else {}
+        )
         device = next(model.parameters()).device
         self.models: dict[str, VAE] = {name: copy.deepcopy(model) for name in config.contenders}
         self.optimisers = {
@@ -148,11 +150,3 @@ def begin(config: VAEConfig, data: Dataset, reference: VAE | None = None) -> VAE
     """A training at its beginning, on the device of the data, as its reference is."""
     model = build_model(config, data.shape).to(data.train_images.device)
     return VAETraining(model, config, reference)
-
-
-def in_words(model: VAE) -> str:
-    """A model, so that another is not taken for it."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().contiguous().numpy().data)
-    return f"a model with the hash {digest.hexdigest()}"

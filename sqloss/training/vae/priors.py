@@ -1,6 +1,5 @@
 """Priors fitted to the posteriors of a model's training images, and kept in the run's directory."""
 
-import hashlib
 import io
 import math
 import warnings
@@ -24,7 +23,8 @@ from sqloss.models.mixture import Mixture
 from sqloss.models.mixture_fit import aggregate_draws, check_posteriors, fit_mixture
 from sqloss.models.pixels import in_blocks, pixels
 from sqloss.models.seeding import stream
-from sqloss.training.checkpoint import first_damaged
+from sqloss.training.checkpoint import fingerprint, first_damaged
+from sqloss.training.run import Run
 from sqloss.training.saved_run import SavedRun
 from sqloss.training.vae.evaluation import BATCH_SIZE
 
@@ -94,6 +94,12 @@ class TrainedModel:
     data: Dataset  # of the training
     seed: int  # of the run
     trained_for: str
+
+    @classmethod
+    def of(cls, run: Run[Any], name: str) -> "TrainedModel":
+        """A model of a run under way."""
+        training, seed = run.training, run.config.seed
+        return cls(run.directory, name, training.models[name], run.data, seed, training.done())
 
     def fitted_from(self, config: PriorConfig) -> dict[str, Any]:
         """All that a fitted prior depends on; its power is of no part in the fit."""
@@ -183,15 +189,6 @@ def read_prior(path: Path) -> tuple[dict[str, Any], FittedPrior]:
             f"cannot read the prior {path}: not one of this version, or damaged; delete it to have "
             "it fitted again"
         ) from error
-
-
-def fingerprint(model: VAE) -> str:
-    """Equal for equal parameters only."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().data)
-    return digest.hexdigest()
 
 
 @torch.no_grad()

@@ -151,15 +151,7 @@ class VAETrainer(ImageTrainer[VAEConfig, loop.VAETraining]):
         models, images, settings = run.training.models, len(run.data), PriorConfig(COMMUNITIES)
         if not settings.neighbours < images <= MOST_IMAGES_OF_PRIORS // len(models):
             return {}
-        return {
-            name: fitted_prior(
-                TrainedModel(
-                    run.directory, name, model, run.data, run.config.seed, run.training.done()
-                ),
-                settings,
-            )
-            for name, model in models.items()
-        }
+        return {name: fitted_prior(TrainedModel.of(run, name), settings) for name in models}
 
     def draw(
         self,
